@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.<name>`. The timing loop is :mod:`fastdni.bench`."""

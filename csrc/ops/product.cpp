@@ -1,0 +1,65 @@
+#include "ops/product.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+// Weak: a torch built without oneDNN does not export it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attribute,
+    const double** scalars, int64_t num_scalars, const char** algorithm, AtenTensorHandle* result);
+
+namespace fastdni::cpu {
+namespace {
+
+bool onednn_enabled = false;
+
+// From this many multiply-adds on, oneDNN's float32 product is the faster one. Measured with
+// benchmarks/products.py: on processors that run AVX-512 at full width it wins from 64 x 256 x 256
+// on; elsewhere (Zen 4 splits a 512-bit operation in two) both libraries reach the same peak and
+// its larger start-up cost has to be earned first.
+constexpr int64_t kOneDnnFromFullWidth = int64_t{1} << 22;
+constexpr int64_t kOneDnnFromHalfWidth = int64_t{1} << 24;
+
+int64_t onednn_from() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // Among AMD's, the processors with VP2INTERSECT (Zen 5 on) have the full width.
+  const bool full_width =
+      __builtin_cpu_supports("avx512f") &&
+      (!__builtin_cpu_is("amd") || __builtin_cpu_supports("avx512vp2intersect"));
+  if (full_width) return kOneDnnFromFullWidth;
+#endif
+  return kOneDnnFromHalfWidth;
+}
+
+}  // namespace
+
+bool onednn_linked() { return aoti_torch_cpu__linear_pointwise != nullptr; }
+
+void enable_onednn(bool enabled) { onednn_enabled = enabled && onednn_linked(); }
+
+Library product_library(ScalarType dtype, int64_t m, int64_t n, int64_t k) {
+  // float64 has no oneDNN product, and torch's own bfloat16 product is oneDNN's already.
+  static const int64_t from = onednn_from();
+  const bool large = m * n * k >= from;
+  return onednn_enabled && large && dtype == ScalarType::Float ? Library::onednn : Library::mkl;
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
+  if (product_library(a.scalar_type(), m, n, k) == Library::onednn) {
+    AtenTensorHandle result;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), b.get(), nullptr, "none",
+                                                            nullptr, 0, nullptr, &result));
+    return Tensor(result);
+  }
+  Tensor out = empty(a, {m, n});
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), transposed(b).get()));
+  return out;
+}
+
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), transposed(b).get(), 1.0, 1.0));
+}
+
+}  // namespace fastdni::cpu

@@ -1,0 +1,23 @@
+// Matrix products on the CPU through whichever of torch's libraries is faster for the size.
+#pragma once
+#include "ops/tensor.h"
+
+namespace fastdni::cpu {
+
+enum class Library { mkl, onednn };
+
+// The library for an (m, k) x (k, n) product, from the table measured by benchmarks/products.py.
+Library product_library(ScalarType dtype, int64_t m, int64_t n, int64_t k);
+
+// oneDNN's product is a private op of torch: Python looks at its schema when fastdni is imported
+// and calls enable_onednn if it is the one that this file was written for. Until then MKL does all.
+bool onednn_linked();
+void enable_onednn(bool enabled);
+
+// a (m, k) times b (n, k)^T -> (m, n), fresh. Both may be transposed views.
+Tensor product(const Tensor& a, const Tensor& b);
+
+// out (m, n) += a (m, k) b (n, k)^T
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b);
+
+}  // namespace fastdni::cpu

@@ -1,0 +1,133 @@
+// What every op needs around torch's stable ABI: views and fresh tensors without a trip through the
+// dispatcher, a switch over dtypes, and the pieces of an error message.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "common/scalar.h"
+
+namespace fastdni {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline std::string to_string(const Shape& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+inline std::string to_string(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return std::string(torch::headeronly::toString(dtype));
+  }
+}
+
+inline Shape contiguous_strides(const Shape& shape) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max(shape[i], int64_t{1});
+  return strides;
+}
+
+// A fresh contiguous tensor on the device of `like`, in its dtype or in its accumulate dtype.
+inline Tensor empty(const Tensor& like, const Shape& shape, int32_t shim_dtype) {
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const Shape strides = contiguous_strides(shape);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
+                                                  shim_dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(const Tensor& like, const Shape& shape) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(like, shape, dtype);
+}
+// Errors and losses of bfloat16 tensors are kept in float32.
+inline Tensor empty_accumulate(const Tensor& like, const Shape& shape) {
+  return like.scalar_type() == ScalarType::BFloat16 ? empty(like, shape, aoti_torch_dtype_float32())
+                                                    : empty(like, shape);
+}
+
+// The same memory seen with other sizes and strides.
+inline Tensor view(const Tensor& tensor, const Shape& shape, const Shape& strides) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      tensor.get(), shape.size(), shape.data(), strides.data(), tensor.storage_offset(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// (..., K) -> (rows, K); the tensor must be contiguous.
+inline Tensor as_matrix(const Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
+  const int64_t columns = tensor.size(-1);
+  const int64_t rows = columns == 0 ? 0 : tensor.numel() / columns;
+  return view(tensor, {rows, columns}, {std::max(columns, int64_t{1}), 1});
+}
+
+inline Tensor transposed(const Tensor& matrix) {
+  return view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Calls body(T{}) with the C++ type of `dtype`; the op's check has let only these three through.
+template <class Body>
+void with_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, "fastdni: no kernel for ", to_string(dtype));
+  }
+}
+
+inline bool has_kernel(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16;
+}
+
+}  // namespace fastdni

@@ -1,0 +1,45 @@
+"""fastdni: decoupled neural interfaces for PyTorch, in fused kernels.
+
+A synthesizer predicts the gradient that a layer will get, so that the layer updates at once and
+need not wait for backpropagation (Jaderberg et al. 2016, arXiv 1608.05343).
+"""
+
+import torch  # noqa: F401  first: the extension finds torch's libraries already loaded
+
+try:
+    from fastdni import _C
+except ImportError as error:
+    raise ImportError(
+        "fastdni: the compiled extension did not load; build it with "
+        f"`pip install --no-build-isolation -e .` ({error})"
+    ) from error
+
+from fastdni.backend import backends, set_backend, use_backend
+from fastdni.interfaces import (
+    BackwardInterface,
+    BidirectionalInterface,
+    ForwardInterface,
+    UnidirectionalInterface,
+    backward,
+    defer_backward,
+    synthesizer_context,
+)
+from fastdni.ops import regression_loss
+from fastdni.synthesizers import BasicSynthesizer
+
+__version__ = _C.build_info()["version"]
+
+__all__ = [
+    "BackwardInterface",
+    "BasicSynthesizer",
+    "BidirectionalInterface",
+    "ForwardInterface",
+    "UnidirectionalInterface",
+    "backends",
+    "backward",
+    "defer_backward",
+    "regression_loss",
+    "set_backend",
+    "synthesizer_context",
+    "use_backend",
+]

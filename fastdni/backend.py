@@ -1,0 +1,124 @@
+"""Which backend serves an op here, and why.
+
+An op runs on its own kernels where they exist for the tensor's device and dtype, and on the plain
+PyTorch of `fastdni.reference` everywhere else. `set_backend` and `use_backend` fix the choice.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastdni import _C
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+# The schema of oneDNN's product, a private op of torch, that csrc/ops/product.cpp was written for.
+_ONEDNN_SCHEMA = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, "
+    "Scalar?[] scalars, str? algorithm) -> Tensor Y"
+)
+
+
+def _onednn_usable() -> bool:
+    op = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return (
+        op is not None
+        and torch.backends.mkldnn.is_available()
+        and str(op.default._schema) == _ONEDNN_SCHEMA
+    )
+
+
+_C.enable_onednn(_onednn_usable())
+
+
+class _Choice(threading.local):
+    override: str | None = None
+
+
+_choice = _Choice()
+_default = "auto"
+
+
+def backends() -> dict[str, str]:
+    """The backends: each name with `"available"`, or the reason why it is not."""
+    if _C.build_info()["cuda"] is None:
+        cuda = "built without CUDA kernels (no nvcc was found)"
+    elif not torch.cuda.is_available():
+        cuda = "torch sees no CUDA GPU"
+    else:
+        cuda = "available"
+    return {
+        "cpu": "available",
+        "cuda": cuda,
+        "triton": "this version has no Triton kernels",
+        "reference": "available",
+    }
+
+
+def _check(name: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"fastdni: backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}"
+        )
+    reason = backends().get(name, "available")
+    if reason != "available":
+        raise RuntimeError(f"fastdni: backend {name!r} is not available: {reason}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Fixes the backend of every op in this process.
+
+    Args:
+        name: `"auto"` (the default: kernels where they exist, else the reference), `"cpu"`,
+            `"cuda"`, `"triton"` or `"reference"`.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it is not available here; the message says why.
+    """
+    global _default
+    _default = _check(name)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`set_backend` for the calling thread, until the end of the `with` block."""
+    previous, _choice.override = _choice.override, _check(name)
+    try:
+        yield
+    finally:
+        _choice.override = previous
+
+
+def kernel_devices(op: str) -> tuple[str, ...]:
+    """The device types for which the extension registers the raw op `fastdni::<op>`."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(name for name in ("cpu", "cuda") if has(f"fastdni::{op}", name.upper()))
+
+
+def serves(tensor: torch.Tensor, devices: tuple[str, ...]) -> bool:
+    """Whether kernels (True) or the reference (False) serve a tensor.
+
+    Args:
+        tensor: the op's first tensor.
+        devices: the device types that the op has kernels for, from `kernel_devices`.
+
+    Raises:
+        RuntimeError: a fixed backend cannot serve this tensor.
+    """
+    name = _choice.override or _default
+    if name == "reference":
+        return False
+    device = tensor.device.type
+    if name == "auto":
+        return device in devices and tensor.dtype in KERNEL_DTYPES
+    if name != device or device not in devices or tensor.dtype not in KERNEL_DTYPES:
+        raise RuntimeError(
+            f"fastdni: backend {name!r} has no kernel for this op on a {tensor.dtype} tensor on "
+            f'{tensor.device}; set_backend("auto") falls back to the reference'
+        )
+    return True

@@ -1,0 +1,354 @@
+"""Interfaces between the decoupled parts of a network: drop-in for those of dni-pytorch.
+
+An interface passes a message between two parts of a network that do not wait for each other: an
+activation (ForwardInterface), a gradient (BackwardInterface) or both. The receiver gets a synthetic
+message at once, predicted by a synthesizer from a trigger that both parts know; when the true one
+comes, the synthesizer is trained on it. Gradients accumulate in `p.grad`; the optimizer is yours.
+
+Where they differ from dni-pytorch, on purpose: `make_trigger` lets no gradient of the synthesizer
+leak into its trigger; `synthesizer_context` is left properly when an exception passes through; the
+state of contexts and deferral is the thread's own; a `BasicSynthesizer` is evaluated once a step
+instead of twice; contexts get no gradient; frozen synthesizers and disabled gradients are refused
+before anything is written.
+
+Source: Jaderberg et al. 2016, "Decoupled Neural Interfaces using Synthetic Gradients" (arXiv
+1608.05343), sections 2 and 3.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdni.synthesizers import evaluate
+
+
+class _ThreadState(threading.local):
+    def __init__(self):
+        self.contexts: list[Tensor | None] = []
+        self.deferred: list[tuple[Tensor, Tensor]] | None = None
+
+
+_state = _ThreadState()
+
+
+class synthesizer_context:  # noqa: N801  (a context manager, named as in dni-pytorch)
+    """Gives the synthesizers called within the `with` block a context; blocks may be nested.
+
+    Args:
+        context: handed to each synthesizer as its second argument, (B, C); None for no context.
+
+    Example:
+        >>> with fastdni.synthesizer_context(torch.nn.functional.one_hot(labels, 10).float()):
+        ...     output = network(images)
+    """
+
+    def __init__(self, context: Tensor | None):
+        self.context = context
+
+    def __enter__(self) -> None:
+        _state.contexts.append(self.context)
+
+    def __exit__(self, *exception) -> None:
+        _state.contexts.pop()
+
+
+def _current_context() -> Tensor | None:
+    return _state.contexts[-1] if _state.contexts else None
+
+
+@contextmanager
+def defer_backward() -> Iterator[None]:
+    """Collects what is backpropagated within the block, and does it all at once at its end.
+
+    Use it, with `fastdni.backward` in place of `loss.backward()`, where several gradients go
+    through the same graph, or where gradients must not exist before the whole forward pass is over
+    (`DistributedDataParallel`). An exception in the block drops what was collected.
+
+    Raises:
+        RuntimeError: the block is inside another one.
+    """
+    if _state.deferred is not None:
+        raise RuntimeError("cannot nest defer_backward")
+    _state.deferred = []
+    try:
+        yield
+        if _state.deferred:
+            variables, gradients = zip(*_state.deferred, strict=True)
+            torch.autograd.backward(variables, gradients)
+    finally:
+        _state.deferred = None
+
+
+def backward(variable: Tensor, gradient: Tensor | None = None) -> None:
+    """`torch.autograd.backward`, which waits for the end of a `defer_backward` block.
+
+    Args:
+        variable: of any shape.
+        gradient: of the same shape; ones by default.
+    """
+    if gradient is None:
+        gradient = torch.ones_like(variable)
+    if _state.deferred is not None:
+        _state.deferred.append((variable, gradient))
+    elif _in_data_parallel_forward():
+        raise RuntimeError(
+            "fastdni.backward: gradients made inside DistributedDataParallel's forward would not "
+            "be averaged; wrap the forward and fastdni.backward(loss) in fastdni.defer_backward()"
+        )
+    else:
+        torch.autograd.backward(variable, gradient)
+
+
+def _in_data_parallel_forward() -> bool:
+    # A private attribute, absent before torch 2.0: without it the interface behaves as outside.
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def _sends_with_backward_pass() -> bool:
+    """Whether a synthetic gradient must ride on the backward pass instead of going out at once.
+
+    A compiled graph holds no backward call, and DistributedDataParallel only averages gradients
+    that come after its forward.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return _state.deferred is None and _in_data_parallel_forward()
+
+
+class UnidirectionalInterface(nn.Module):
+    """Messages in one direction, sent and received by hand.
+
+    Args:
+        synthesizer: any module taking (trigger, context); a `BasicSynthesizer` runs fused.
+    """
+
+    def __init__(self, synthesizer: nn.Module):
+        super().__init__()
+        self.synthesizer = synthesizer
+
+    def _evaluate(self, trigger: Tensor):
+        return evaluate(self.synthesizer, trigger, _current_context())
+
+    def _check_gradients_enabled(self, method: str) -> None:
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}: training needs gradients, which are disabled "
+                "here (torch.no_grad or torch.inference_mode); call eval() to pass messages through"
+            )
+
+    def receive(self, trigger: Tensor) -> Tensor:
+        """The synthetic message for a trigger, (..., K) -> (..., N), detached; in any mode."""
+        return self._evaluate(trigger).predict()
+
+    def send(self, message: Tensor, trigger: Tensor) -> None:
+        """Trains the synthesizer on a true message; in any mode.
+
+        Adds the gradients of mean((M(trigger, ctx) - message)^2), over all elements, to the
+        synthesizer's `p.grad`. No gradient goes to the message or the trigger.
+
+        Args:
+            message: (..., N).
+            trigger: (..., K).
+
+        Raises:
+            ValueError: no parameter of the synthesizer requires grad.
+            RuntimeError: gradients are disabled, or the message's shape is not the prediction's.
+        """
+        self._check_gradients_enabled("send")
+        self._send(message, self._evaluate(trigger))
+
+    def _send(self, message: Tensor, evaluation) -> None:
+        message = message.detach()
+        # The node copies the message and is then handed it as the gradient that arrives.
+        backward(evaluation.regress(message, "mean"), message)
+
+
+class ForwardInterface(UnidirectionalInterface):
+    """Synthetic activations in the forward pass: the forward unlock.
+
+    No gradient passes through it; `BidirectionalInterface` adds synthetic gradients.
+    """
+
+    def forward(self, message: Tensor, trigger: Tensor) -> Tensor:
+        """Trains the synthesizer on the true message and returns the synthetic one.
+
+        Args:
+            message: (..., N), the true activation.
+            trigger: (..., K), what it is predicted from.
+
+        Returns:
+            The synthetic message, (..., N), detached. In eval mode: `message` itself.
+
+        Raises:
+            As `send`.
+        """
+        if not self.training:
+            return message
+        self._check_gradients_enabled("forward")
+        return self._exchange(message, trigger)
+
+    def _exchange(self, message: Tensor, trigger: Tensor) -> Tensor:
+        # The evaluation serves both: the synthesizer's parameters do not change in between.
+        evaluation = self._evaluate(trigger)
+        self._send(message, evaluation)
+        return evaluation.predict()
+
+
+class BackwardInterface(UnidirectionalInterface):
+    """Synthetic gradients in the backward pass: the update unlock.
+
+    Put it where the network is to be decoupled, `x = interface(x)`. What lies before gets the
+    synthetic gradient during the forward pass and need not wait; when `loss.backward()` brings the
+    true gradient to this place, the synthesizer is trained on it:
+
+        loss_synthesizer = sum((M(h, ctx) - dL/dh)^2) / size(0)
+
+    so for a hidden state (layers, B, H) the sum over batch and units is divided by the layers.
+
+    Note:
+        In a graph compiled with `torch.compile`, and in the forward pass of a network wrapped in
+        `DistributedDataParallel` (outside `defer_backward`), the synthetic gradient takes the true
+        one's place in the backward pass: every gradient has the same value, but those before the
+        interface come with `loss.backward()` too, twice if that is called twice, not at all if it
+        is not.
+    """
+
+    def forward(self, trigger: Tensor, factor: float = 1) -> Tensor:
+        """Sends the synthetic gradient back from the trigger and catches the true one there.
+
+        Args:
+            trigger: h, (..., N), the activation at the interface; it must require grad.
+            factor: scales the synthetic gradient that is sent, never the synthesizer's target.
+
+        Returns:
+            A copy of the trigger, detached from what lies before it. In eval mode: `trigger`
+            itself.
+
+        Raises:
+            ValueError: no parameter of the synthesizer requires grad.
+            RuntimeError: gradients are disabled, the trigger does not require grad, or a shape,
+                dtype or device does not fit. Nothing has been written then.
+        """
+        if not self.training:
+            return trigger
+        self._check_gradients_enabled("forward")
+        self._check_trigger(trigger, "forward")
+        evaluation = self._evaluate(trigger)
+        synthetic_gradient = self._synthetic_gradient(evaluation, trigger, factor)
+        if _sends_with_backward_pass():
+            return evaluation.regress(trigger, "batchmean", synthetic_gradient)
+        # Made first: it refuses a frozen synthesizer while no gradient has been written.
+        triggered = evaluation.regress(trigger.detach(), "batchmean")
+        backward(trigger, synthetic_gradient)
+        return triggered
+
+    def backward(self, trigger: Tensor, factor: float = 1) -> None:
+        """Sends `factor` times the synthetic gradient back from the trigger; eval mode: nothing.
+
+        Args:
+            trigger: h, (..., N); it must require grad.
+            factor: scales the synthetic gradient.
+
+        Raises:
+            RuntimeError: gradients are disabled, the trigger does not require grad, or a shape,
+                dtype or device does not fit.
+        """
+        if not self.training:
+            return
+        self._check_gradients_enabled("backward")
+        self._check_trigger(trigger, "backward")
+        backward(trigger, self._synthetic_gradient(self._evaluate(trigger), trigger, factor))
+
+    def make_trigger(self, trigger: Tensor) -> Tensor:
+        """A copy of the trigger where the true gradient trains the synthesizer as it passes.
+
+        The true gradient goes on to `trigger` unchanged; the synthesizer adds none to it.
+
+        Args:
+            trigger: h, (..., N).
+
+        Returns:
+            The copy, which requires grad. In eval mode: `trigger` itself.
+
+        Raises:
+            ValueError: no parameter of the synthesizer requires grad.
+            RuntimeError: gradients are disabled, or a shape, dtype or device does not fit.
+        """
+        if not self.training:
+            return trigger
+        self._check_gradients_enabled("make_trigger")
+        return self._evaluate(trigger).regress(trigger, "batchmean")
+
+    def _check_trigger(self, trigger: Tensor, method: str) -> None:
+        if not trigger.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}: trigger must require grad, or nothing before the "
+                "interface could receive the synthetic gradient"
+            )
+
+    @staticmethod
+    def _synthetic_gradient(evaluation, trigger: Tensor, factor: float) -> Tensor:
+        prediction = evaluation.predict()
+        if prediction.shape != trigger.shape:
+            raise RuntimeError(
+                "BackwardInterface: the synthetic gradient must have trigger's shape "
+                f"{tuple(trigger.shape)}, got {tuple(prediction.shape)}"
+            )
+        if not (isinstance(factor, int | float) and factor == 1):
+            prediction = prediction * factor
+        return prediction.to(trigger.dtype)
+
+
+class BidirectionalInterface(nn.Module):
+    """Synthetic activations and synthetic gradients: the complete unlock.
+
+    Args:
+        forward_synthesizer: predicts the message, (..., K) -> (..., N).
+        backward_synthesizer: predicts the gradient with respect to it, (..., N) -> (..., N).
+    """
+
+    def __init__(self, forward_synthesizer: nn.Module, backward_synthesizer: nn.Module):
+        super().__init__()
+        self.forward_interface = ForwardInterface(forward_synthesizer)
+        self.backward_interface = BackwardInterface(backward_synthesizer)
+
+    def forward(self, message: Tensor, trigger: Tensor) -> Tensor:
+        """`send` and `receive` with one trigger.
+
+        Args:
+            message: (..., N), the true activation; it must require grad.
+            trigger: (..., K), what it is predicted from.
+
+        Returns:
+            The synthetic message, (..., N), where the true gradient trains the backward
+            synthesizer. In eval mode: `message` itself.
+
+        Raises:
+            As `ForwardInterface.send` and `BackwardInterface.backward`.
+        """
+        if not self.training:
+            return message
+        self._check(message)
+        synthetic = self.forward_interface._exchange(message, trigger)
+        self.backward_interface.backward(message)
+        return self.backward_interface.make_trigger(synthetic)
+
+    def receive(self, trigger: Tensor) -> Tensor:
+        """The synthetic message for a trigger, ready to catch the gradient that comes back."""
+        return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
+
+    def send(self, message: Tensor, trigger: Tensor) -> None:
+        """Trains the forward synthesizer and sends the synthetic gradient back from the message."""
+        if self.training:
+            self._check(message)
+        self.forward_interface.send(message, trigger)
+        self.backward_interface.backward(message)
+
+    def _check(self, message: Tensor) -> None:
+        # Before the forward synthesizer's gradients are written.
+        self.backward_interface._check_gradients_enabled("forward")
+        self.backward_interface._check_trigger(message, "forward")

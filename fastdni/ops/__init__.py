@@ -1,0 +1,17 @@
+"""The ops: one file each, with the public function, its autograd and the choice of a backend."""
+
+from fastdni.ops.regression_loss import regression_loss
+from fastdni.ops.synthesizer import (
+    SynthesizerParameters,
+    regress_when_gradient_arrives,
+    synthesizer_bwd,
+    synthesizer_fwd,
+)
+
+__all__ = [
+    "SynthesizerParameters",
+    "regress_when_gradient_arrives",
+    "regression_loss",
+    "synthesizer_bwd",
+    "synthesizer_fwd",
+]

@@ -1,0 +1,96 @@
+"""The synthesizer M(h, ctx) and its regression, written out.
+
+Jaderberg et al. 2016 (arXiv 1608.05343), section 2: M predicts the gradient that the activation h
+will get, and is trained to lessen ||M(h, ctx) - dL/dh||^2 when dL/dh arrives.
+"""
+
+import torch
+from torch import Tensor
+
+from fastdni.reference.regression_loss import reduction_divisor
+
+
+def synthesizer_fwd(
+    trigger: Tensor,
+    context: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    context_weight: Tensor | None = None,
+    context_bias: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """a_0 = h W_0^T + b_0 + ctx Q^T + q;  a_i = relu(a_{i-1}) W_i^T + b_i;  the prediction is a_n.
+
+    Args:
+        trigger: h, (..., K).
+        context: ctx, (..., C), or None.
+        weights: W_0 (H, K), ..., W_n (N, H); one matrix (N, K) when there is no hidden layer.
+        biases: b_0, ..., b_n, or an empty list.
+        context_weight: Q, (H, C).
+        context_bias: q, (H,).
+
+    Returns:
+        The prediction (..., N), and relu(a_0), ..., relu(a_{n-1}), each (rows, H).
+    """
+    h = trigger.reshape(-1, trigger.shape[-1])
+    hidden = []
+    for i, weight in enumerate(weights):
+        a = h @ weight.t()
+        if biases:
+            a = a + biases[i]
+        if i == 0 and context is not None:
+            a = a + context.reshape(-1, context.shape[-1]) @ context_weight.t()
+            if context_bias is not None:
+                a = a + context_bias
+        if i + 1 < len(weights):
+            h = torch.relu(a)
+            hidden.append(h)
+    return a.reshape(*trigger.shape[:-1], a.shape[-1]), hidden
+
+
+def synthesizer_bwd(
+    target: Tensor,
+    prediction: Tensor,
+    hidden: list[Tensor],
+    trigger: Tensor,
+    context: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    reduction: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """e = prediction - target;  loss = sum(e^2) / divisor;  and the loss's parameter gradients.
+
+    With d_n = (2 / divisor) e and d_{i-1} = (d_i W_i) * (relu(a_{i-1}) > 0):
+
+        dW_i = d_i^T relu(a_{i-1})  (dW_0 = d_0^T h),   db_i = sum_rows d_i,
+        dQ = d_0^T ctx,   dq = sum_rows d_0.
+
+    Args:
+        target: what arrived, (..., N).
+        prediction, hidden: the results of `synthesizer_fwd`.
+        trigger, context, weights: its arguments.
+        bias: whether the layers have biases.
+        reduction: "batchmean" (the divisor is the first dimension's size) or "mean" (all elements).
+
+    Returns:
+        The loss (0-d), and the gradients: the weights', the biases', Q's, q's.
+    """
+    wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
+    error = prediction.to(wide) - target.to(wide)
+    divisor = reduction_divisor(error, reduction)
+    loss = error.square().sum() / divisor
+
+    grad = (2 / divisor * error).reshape(-1, error.shape[-1]).to(prediction.dtype)
+    inputs = [trigger.reshape(-1, trigger.shape[-1]), *hidden]
+    weight_grads, bias_grads = [], []
+    for i in reversed(range(len(weights))):
+        weight_grads.insert(0, grad.t() @ inputs[i])
+        if bias:
+            bias_grads.insert(0, grad.sum(0))
+        if i > 0:
+            grad = (grad @ weights[i]).masked_fill(inputs[i] <= 0, 0)
+    grads = weight_grads + bias_grads
+    if context is not None:
+        grads.append(grad.t() @ context.reshape(-1, context.shape[-1]))
+        if bias:
+            grads.append(grad.sum(0))
+    return loss, grads

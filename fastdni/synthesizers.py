@@ -1,0 +1,267 @@
+"""Synthesizers, and how an interface evaluates and trains one.
+
+Any `nn.Module` taking `(trigger, context)` is a synthesizer. `BasicSynthesizer` is evaluated by the
+fused op, once a step; another module is called as it is, once for the prediction and once for the
+regression, because it may hold dropout or batch statistics.
+"""
+
+import operator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastdni import ops, reference
+from fastdni.ops import SynthesizerParameters
+
+FROZEN = "synthetic_gradient should need gradient but it does not"
+
+
+class BasicSynthesizer(nn.Module):
+    """A perceptron that predicts a message from a trigger: linear, or with hidden ReLU layers.
+
+        a_0 = h W_0^T + b_0 + ctx Q^T + q;   a_i = relu(a_{i-1}) W_i^T + b_i;   message = a_n
+
+    It starts by predicting little: the last layer's weight is zero (without hidden layers also the
+    context's), its bias is not. Parameters are drawn in the order input_trigger, input_context,
+    layers.
+
+    Args:
+        output_dim: size N of the message's last dimension.
+        n_hidden: number n of hidden layers.
+        hidden_dim: their width H; `output_dim` by default.
+        trigger_dim: size K of the trigger's last dimension; `output_dim` by default.
+        context_dim: size C of the context's last dimension; None for no context.
+        bias: whether the layers have biases.
+
+    Raises:
+        ValueError: a size is not a positive integer, or n_hidden is negative.
+
+    Source:
+        Jaderberg et al. 2016 (arXiv 1608.05343), section 2 and appendix; the label-conditioned form
+        (cDNI) takes one-hot labels as context.
+
+    Example:
+        >>> synthesizer = fastdni.BasicSynthesizer(256, n_hidden=1, context_dim=10)
+        >>> synthesizer(torch.randn(64, 256), torch.randn(64, 10)).shape
+        torch.Size([64, 256])
+    """
+
+    def __init__(
+        self,
+        output_dim: int,
+        n_hidden: int = 0,
+        hidden_dim: int | None = None,
+        trigger_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = True,
+    ):
+        super().__init__()
+        hidden_dim = output_dim if hidden_dim is None else hidden_dim
+        trigger_dim = output_dim if trigger_dim is None else trigger_dim
+        sizes = {"output_dim": output_dim, "hidden_dim": hidden_dim, "trigger_dim": trigger_dim}
+        if context_dim is not None:
+            sizes["context_dim"] = context_dim
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"BasicSynthesizer: {name} must be a positive integer, got {size!r}"
+                )
+        if not isinstance(n_hidden, int) or n_hidden < 0:
+            raise ValueError(
+                f"BasicSynthesizer: n_hidden must be an integer from 0 on, got {n_hidden!r}"
+            )
+
+        first_dim = output_dim if n_hidden == 0 else hidden_dim
+        self.input_trigger = nn.Linear(trigger_dim, first_dim, bias=bias)
+        self.input_context = (
+            None if context_dim is None else nn.Linear(context_dim, first_dim, bias=bias)
+        )
+        widths = [hidden_dim] * n_hidden + [output_dim]
+        self.layers = nn.ModuleList(
+            nn.Linear(widths[i], widths[i + 1], bias=bias) for i in range(n_hidden)
+        )
+
+        last = self.layers[-1] if n_hidden else self.input_trigger
+        nn.init.zeros_(last.weight)
+        if n_hidden == 0 and self.input_context is not None:
+            nn.init.zeros_(self.input_context.weight)
+
+    def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predicts the message.
+
+        Args:
+            trigger: h, (..., K).
+            context: ctx, (..., C), leading dimensions broadcast to the trigger's; not looked at
+                when the synthesizer was made without context_dim.
+
+        Returns:
+            The message, (..., N). An ordinary differentiable call, in every argument.
+
+        Raises:
+            RuntimeError: the context is missing, or a shape, dtype or device does not fit.
+        """
+        a = self.input_trigger(trigger)
+        if self.input_context is not None:
+            a = a + self.input_context(_required(context, self.input_context))
+        for layer in self.layers:
+            a = layer(F.relu(a))
+        return a
+
+
+def _required(context: Tensor | None, layer: nn.Linear) -> Tensor:
+    if context is None:
+        raise RuntimeError(
+            f"BasicSynthesizer: context must be (..., {layer.in_features}), got None; "
+            "wrap the call in synthesizer_context(context)"
+        )
+    return context
+
+
+_hooks = operator.attrgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
+def _plain_linears(synthesizer: nn.Module) -> list[nn.Linear] | None:
+    """A BasicSynthesizer's layers, in order and the context's last, if calling it is no more than
+    its formula: no hook, no other class, no parametrization. Otherwise None.
+
+    Runs at every step, so it looks straight into the modules' dictionaries.
+    """
+    if type(synthesizer) is not BasicSynthesizer or _has_any_global_hook():
+        return None
+    layers = synthesizer._modules["layers"]._modules.values()
+    linears = [synthesizer._modules["input_trigger"], *layers]
+    if synthesizer.input_context is not None:
+        linears.append(synthesizer.input_context)
+    if any(_hooks(synthesizer)):
+        return None
+    with_bias = linears[0]._parameters["bias"] is not None
+    for linear in linears:
+        if type(linear) is not nn.Linear or any(_hooks(linear)):
+            return None
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        if type(weight) not in _PLAIN_TENSORS or (bias is not None) != with_bias:
+            return None
+        if with_bias and type(bias) not in _PLAIN_TENSORS:
+            return None
+    return linears
+
+
+class _FusedEvaluation:
+    """A BasicSynthesizer on one trigger: one forward op, whatever is asked of it."""
+
+    def __init__(self, linears: list[nn.Linear], num_layers: int, trigger, context):
+        weights = [linear._parameters["weight"] for linear in linears]
+        biases = [linear._parameters["bias"] for linear in linears]
+        if len(linears) > num_layers:
+            context = self._fitted(_required(context, linears[-1]), trigger)
+            context_weight, context_bias = weights.pop(), biases.pop()
+        else:
+            context = context_weight = context_bias = None
+        if biases[0] is None:
+            biases = []
+        self.parameters = SynthesizerParameters(weights, biases, context_weight, context_bias)
+        self.used = self.parameters
+
+        device = trigger.device.type
+        if torch.is_autocast_enabled(device) and trigger.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            trigger, self.used = trigger.to(dtype), self.parameters.to(dtype)
+            context = None if context is None else context.to(dtype)
+        self.trigger, self.context = trigger, context
+        with torch.no_grad():
+            self.prediction, self.hidden = ops.synthesizer_fwd(trigger, context, self.used)
+
+    @staticmethod
+    def _fitted(context: Tensor, trigger: Tensor) -> Tensor:
+        """The context with the trigger's leading dimensions, as addition would broadcast it."""
+        shape = (*trigger.shape[:-1], context.shape[-1])
+        if context.shape != shape and context.dim() <= trigger.dim():
+            sizes = zip(reversed(context.shape[:-1]), reversed(shape[:-1]), strict=False)
+            if all(size in (1, wanted) for size, wanted in sizes):
+                context = context.expand(shape)
+        return context.detach()
+
+    def predict(self) -> Tensor:
+        return self.prediction
+
+    def regress(
+        self, carrier: Tensor, reduction: str, synthetic_gradient: Tensor | None = None
+    ) -> Tensor:
+        if not any(p.requires_grad for p in self.parameters.tensors()):
+            raise ValueError(FROZEN)
+        return ops.regress_when_gradient_arrives(
+            carrier,
+            self.prediction,
+            self.hidden,
+            self.trigger,
+            self.context,
+            self.used,
+            self.parameters,
+            reduction,
+            synthetic_gradient,
+        )
+
+
+class _RegressModule(torch.autograd.Function):
+    """A copy of carrier; the gradient that comes back to it is the prediction's target."""
+
+    @staticmethod
+    def forward(ctx, carrier, synthetic, prediction, reduction):
+        ctx.save_for_backward(prediction, synthetic)
+        ctx.reduction = reduction
+        return carrier.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        prediction, synthetic = ctx.saved_tensors
+        error = prediction - gradient
+        scale = 2 / reference.reduction_divisor(error, ctx.reduction)
+        return gradient if synthetic is None else synthetic, None, scale * error, None
+
+
+class _ModuleEvaluation:
+    """Any module on one trigger: a call for each thing that is asked of it."""
+
+    def __init__(self, synthesizer: nn.Module, trigger: Tensor, context: Tensor | None):
+        self.synthesizer, self.trigger, self.context = synthesizer, trigger, context
+
+    def predict(self) -> Tensor:
+        return self.synthesizer(self.trigger, self.context).detach()
+
+    def regress(
+        self, carrier: Tensor, reduction: str, synthetic_gradient: Tensor | None = None
+    ) -> Tensor:
+        prediction = self.synthesizer(self.trigger, self.context)
+        if not prediction.requires_grad:
+            raise ValueError(FROZEN)
+        if prediction.shape != carrier.shape:
+            raise RuntimeError(
+                f"synthesizer: {type(self.synthesizer).__name__} must predict "
+                f"{tuple(carrier.shape)}, got {tuple(prediction.shape)}"
+            )
+        return _RegressModule.apply(carrier, synthetic_gradient, prediction, reduction)
+
+
+def evaluate(
+    synthesizer: nn.Module, trigger: Tensor, context: Tensor | None
+) -> _FusedEvaluation | _ModuleEvaluation:
+    """A synthesizer on one trigger (no gradient goes to it), by the fused op where that serves.
+
+    Returns:
+        An evaluation. `predict()` gives the detached prediction; `regress(carrier, reduction)` a
+        copy of carrier that makes the gradient arriving at it the prediction's target.
+    """
+    trigger = trigger.detach()
+    linears = _plain_linears(synthesizer)
+    if linears is None:
+        return _ModuleEvaluation(synthesizer, trigger, context)
+    return _FusedEvaluation(linears, 1 + len(synthesizer.layers), trigger, context)

@@ -1,0 +1,210 @@
+"""The timing loop and its tables, and the benchmarks that are built on them."""
+
+import importlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdni import bench
+
+ROOT = Path(__file__).parents[1]
+
+
+class Clock:
+    """Stands in for `perf_counter`: time passes only where a step says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, *durations: float):
+        """A callable that takes each duration in turn, the last one from then on."""
+        left = list(durations)
+
+        def run():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bench, "perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Imports `benchmarks.<name>` from the checkout and gives torch its threads back."""
+    monkeypatch.syspath_prepend(ROOT)
+    threads = torch.get_num_threads()
+    yield lambda name: importlib.import_module(f"benchmarks.{name}")
+    torch.set_num_threads(threads)
+
+
+def test_timing_interpolates_between_samples():
+    timing = bench.Timing.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
+    assert timing == bench.Timing(median=3.5, p20=2.0, p80=5.0, count=6)
+    assert bench.Timing.of([7.0]) == bench.Timing(7.0, 7.0, 7.0, 1)
+
+
+def test_interleave_rotates_the_order():
+    called = []
+    steps = {name: lambda name=name: called.append(name) for name in "ABC"}
+    timings = bench.interleave(steps, rounds=4, warmup=2)
+    assert "".join(called) == "ABCABC" + "ABC" + "BCA" + "CAB" + "ABC"
+    assert list(timings) == ["A", "B", "C"]
+    assert all(timing.count == 4 for timing in timings.values())
+
+
+def test_interleave_times_each_step_by_itself(clock):
+    steps = {"constant": clock.step(2.0), "warm": clock.step(100.0, 1.0, 2.0, 3.0, 4.0, 5.0)}
+    timings = bench.interleave(steps, rounds=5, warmup=1)
+    assert timings["constant"] == bench.Timing(2.0, 2.0, 2.0, 5)
+    assert timings["warm"].median == 3.0
+    assert (timings["warm"].p20, timings["warm"].p80) == pytest.approx((1.8, 4.2))
+
+
+def test_interleave_stops_at_its_time(clock):
+    timings = bench.interleave({"a": clock.step(1.0), "b": clock.step(2.0)}, seconds=7, warmup=4)
+    assert timings["a"].count == timings["b"].count == 3
+
+
+def test_interleave_runs_one_round_however_long_it_takes(clock):
+    assert bench.interleave({"slow": clock.step(60.0)}, seconds=1, warmup=0)["slow"].count == 1
+
+
+def test_interleave_shows_progress_when_asked(capsys):
+    bench.interleave({"step": lambda: None}, rounds=2)
+    assert capsys.readouterr().err == ""
+    bench.interleave({"step": lambda: None}, rounds=2, progress=True)
+    captured = capsys.readouterr()
+    assert " 50 %" in captured.err and "100 %" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "limits, message",
+    [
+        ({}, "either rounds or seconds"),
+        ({"rounds": 1, "seconds": 1.0}, "either rounds or seconds"),
+        ({"rounds": 0}, "must be positive, got 0"),
+        ({"seconds": float("nan")}, "must be positive, got nan"),
+        ({"rounds": 1, "warmup": -1}, "warmup must not be negative, got -1"),
+    ],
+)
+def test_interleave_refuses(limits, message):
+    with pytest.raises(ValueError, match=message):
+        bench.interleave({"step": lambda: None}, **limits)
+
+
+def test_table_aligns():
+    rows = [["a", 1, "10.00"], ["long name", 200, "3.14"]]
+    assert bench.table(rows, ["name", "B", "us"]).splitlines() == [
+        "name         B     us",
+        "---------  ---  -----",
+        "a            1  10.00",
+        "long name  200   3.14",
+    ]
+
+
+def test_table_in_markdown():
+    assert bench.table([["a", 1]], ["name", "B"], markdown=True).splitlines() == [
+        "| name |  B |",
+        "| ---- | -: |",
+        "| a    |  1 |",
+    ]
+
+
+def test_header_names_the_machine():
+    info = bench.hardware()
+    assert info["cores"] >= 1 and info["threads"] == torch.get_num_threads()
+    line = bench.header(info)
+    assert "\n" not in line
+    for key in ("cpu", "isa", "torch", "date"):
+        assert str(info[key]) in line
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_commit_is_that_of_the_file(monkeypatch, tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
+    file = tmp_path / "bench.py"
+    file.write_text("1\n")
+    monkeypatch.setattr(bench, "__file__", str(file))
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "of another project")
+    assert "commit" not in bench.hardware(), "an untracked file is of no commit"
+    git("add", "bench.py")
+    git("commit", "--quiet", "--message", "adds the file")
+    commit = bench.hardware()["commit"]
+    assert len(commit) >= 7 and set(commit) <= set("0123456789abcdef")
+    file.write_text("2\n")
+    assert bench.hardware()["commit"] == commit + "-dirty"
+
+
+@pytest.mark.parametrize("scheme", ["dni", "cdni", "unlock"])
+def test_variants_agree(benchmark_module, scheme):
+    benchmark_module("dropin").check(scheme, width=12, batch=16)
+
+
+def test_dropin_notices_a_wrong_variant(benchmark_module, monkeypatch):
+    dropin = benchmark_module("dropin")
+
+    def build(variant, scheme, width):
+        network = benchmark_module("networks").build(variant, scheme, width)
+        if variant == "fastdni":
+            with torch.no_grad():
+                network.linear2.weight *= 1.0001
+        return network
+
+    monkeypatch.setattr(dropin, "build", build)
+    with pytest.raises(AssertionError, match="fastdni, dni, width 12, batch 16, .*: off by"):
+        dropin.check("dni", width=12, batch=16)
+
+
+def test_dropin_reports(benchmark_module, monkeypatch, tmp_path, capsys):
+    dropin = benchmark_module("dropin")
+    monkeypatch.setattr(dropin, "BATCHES", (16,))
+    monkeypatch.setattr(dropin, "WIDTHS", (12,))
+    out = tmp_path / "out.json"
+    assert dropin.main(["--rounds", "2", "--json", str(out)]) == 0
+
+    written = json.loads(out.read_text())
+    assert written["hardware"]["torch"] == torch.__version__
+    threads = {1, min(2, bench.cores())}
+    assert len(written["results"]) == 3 * len(threads)
+    lines = capsys.readouterr().out.splitlines()
+    for result in written["results"]:
+        seconds, ratios = result["seconds"], result["ratios"]
+        assert seconds["fastdni fused"]["count"] == 2
+        expected = seconds["easy fused"]["median"] / seconds["fastdni fused"]["median"]
+        assert ratios["easy/fastdni"] == pytest.approx(expected)
+        case = [str(value) for value in result["case"].values()]
+        (line,) = [line for line in lines if line.split()[:4] == case]
+        assert f"{ratios['eager/fastdni']:.2f}" in line.split()
+
+
+@pytest.mark.parametrize("onednn", [True, False], ids=["both", "without oneDNN"])
+def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
+    products = benchmark_module("products")
+    monkeypatch.setattr(products, "SHAPES", ((4, 3, 2),))
+    if not onednn:
+        monkeypatch.setattr(products, "onednn_linear", lambda: None)
+    elif products.onednn_linear() is None:
+        pytest.skip("this torch has no oneDNN linear")
+    assert products.main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    assert ("weight oneDNN" in out) == onednn
+    assert ("only MKL is measured" in out) != onednn
+    (line, *_) = [line for line in out.splitlines() if line.startswith("bf16")]
+    assert all(float(time) > 0 for time in line.split()[5:])
