@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import statistics
 import sys
 from functools import partial
@@ -45,8 +44,6 @@ RATIOS = {
     "fastdni/backprop": ("fastdni", "backprop"),
     "fastdni/backprop fused": ("fastdni fused", "backprop fused"),
 }
-# A line with fewer rounds in its time says what else ran on the machine, not what a step takes.
-ENOUGH_ROUNDS = 5
 # Agreement in float64, relative to a gradient's largest element; and in float32, as what is timed,
 # an error of at most so many times the error that eager PyTorch itself makes against float64.
 FLOAT64_TOLERANCE, FLOAT32_FACTOR = 1e-10, 3
@@ -160,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(bench.header(info))
     print("times in microseconds: median [20th 80th percentile]; ratios are of medians\n")
 
-    rows, results, means = [], [], {name: [] for name in RATIOS}
+    rows, results = [], []
     cases = itertools.product(sorted({1, min(2, bench.cores())}), SCHEMES, BATCHES, WIDTHS)
     for threads, scheme, batch, width in cases:
         torch.set_num_threads(threads)
@@ -176,19 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row(case, timings))
         seconds = {name: dataclasses.asdict(timing) for name, timing in timings.items()}
         results.append({"case": case, "ratios": found, "seconds": seconds})
-        if options.rounds is not None or rounds(timings) >= ENOUGH_ROUNDS:
-            for name, value in found.items():
-                means[name].append(value)
     print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
     headers = [*results[0]["case"], *RATIOS, *STEPS, "rounds"]
     print(bench.table(rows, headers, options.markdown))
 
-    kept = len(means["eager/fastdni"])
-    print(f"\ngeometric means of the ratios over {kept} of {len(rows)} lines:")
-    if kept < len(rows):
-        print(f"  (left out: fewer than {ENOUGH_ROUNDS} rounds, the machine was busy)")
-    for name, values in means.items():
-        print(f"  {name}: {statistics.geometric_mean(values) if values else math.nan:.2f}")
+    print(f"\nmedians of the ratios over the {len(rows)} lines:")
+    for name in RATIOS:
+        print(f"  {name}: {statistics.median(r['ratios'][name] for r in results):.2f}")
     if options.json:
         options.json.write_text(json.dumps({"hardware": info, "results": results}, indent=1))
     return 0

@@ -185,13 +185,15 @@ def draw(
     curves.set(xlabel="epoch", ylabel="test error (%)", title="Test error", yscale="log")
     curves.yaxis.set_major_formatter("{x:g}")
     curves.yaxis.set_minor_formatter("{x:g}")
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.3, which="both")
     curves.legend()
 
     names, middle, spread, shades = [], [], [], []
     for name, timing in timings.items():
         method = name.removeprefix("plain ")
-        names.append(METHODS[method] + ("\nplain PyTorch" if name != method else ""))
+        library = "plain PyTorch" if name != method else "fastdni"
+        names.append(METHODS[method] + ("" if method == "backprop" else f"\n{library}"))
         middle.append(1e3 * timing.median)
         spread.append((1e3 * (timing.median - timing.p20), 1e3 * (timing.p80 - timing.median)))
         shades.append((colours[method], 0.4 if name != method else 1.0))
@@ -254,12 +256,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, digits.Digit
     add("--synthesizer-lr", type=positive, help="and for the synthesizers (a tenth of --lr)")
     add("--bench-seconds", type=positive, default=15.0, help="time spent on step times (15)")
     add("--data-dir", default=os.environ.get("FASTDNI_DATA") or None, help="folder with MNIST")
-    add("--out", type=Path, default=Path("mnist_fcn.png"), help="where the PNG goes")
+    add("--out", type=Path, default=Path("out/mnist_fcn.png"), help="where the PNG goes")
     options = parser.parse_args(arguments)
 
     options.methods = list(dict.fromkeys(options.methods))
-    if options.out.suffix != ".png" or not options.out.parent.is_dir():
-        parser.error(f"argument --out: must be a .png in a folder that exists, got {options.out}")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    if options.out.suffix != ".png" or options.out.is_dir():
+        parser.error(f"argument --out: must name a .png file, got {options.out}")
     try:
         data = digits.load(options.data_dir)
     except digits.DataError as error:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdni.synthesizers import evaluate
+from fastdni.synthesizers import check_prediction, evaluate
 
 
 class _ThreadState(threading.local):
@@ -159,12 +159,9 @@ class UnidirectionalInterface(nn.Module):
             RuntimeError: gradients are disabled, or the message's shape is not the prediction's.
         """
         self._check_gradients_enabled("send")
-        self._send(message, self._evaluate(trigger))
-
-    def _send(self, message: Tensor, evaluation) -> None:
         message = message.detach()
-        # The node copies the message and is then handed it as the gradient that arrives.
-        backward(evaluation.regress(message, "mean"), message)
+        # A copy of the message, which is then handed the message as the gradient that arrives.
+        backward(self._evaluate(trigger).regress(message, "mean"), message)
 
 
 class ForwardInterface(UnidirectionalInterface):
@@ -189,12 +186,10 @@ class ForwardInterface(UnidirectionalInterface):
         if not self.training:
             return message
         self._check_gradients_enabled("forward")
-        return self._exchange(message, trigger)
-
-    def _exchange(self, message: Tensor, trigger: Tensor) -> Tensor:
+        message = message.detach()
         # The evaluation serves both: the synthesizer's parameters do not change in between.
         evaluation = self._evaluate(trigger)
-        self._send(message, evaluation)
+        backward(evaluation.regress(message, "mean"), message)
         return evaluation.predict()
 
 
@@ -238,7 +233,7 @@ class BackwardInterface(UnidirectionalInterface):
         self._check_gradients_enabled("forward")
         self._check_trigger(trigger, "forward")
         evaluation = self._evaluate(trigger)
-        synthetic_gradient = self._synthetic_gradient(evaluation, trigger, factor)
+        synthetic_gradient = self._scaled(evaluation, trigger, factor)
         if _sends_with_backward_pass():
             return evaluation.regress(trigger, "batchmean", synthetic_gradient)
         # Made first: it refuses a frozen synthesizer while no gradient has been written.
@@ -260,8 +255,7 @@ class BackwardInterface(UnidirectionalInterface):
         if not self.training:
             return
         self._check_gradients_enabled("backward")
-        self._check_trigger(trigger, "backward")
-        backward(trigger, self._synthetic_gradient(self._evaluate(trigger), trigger, factor))
+        backward(trigger, self._synthetic_gradient(trigger, factor))
 
     def make_trigger(self, trigger: Tensor) -> Tensor:
         """A copy of the trigger where the true gradient trains the synthesizer as it passes.
@@ -290,14 +284,14 @@ class BackwardInterface(UnidirectionalInterface):
                 "interface could receive the synthetic gradient"
             )
 
+    def _synthetic_gradient(self, trigger: Tensor, factor: float = 1) -> Tensor:
+        self._check_trigger(trigger, "backward")
+        return self._scaled(self._evaluate(trigger), trigger, factor)
+
     @staticmethod
-    def _synthetic_gradient(evaluation, trigger: Tensor, factor: float) -> Tensor:
+    def _scaled(evaluation, trigger: Tensor, factor: float) -> Tensor:
         prediction = evaluation.predict()
-        if prediction.shape != trigger.shape:
-            raise RuntimeError(
-                "BackwardInterface: the synthetic gradient must have trigger's shape "
-                f"{tuple(trigger.shape)}, got {tuple(prediction.shape)}"
-            )
+        check_prediction(prediction, trigger)
         if not (isinstance(factor, int | float) and factor == 1):
             prediction = prediction * factor
         return prediction.to(trigger.dtype)
@@ -332,23 +326,26 @@ class BidirectionalInterface(nn.Module):
         """
         if not self.training:
             return message
-        self._check(message)
-        synthetic = self.forward_interface._exchange(message, trigger)
-        self.backward_interface.backward(message)
-        return self.backward_interface.make_trigger(synthetic)
+        there, back = self.forward_interface, self.backward_interface
+        back._check_gradients_enabled("forward")
+        # In the order of send and receive, but nothing is written before all of it is known to fit.
+        evaluation = there._evaluate(trigger)
+        regression = evaluation.regress(message.detach(), "mean")
+        gradient = back._synthetic_gradient(message)
+        synthetic = back.make_trigger(evaluation.predict())
+        backward(regression, message.detach())
+        backward(message, gradient)
+        return synthetic
 
     def receive(self, trigger: Tensor) -> Tensor:
         """The synthetic message for a trigger, ready to catch the gradient that comes back."""
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
     def send(self, message: Tensor, trigger: Tensor) -> None:
-        """Trains the forward synthesizer and sends the synthetic gradient back from the message."""
-        if self.training:
-            self._check(message)
+        """Trains the forward synthesizer and, in training mode, sends the synthetic gradient back
+        from the message."""
+        back = self.backward_interface
+        gradient = back._synthetic_gradient(message) if back.training else None
         self.forward_interface.send(message, trigger)
-        self.backward_interface.backward(message)
-
-    def _check(self, message: Tensor) -> None:
-        # Before the forward synthesizer's gradients are written.
-        self.backward_interface._check_gradients_enabled("forward")
-        self.backward_interface._check_trigger(message, "forward")
+        if gradient is not None:
+            backward(message, gradient)

@@ -154,6 +154,19 @@ def _plain_linears(synthesizer: nn.Module) -> list[nn.Linear] | None:
     return linears
 
 
+def check_prediction(prediction: Tensor, like: Tensor) -> None:
+    """Refuses a prediction that cannot stand for the message, or the trigger's gradient, `like`."""
+    if prediction.shape != like.shape:
+        raise RuntimeError(
+            f"synthesizer: the prediction must have the shape {tuple(like.shape)} of the message "
+            f"(or of the trigger, whose gradient it is), got {tuple(prediction.shape)}"
+        )
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class _FusedEvaluation:
     """A BasicSynthesizer on one trigger: one forward op, whatever is asked of it."""
 
@@ -171,7 +184,7 @@ class _FusedEvaluation:
         self.used = self.parameters
 
         device = trigger.device.type
-        if torch.is_autocast_enabled(device) and trigger.dtype != torch.float64:
+        if _autocast_enabled(device) and trigger.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             trigger, self.used = trigger.to(dtype), self.parameters.to(dtype)
             context = None if context is None else context.to(dtype)
@@ -197,6 +210,7 @@ class _FusedEvaluation:
     ) -> Tensor:
         if not any(p.requires_grad for p in self.parameters.tensors()):
             raise ValueError(FROZEN)
+        check_prediction(self.prediction, carrier)
         return ops.regress_when_gradient_arrives(
             carrier,
             self.prediction,
@@ -243,11 +257,7 @@ class _ModuleEvaluation:
         prediction = self.synthesizer(self.trigger, self.context)
         if not prediction.requires_grad:
             raise ValueError(FROZEN)
-        if prediction.shape != carrier.shape:
-            raise RuntimeError(
-                f"synthesizer: {type(self.synthesizer).__name__} must predict "
-                f"{tuple(carrier.shape)}, got {tuple(prediction.shape)}"
-            )
+        check_prediction(prediction, carrier)
         return _RegressModule.apply(carrier, synthetic_gradient, prediction, reduction)
 
 

@@ -1,0 +1,75 @@
+"""For all tests: the option --all, devices, seeds, threads, and memory that is never clean."""
+
+import ctypes
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
+    ),
+]
+
+_take_all = False
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every combination, not a sample of them")
+
+
+def pytest_configure(config):
+    global _take_all
+    _take_all = config.getoption("--all")
+    _fill_malloc()
+
+
+def _fill_malloc() -> None:
+    """Has glibc fill what it hands out and what it takes back.
+
+    The extension's fresh tensors come from the allocator directly, so that torch's own filling
+    (below) does not reach them.
+    """
+    m_perturb, m_mmap_threshold = -6, -3  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_threshold, 32 << 20)  # the greatest allowed: mapped memory would come as zeros
+    # Taken back, memory reads 3.0 (float32, bfloat16) or 32.5 (float64); handed out, -1.5 or -0.12:
+    # values that a sum or a product cannot hide, as it would hide those near zero.
+    mallopt(m_perturb, 0x40)
+
+
+def sample(cases: Iterable, every: int = 7) -> list:
+    """A fixed sample of a table of cases for `parametrize`: each n-th one, or all under --all.
+
+    `every` must share no factor with the sizes of the table's axes, or values would never be met.
+    """
+    cases = list(cases)
+    return cases if _take_all else cases[::every]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    """The same random numbers and two threads in every test, and `torch.empty` full of NaN."""
+    modes = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_num_threads(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield
+    enabled, warn_only, fill, threads = modes
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_num_threads(threads)

@@ -1,0 +1,90 @@
+"""A network with interfaces inside DistributedDataParallel: two processes, gloo."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from plain_dni import batches, networks
+from torch.nn.parallel import DistributedDataParallel
+
+import fastdni as dni
+
+RANKS = 2
+STEPS = 3
+
+
+def optimizer_of(network):
+    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+
+
+def data(rank):
+    return batches(STEPS * RANKS, size=8)[rank::RANKS]
+
+
+def train(rank, kind, deferred, address, results):
+    sys.path.insert(0, __file__.rsplit("/", 1)[0])
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    network, _ = networks(kind, True, width=16)
+    parallel = DistributedDataParallel(network, broadcast_buffers=False)
+    optimizer = optimizer_of(network)
+    for images, labels in data(rank):
+        optimizer.zero_grad()
+        if deferred:
+            with dni.defer_backward():
+                dni.backward(F.nll_loss(parallel(images, labels), labels))
+        else:
+            F.nll_loss(parallel(images, labels), labels).backward()
+        optimizer.step()
+    torch.save({n: p.detach() for n, p in network.named_parameters()}, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def averaged():
+    """The same training in one process: the ranks' gradients are averaged by hand."""
+
+    def run(kind):
+        torch.manual_seed(0)
+        _, network = networks(kind, True, width=16)
+        optimizer = optimizer_of(network)
+        for step in zip(*(data(rank) for rank in range(RANKS)), strict=True):
+            optimizer.zero_grad()
+            for images, labels in step:
+                F.nll_loss(network(images, labels), labels).backward()
+            for p in network.parameters():
+                p.grad /= RANKS
+            optimizer.step()
+        return {n: p.detach() for n, p in network.named_parameters()}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind, deferred",
+    [("backward", False), ("backward", True), ("bidirectional", True)],
+    ids=["backward", "backward-deferred", "bidirectional-deferred"],
+)
+def test_gradients_are_averaged(kind, deferred, tmp_path):
+    address = f"file://{tmp_path}/rendezvous"
+    mp.spawn(train, (kind, deferred, address, str(tmp_path)), nprocs=RANKS)
+    wanted = averaged()(kind)
+    for rank in range(RANKS):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_undeferred_gradients_inside_the_forward_are_refused(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        network, _ = networks("bidirectional", True, width=16)
+        images, labels = batches(1, size=8)[0]
+        with pytest.raises(RuntimeError, match="defer_backward"):
+            DistributedDataParallel(network)(images, labels)
+        assert all(p.grad is None for p in network.parameters())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,689 @@
+"""The drop-in modules, semantics by semantics: those of dni-pytorch, and the repairs."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_dni import batches, networks, plain_backward_interface, plain_synthesizer, train
+from torch import nn
+from torch.nn.utils import prune
+
+import fastdni as dni
+
+BATCH, WIDTH, CONTEXT = 6, 5, 3
+
+
+def make_synthesizer(n_hidden=1, context_dim=None, width=WIDTH, trigger_dim=None):
+    """A BasicSynthesizer in float64 whose last layer no longer predicts almost nothing."""
+    synthesizer = dni.BasicSynthesizer(
+        width, n_hidden=n_hidden, trigger_dim=trigger_dim, context_dim=context_dim
+    ).double()
+    with torch.no_grad():
+        for p in synthesizer.parameters():
+            p.normal_()
+    return synthesizer
+
+
+class Custom(nn.Module):
+    """Not a BasicSynthesizer: takes the generic path. Counts its calls."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, trigger, context):
+        self.calls += 1
+        return plain_synthesizer(self.inner, trigger, context)
+
+
+kinds = pytest.mark.parametrize("wrap", [lambda s: s, Custom], ids=["basic", "custom"])
+
+
+def upstream(*shape):
+    """A trigger that something lies before, and that something."""
+    leaf = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    return torch.tanh(leaf), leaf
+
+
+def gradients(module):
+    return [p.grad for p in module.parameters()]
+
+
+def expect(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+# ---- BackwardInterface ----
+
+
+@kinds
+@pytest.mark.parametrize("context_dim", [None, CONTEXT], ids=["", "context"])
+@pytest.mark.parametrize("n_hidden", [0, 1, 3])
+def test_backward_interface_equals_the_formula(wrap, context_dim, n_hidden):
+    synthesizer = make_synthesizer(n_hidden, context_dim)
+    twin = copy.deepcopy(synthesizer)
+    interface = dni.BackwardInterface(wrap(synthesizer))
+    context = torch.randn(BATCH, CONTEXT, dtype=torch.float64) if context_dim else None
+    trigger, leaf = upstream(BATCH, WIDTH)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+
+    with dni.synthesizer_context(context):
+        out = interface(trigger)
+    sent = leaf.grad.clone()
+    assert out.requires_grad and torch.equal(out, trigger)
+    (out**3).sum().backward()
+
+    twin_out = plain_backward_interface(twin, torch.tanh(twin_leaf), context)
+    expect(sent, twin_leaf.grad)
+    (twin_out**3).sum().backward()
+    expect(leaf.grad, sent)  # the true gradient does not reach what lies before
+    expect(gradients(synthesizer), gradients(twin))
+
+
+def test_upstream_gradients_exist_before_the_users_backward():
+    lower, upper = (dni.BackwardInterface(make_synthesizer()) for _ in range(2))
+    first, second = (nn.Linear(WIDTH, WIDTH).double() for _ in range(2))
+    x = lower(torch.relu(first(torch.randn(BATCH, WIDTH, dtype=torch.float64))))
+    upper(torch.relu(second(x)))
+    for module in (first, second, lower):
+        assert all(g is not None for g in gradients(module))
+    assert all(g is None for g in gradients(upper))
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (2, BATCH, WIDTH), (2, 3, BATCH, WIDTH)], ids=str)
+def test_triggers_of_any_number_of_dimensions(shape):
+    synthesizer = make_synthesizer()
+    twin = copy.deepcopy(synthesizer)
+    trigger, leaf = upstream(*shape)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    (dni.BackwardInterface(synthesizer)(trigger) ** 2).sum().backward()
+    (plain_backward_interface(twin, torch.tanh(twin_leaf), None) ** 2).sum().backward()
+    expect(leaf.grad, twin_leaf.grad)
+    expect(gradients(synthesizer), gradients(twin))
+
+
+def test_context_is_broadcast_over_the_leading_dimensions():
+    synthesizer = make_synthesizer(context_dim=CONTEXT)
+    twin = copy.deepcopy(synthesizer)
+    context = torch.randn(BATCH, CONTEXT, dtype=torch.float64)
+    trigger, leaf = upstream(2, BATCH, WIDTH)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    with dni.synthesizer_context(context):
+        (dni.BackwardInterface(synthesizer)(trigger) ** 2).sum().backward()
+    twin_out = plain_backward_interface(twin, torch.tanh(twin_leaf), context)
+    (twin_out**2).sum().backward()
+    expect(leaf.grad, twin_leaf.grad)
+    expect(gradients(synthesizer), gradients(twin))
+
+
+@kinds
+def test_factor_scales_what_is_sent_and_not_the_target(wrap):
+    synthesizer = make_synthesizer()
+    interface = dni.BackwardInterface(wrap(synthesizer))
+    trigger, leaf = upstream(BATCH, WIDTH)
+    found = []
+    for factor in (1, 0.25, torch.tensor(0.25)):
+        leaf.grad = None
+        interface.zero_grad()
+        (interface(torch.tanh(leaf), factor=factor) ** 2).sum().backward()
+        found.append((leaf.grad, gradients(synthesizer)))
+    for sent, grads in found[1:]:
+        expect(sent, 0.25 * found[0][0])
+        expect(grads, found[0][1])
+    leaf.grad = None
+    interface.backward(trigger, factor=0.25)
+    expect(leaf.grad, 0.25 * found[0][0])
+
+
+@kinds
+def test_make_trigger_passes_the_true_gradient_and_leaks_nothing(wrap):
+    interface = dni.BackwardInterface(wrap(make_synthesizer()))
+    trigger, leaf = upstream(BATCH, WIDTH)
+    true_gradient = torch.randn(BATCH, WIDTH, dtype=torch.float64)
+    interface.make_trigger(trigger).backward(true_gradient)
+    expect(leaf.grad, true_gradient * (1 - torch.tanh(leaf.detach()) ** 2))
+
+
+def test_output_may_be_changed_in_place():
+    interface = dni.BackwardInterface(make_synthesizer())
+    trigger, leaf = upstream(BATCH, WIDTH)
+    before = trigger.detach().clone()
+    torch.relu_(interface(trigger)).sum().backward()
+    expect(trigger.detach(), before)
+
+
+def test_expanded_and_non_contiguous_gradients_and_triggers():
+    synthesizer = make_synthesizer()
+    twin = copy.deepcopy(synthesizer)
+    trigger, leaf = upstream(WIDTH, BATCH)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    dni.BackwardInterface(synthesizer)(trigger.t()).sum().backward()  # a stride-0 gradient
+    plain_backward_interface(twin, torch.tanh(twin_leaf).t(), None).sum().backward()
+    expect(leaf.grad, twin_leaf.grad)
+    expect(gradients(synthesizer), gradients(twin))
+
+
+def test_a_true_gradient_that_never_comes_leaves_the_synthesizer_alone():
+    interface = dni.BackwardInterface(make_synthesizer())
+    trigger, leaf = upstream(BATCH, WIDTH)
+    interface(trigger)
+    assert leaf.grad is not None
+    assert all(g is None for g in gradients(interface))
+
+
+def test_gradients_accumulate_over_micro_batches():
+    interface = dni.BackwardInterface(make_synthesizer(context_dim=None))
+    leaf = torch.randn(BATCH, WIDTH, dtype=torch.float64, requires_grad=True)
+    sums = None
+    for scale in (1.0, 2.0):
+        (interface(leaf * scale) ** 2).sum().backward()
+        alone = dni.BackwardInterface(copy.deepcopy(interface.synthesizer))
+        alone.zero_grad()
+        (alone(leaf.detach().requires_grad_() * scale) ** 2).sum().backward()
+        new = gradients(alone)
+        sums = new if sums is None else [a + b for a, b in zip(sums, new, strict=True)]
+    expect(gradients(interface), sums)
+
+
+def test_gradients_are_visible_to_autograd_grad_and_hooks():
+    synthesizer = make_synthesizer()
+    interface = dni.BackwardInterface(synthesizer)
+    trigger, _ = upstream(BATCH, WIDTH)
+    loss = (interface(trigger) ** 2).sum()
+    asked = torch.autograd.grad(loss, list(synthesizer.parameters()), retain_graph=True)
+    assert all(g is None for g in gradients(synthesizer))
+    seen = []
+    for p in synthesizer.parameters():
+        p.register_hook(lambda grad: seen.append(grad))
+    loss.backward()
+    expect(gradients(synthesizer), list(asked))
+    assert len(seen) == len(asked)
+
+
+def test_partly_frozen_synthesizer():
+    synthesizer = make_synthesizer(2)
+    synthesizer.layers[0].requires_grad_(False)
+    (dni.BackwardInterface(synthesizer)(upstream(BATCH, WIDTH)[0]) ** 2).sum().backward()
+    assert synthesizer.layers[0].weight.grad is None
+    assert synthesizer.layers[1].weight.grad is not None
+    assert synthesizer.input_trigger.weight.grad is not None
+
+
+def test_parameter_changed_in_place_between_forward_and_backward_is_an_error():
+    synthesizer = make_synthesizer()
+    out = dni.BackwardInterface(synthesizer)(upstream(BATCH, WIDTH)[0])
+    with torch.no_grad():
+        synthesizer.layers[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@kinds
+def test_second_derivative_is_refused(wrap):
+    interface = dni.BackwardInterface(wrap(make_synthesizer()))
+    trigger, leaf = upstream(BATCH, WIDTH)
+    out = interface.make_trigger(trigger)
+    (grad,) = torch.autograd.grad((out**3).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ---- UnidirectionalInterface, ForwardInterface, BidirectionalInterface ----
+
+
+@kinds
+def test_send_is_a_mean_squared_error_over_all_elements(wrap):
+    synthesizer = make_synthesizer(trigger_dim=4)
+    twin = copy.deepcopy(synthesizer)
+    interface = dni.UnidirectionalInterface(wrap(synthesizer))
+    trigger, leaf = upstream(BATCH, 4)
+    message, message_leaf = upstream(BATCH, WIDTH)
+    assert interface.send(message, trigger) is None
+    F.mse_loss(plain_synthesizer(twin, trigger.detach(), None), message.detach()).backward()
+    expect(gradients(synthesizer), gradients(twin))
+    assert leaf.grad is None and message_leaf.grad is None
+    received = interface.receive(trigger)
+    assert not received.requires_grad
+    expect(received, plain_synthesizer(twin, trigger, None).detach())
+
+
+@kinds
+def test_forward_interface_sends_then_receives(wrap):
+    synthesizer = make_synthesizer(trigger_dim=4)
+    twin = copy.deepcopy(synthesizer)
+    message, trigger = upstream(BATCH, WIDTH)[0], upstream(BATCH, 4)[0]
+    out = dni.ForwardInterface(wrap(synthesizer))(message, trigger)
+    other = dni.UnidirectionalInterface(twin)
+    other.send(message, trigger)
+    expect(out, other.receive(trigger))
+    expect(gradients(synthesizer), gradients(twin))
+
+
+@kinds
+def test_bidirectional_interface_is_its_two_halves(wrap):
+    forward, backward = make_synthesizer(trigger_dim=4), make_synthesizer()
+    one = dni.BidirectionalInterface(wrap(copy.deepcopy(forward)), wrap(copy.deepcopy(backward)))
+    two = dni.BidirectionalInterface(forward, backward)
+    (message, leaf), (trigger, _) = upstream(BATCH, WIDTH), upstream(BATCH, 4)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    (one(message, trigger) ** 2).sum().backward()
+    two.send(torch.tanh(twin_leaf), trigger)
+    (two.receive(trigger) ** 2).sum().backward()
+    expect(leaf.grad, twin_leaf.grad)
+    expect(gradients(one), gradients(two))
+
+
+def test_basic_synthesizer_is_evaluated_once_and_a_custom_one_twice(monkeypatch):
+    from fastdni import ops
+
+    calls = []
+    forward = ops.synthesizer_fwd
+    monkeypatch.setattr(ops, "synthesizer_fwd", lambda *a: calls.append(1) or forward(*a))
+    trigger = upstream(BATCH, WIDTH)[0]
+    dni.BackwardInterface(make_synthesizer())(trigger)
+    assert len(calls) == 1
+    custom = Custom(make_synthesizer())
+    dni.BackwardInterface(custom)(upstream(BATCH, WIDTH)[0])
+    assert custom.calls == 2
+
+
+# ---- modes ----
+
+
+def test_eval_mode_returns_the_very_input():
+    trigger, leaf = upstream(BATCH, WIDTH)
+    backward = dni.BackwardInterface(make_synthesizer()).eval()
+    both = dni.BidirectionalInterface(make_synthesizer(), make_synthesizer()).eval()
+    assert backward(trigger) is trigger
+    assert backward.make_trigger(trigger) is trigger
+    assert backward.backward(trigger) is None and leaf.grad is None
+    assert dni.ForwardInterface(make_synthesizer()).eval()(trigger, trigger) is trigger
+    assert both(trigger, trigger) is trigger
+    assert leaf.grad is None
+
+
+def test_send_and_receive_do_not_look_at_the_mode():
+    synthesizer = make_synthesizer()
+    interface = dni.ForwardInterface(synthesizer).eval()
+    trigger = upstream(BATCH, WIDTH)[0]
+    interface.send(trigger, trigger)
+    assert all(g is not None for g in gradients(synthesizer))
+    expect(interface.receive(trigger), synthesizer(trigger).detach())
+
+
+def test_eval_mode_works_without_gradients():
+    interface = dni.BackwardInterface(make_synthesizer()).eval()
+    with torch.inference_mode():
+        interface(torch.randn(BATCH, WIDTH, dtype=torch.float64))
+
+
+# ---- contexts ----
+
+
+def seen_contexts(interface, trigger):
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, trigger, context):
+            seen.append(context)
+            return trigger
+
+    interface.synthesizer = Look()
+    interface.receive(trigger)
+    return seen
+
+
+def test_contexts_nest_default_to_none_and_survive_exceptions():
+    interface = dni.UnidirectionalInterface(nn.Identity())
+    trigger = torch.zeros(1)
+    outer, inner = torch.ones(1), torch.ones(2)
+    assert seen_contexts(interface, trigger) == [None]
+    with dni.synthesizer_context(outer):
+        with pytest.raises(KeyError), dni.synthesizer_context(inner):
+            assert seen_contexts(interface, trigger)[0] is inner
+            raise KeyError
+        with dni.synthesizer_context(None):
+            assert seen_contexts(interface, trigger) == [None]
+        assert seen_contexts(interface, trigger)[0] is outer
+    assert seen_contexts(interface, trigger) == [None]
+
+
+def test_context_and_deferral_belong_to_the_thread():
+    interface = dni.UnidirectionalInterface(nn.Identity())
+    found = {}
+
+    def work():
+        found["context"] = seen_contexts(interface, torch.zeros(1))
+        leaf = torch.ones(1, requires_grad=True)
+        dni.backward(leaf * 2)
+        found["grad"] = leaf.grad
+
+    with dni.synthesizer_context(torch.ones(1)), dni.defer_backward():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found["context"] == [None]
+    assert found["grad"].item() == 2
+
+
+def test_two_threads_train_two_networks_as_one_thread_does():
+    def run(network, results, i):
+        results[i] = train(network, batches(5, size=8))
+
+    pairs = [networks("backward", True, width=16) for _ in range(2)]
+    threaded, serial = {}, {}
+    threads = [
+        threading.Thread(target=run, args=(network, threaded, i))
+        for i, (network, _) in enumerate(pairs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, (_, twin) in enumerate(pairs):
+        run(twin, serial, i)
+        expect(threaded[i], serial[i])
+
+
+# ---- deferral ----
+
+
+def test_deferred_gradients_come_at_the_end_and_all_at_once():
+    interface = dni.BackwardInterface(make_synthesizer())
+    twin = copy.deepcopy(interface)
+    trigger, leaf = upstream(BATCH, WIDTH)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    with dni.defer_backward():
+        dni.backward((interface(trigger) ** 2).sum())
+        # A second gradient through the same graph, which would be an error without deferral.
+        dni.backward(trigger, torch.ones_like(trigger))
+        assert leaf.grad is None and all(g is None for g in gradients(interface))
+    twin_trigger = torch.tanh(twin_leaf)
+    synthetic = plain_synthesizer(twin.synthesizer, twin_trigger, None).detach()
+    (twin(twin_leaf.detach().tanh().requires_grad_()) ** 2).sum().backward()
+    twin_trigger.backward(synthetic + 1)
+    expect(leaf.grad, twin_leaf.grad)
+    expect(gradients(interface), gradients(twin))
+
+
+def test_deferred_sends_add_up():
+    forward = dni.ForwardInterface(make_synthesizer())
+    twin = copy.deepcopy(forward)
+    pairs = [(upstream(BATCH, WIDTH)[0], upstream(BATCH, WIDTH)[0]) for _ in range(2)]
+    with dni.defer_backward():
+        for message, trigger in pairs:
+            forward(message, trigger)
+    for message, trigger in pairs:
+        twin(message, trigger)
+    expect(gradients(forward), gradients(twin))
+
+
+def test_an_exception_drops_what_was_deferred():
+    leaf = torch.ones(3, requires_grad=True)
+    with pytest.raises(KeyError), dni.defer_backward():
+        dni.backward(leaf * 2)
+        raise KeyError
+    assert leaf.grad is None
+    with dni.defer_backward():
+        pass
+    dni.backward(leaf * 2)  # deferral is over; ones of any shape by default
+    expect(leaf.grad, torch.full((3,), 2.0))
+
+
+def test_deferral_does_not_nest():
+    with dni.defer_backward():
+        second = dni.defer_backward()
+        with pytest.raises(RuntimeError, match="cannot nest defer_backward"):
+            second.__enter__()
+
+
+# ---- modules as PyTorch knows them ----
+
+
+def test_state_dict_keys_and_round_trip():
+    both = dni.BidirectionalInterface(make_synthesizer(2, CONTEXT), make_synthesizer(0))
+    assert sorted(both.state_dict()) == sorted(
+        f"{half}_interface.synthesizer.{name}"
+        for half, names in {
+            "forward": [
+                "input_trigger.weight",
+                "input_trigger.bias",
+                "input_context.weight",
+                "input_context.bias",
+                "layers.0.weight",
+                "layers.0.bias",
+                "layers.1.weight",
+                "layers.1.bias",
+            ],
+            "backward": ["input_trigger.weight", "input_trigger.bias"],
+        }.items()
+        for name in names
+    )
+    other = dni.BidirectionalInterface(make_synthesizer(2, CONTEXT), make_synthesizer(0))
+    file = io.BytesIO()
+    torch.save(both.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    expect(other.state_dict(), both.state_dict())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_deepcopy_and_pickle(duplicate):
+    interface = dni.BackwardInterface(make_synthesizer(context_dim=CONTEXT))
+    twin = duplicate(interface)
+    trigger, context = torch.randn(BATCH, WIDTH).double(), torch.randn(BATCH, CONTEXT).double()
+    with dni.synthesizer_context(context):
+        expect(twin.receive(trigger), interface.receive(trigger))
+    assert twin.synthesizer.input_trigger.weight is not interface.synthesizer.input_trigger.weight
+
+
+def test_functional_call():
+    interface = dni.BackwardInterface(make_synthesizer())
+    values = {
+        name: torch.randn_like(p).requires_grad_() for name, p in interface.named_parameters()
+    }
+    twin = copy.deepcopy(interface)
+    twin.load_state_dict(values)
+    trigger, leaf = upstream(BATCH, WIDTH)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    (torch.func.functional_call(interface, values, (trigger,)) ** 2).sum().backward()
+    (twin(torch.tanh(twin_leaf)) ** 2).sum().backward()
+    expect(leaf.grad, twin_leaf.grad)
+    expect([v.grad for v in values.values()], gradients(twin))
+    assert all(g is None for g in gradients(interface))
+
+
+def hooked(synthesizer):
+    synthesizer.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def inner_hooked(synthesizer):
+    synthesizer.layers[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def parametrized(synthesizer):
+    torch.nn.utils.parametrizations.weight_norm(synthesizer.layers[0])
+
+
+def pruned(synthesizer):
+    prune.random_unstructured(synthesizer.layers[0], "weight", 0.5)
+
+
+def replaced(synthesizer):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    synthesizer.layers[0] = Doubled(WIDTH, WIDTH).double()
+
+
+def without_one_bias(synthesizer):
+    synthesizer.layers[0].bias = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, inner_hooked, parametrized, pruned, replaced, without_one_bias],
+    ids=lambda change: change.__name__,
+)
+def test_a_changed_basic_synthesizer_keeps_its_meaning(change):
+    synthesizer = make_synthesizer()
+    change(synthesizer)
+    interface = dni.BackwardInterface(synthesizer)
+    trigger, leaf = upstream(BATCH, WIDTH)
+    expected = synthesizer(trigger.detach())
+    out = interface(trigger)
+    expect(leaf.grad, expected.detach() * (1 - torch.tanh(leaf.detach()) ** 2))
+    true_gradient = torch.randn(BATCH, WIDTH, dtype=torch.float64)
+    out.backward(true_gradient)
+    parameters = list(synthesizer.parameters())
+    wanted = torch.autograd.grad((expected - true_gradient).square().sum() / BATCH, parameters)
+    expect([p.grad for p in parameters], list(wanted))
+
+
+def test_gradient_clipping():
+    network, twin = networks("backward", True, width=16)
+    norms = []
+    for model in (network, twin):
+        images, labels = batches(1, size=8)[0]
+        F.nll_loss(model(images, labels), labels).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+    expect(norms[0], norms[1])
+    expect(gradients(network), gradients(twin))
+
+
+def test_float16_has_no_kernels_and_is_served_by_the_reference():
+    interface = dni.BackwardInterface(make_synthesizer().half())
+    leaf = torch.randn(BATCH, WIDTH, dtype=torch.float16, requires_grad=True)
+    interface(leaf * 1).sum().backward()
+    assert leaf.grad.dtype == torch.float16
+    assert all(g.dtype == torch.float16 for g in gradients(interface))
+
+
+def test_empty_batch():
+    interface = dni.BackwardInterface(make_synthesizer())
+    trigger, leaf = upstream(0, WIDTH)
+    interface(trigger).sum().backward()
+    assert leaf.grad.shape == (0, WIDTH)
+    assert all(torch.all(g == 0) for g in gradients(interface))
+
+
+# ---- errors: each before anything is written ----
+
+
+def frozen():
+    synthesizer = make_synthesizer()
+    return synthesizer.requires_grad_(False)
+
+
+def assert_refused(call, kind, message, *written):
+    with pytest.raises(kind, match=message):
+        call()
+    for tensor in written:
+        assert tensor.grad is None, "a gradient was written before the error"
+
+
+@kinds
+def test_frozen_synthesizer(wrap):
+    trigger, leaf = upstream(BATCH, WIDTH)
+    message = "synthetic_gradient should need gradient but it does not"
+    interface = dni.BackwardInterface(wrap(frozen()))
+    for call in (lambda: interface(trigger), lambda: interface.make_trigger(trigger)):
+        assert_refused(call, ValueError, message, leaf)
+    sender = dni.ForwardInterface(wrap(frozen()))
+    assert_refused(lambda: sender(trigger, trigger), ValueError, message)
+    assert_refused(lambda: sender.send(trigger, trigger), ValueError, message)
+    both = dni.BidirectionalInterface(wrap(make_synthesizer()), wrap(frozen()))
+    assert_refused(lambda: both(trigger, trigger), ValueError, message, leaf, *both.parameters())
+
+
+def test_gradients_disabled():
+    trigger, leaf = upstream(BATCH, WIDTH)
+    backward = dni.BackwardInterface(make_synthesizer())
+    forward = dni.ForwardInterface(make_synthesizer())
+    both = dni.BidirectionalInterface(make_synthesizer(), make_synthesizer())
+    calls = {
+        "BackwardInterface.forward": lambda: backward(trigger),
+        "BackwardInterface.backward": lambda: backward.backward(trigger),
+        "BackwardInterface.make_trigger": lambda: backward.make_trigger(trigger),
+        "ForwardInterface.forward": lambda: forward(trigger, trigger),
+        "ForwardInterface.send": lambda: forward.send(trigger, trigger),
+        "BackwardInterface.forward:": lambda: both(trigger, trigger),
+    }
+    for name, call in calls.items():
+        with torch.no_grad():
+            assert_refused(call, RuntimeError, f"{name}.*call eval", leaf)
+
+
+def test_trigger_without_gradient():
+    trigger = torch.randn(BATCH, WIDTH, dtype=torch.float64)
+    interface = dni.BackwardInterface(make_synthesizer())
+    both = dni.BidirectionalInterface(make_synthesizer(), make_synthesizer())
+    message = "trigger must require grad"
+    assert_refused(lambda: interface(trigger), RuntimeError, message)
+    assert_refused(lambda: interface.backward(trigger), RuntimeError, message)
+    assert_refused(lambda: both(trigger, trigger), RuntimeError, message, *both.parameters())
+    interface.make_trigger(trigger)  # needs none: the synthesizer is trained all the same
+
+
+def test_wrong_context():
+    trigger, leaf = upstream(BATCH, WIDTH)
+    interface = dni.BackwardInterface(make_synthesizer(context_dim=CONTEXT))
+    assert_refused(
+        lambda: interface(trigger), RuntimeError, "context must be .*synthesizer_context", leaf
+    )
+    for shape in [(BATCH, CONTEXT + 1), (BATCH + 1, CONTEXT), (2, BATCH, CONTEXT)]:
+        with dni.synthesizer_context(torch.zeros(shape, dtype=torch.float64)):
+            expected = (
+                rf"context must be \({BATCH}, {CONTEXT}\), got \({', '.join(map(str, shape))}\)"
+            )
+            assert_refused(lambda: interface(trigger), RuntimeError, expected, leaf)
+    labels = torch.zeros(BATCH, CONTEXT, dtype=torch.int64)
+    with dni.synthesizer_context(labels):
+        assert_refused(
+            lambda: interface(trigger),
+            RuntimeError,
+            "context must have trigger's dtype torch.float64, got torch.int64",
+            leaf,
+        )
+
+
+def test_wrong_trigger():
+    interface = dni.BackwardInterface(make_synthesizer())
+    wide, leaf = upstream(BATCH, WIDTH + 1)
+    expected = rf"trigger must be \(\.\.\., {WIDTH}\).*got \({BATCH}, {WIDTH + 1}\)"
+    assert_refused(lambda: interface(wide), RuntimeError, expected, leaf)
+    single = torch.randn(BATCH, WIDTH, requires_grad=True)
+    assert_refused(
+        lambda: interface(single * 1),
+        RuntimeError,
+        "must have trigger's dtype torch.float32, got torch.float64",
+        single,
+    )
+    meta = torch.randn(BATCH, WIDTH, device="meta", requires_grad=True)
+    assert_refused(lambda: interface(meta * 1), RuntimeError, "must be on trigger's device meta")
+
+
+@kinds
+def test_synthesizer_of_another_width(wrap):
+    interface = dni.BackwardInterface(wrap(make_synthesizer(width=WIDTH + 1, trigger_dim=WIDTH)))
+    trigger, leaf = upstream(BATCH, WIDTH)
+    expected = rf"shape \({BATCH}, {WIDTH}\) .*, got \({BATCH}, {WIDTH + 1}\)"
+    assert_refused(lambda: interface(trigger), RuntimeError, expected, leaf)
+
+
+@kinds
+def test_message_of_another_shape(wrap):
+    interface = dni.ForwardInterface(wrap(make_synthesizer()))
+    trigger = upstream(BATCH, WIDTH)[0]
+    for message in (trigger[:1], trigger[:, :2]):
+        assert_refused(
+            lambda message=message: interface.send(message, trigger),
+            RuntimeError,
+            "prediction must have the shape",
+            *interface.parameters(),
+        )
