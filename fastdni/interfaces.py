@@ -235,7 +235,8 @@ class BackwardInterface(UnidirectionalInterface):
         evaluation = self._evaluate(trigger)
         synthetic_gradient = self._scaled(evaluation, trigger, factor)
         if _sends_with_backward_pass():
-            return evaluation.regress(trigger, "batchmean", synthetic_gradient)
+            # A copy: a compiled graph takes no tensor twice, and this may be the prediction.
+            return evaluation.regress(trigger, "batchmean", synthetic_gradient.clone())
         # Made first: it refuses a frozen synthesizer while no gradient has been written.
         triggered = evaluation.regress(trigger.detach(), "batchmean")
         backward(trigger, synthetic_gradient)

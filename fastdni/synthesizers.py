@@ -5,8 +5,6 @@ fused op, once a step; another module is called as it is, once for the predictio
 regression, because it may hold dropout or batch statistics.
 """
 
-import operator
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -120,9 +118,13 @@ def _required(context: Tensor | None, layer: nn.Linear) -> Tensor:
     return context
 
 
-_hooks = operator.attrgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
+def _has_hook(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -140,11 +142,11 @@ def _plain_linears(synthesizer: nn.Module) -> list[nn.Linear] | None:
     linears = [synthesizer._modules["input_trigger"], *layers]
     if synthesizer.input_context is not None:
         linears.append(synthesizer.input_context)
-    if any(_hooks(synthesizer)):
+    if _has_hook(synthesizer):
         return None
     with_bias = linears[0]._parameters["bias"] is not None
     for linear in linears:
-        if type(linear) is not nn.Linear or any(_hooks(linear)):
+        if type(linear) is not nn.Linear or _has_hook(linear):
             return None
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         if type(weight) not in _PLAIN_TENSORS or (bias is not None) != with_bias:

@@ -123,18 +123,26 @@ def synthesizer_bwd(
     return op(target, prediction, hidden, trigger, context, weights, bias, reduction)
 
 
+def num_parameters_of(num_layers: int, bias: bool, context: Tensor | None) -> int:
+    """The length of `SynthesizerParameters.tensors`."""
+    return (num_layers + (context is not None)) * (2 if bias else 1)
+
+
 class _RegressWhenGradientArrives(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, carrier, synthetic, prediction, trigger, context, num_layers, bias, reduction, *tensors
     ):
-        # tensors: the hidden activations, the weights as they were used (cast, under autocast), and
-        # the parameters themselves, which are here only to be given their gradients.
-        num_hidden = num_layers - 1
+        # tensors: the hidden activations, the parameters (to be given their gradients), and the
+        # weights as they were used, where autocast cast them.
+        num_hidden, num_parameters = num_layers - 1, num_parameters_of(num_layers, bias, context)
+        cast_weights = tensors[num_hidden + num_parameters :]
+        weights = cast_weights or tensors[num_hidden : num_hidden + num_layers]
         ctx.save_for_backward(
-            prediction, trigger, context, synthetic, *tensors[: num_hidden + num_layers]
+            prediction, trigger, context, synthetic, *tensors[:num_hidden], *weights
         )
         ctx.num_hidden, ctx.bias, ctx.reduction = num_hidden, bias, reduction
+        ctx.num_cast = len(cast_weights)
         # A fresh tensor: what comes next may well change it in place.
         return carrier.clone()
 
@@ -154,7 +162,7 @@ class _RegressWhenGradientArrives(torch.autograd.Function):
             ctx.reduction,
         )
         sent = gradient if synthetic is None else synthetic
-        return (sent, *[None] * (7 + len(kept)), *grads)
+        return (sent, *[None] * (7 + len(hidden)), *grads, *[None] * ctx.num_cast)
 
 
 def regress_when_gradient_arrives(
@@ -182,7 +190,8 @@ def regress_when_gradient_arrives(
     Returns:
         The copy; it requires grad when a parameter does.
     """
-    tensors = (*hidden, *used.weights, *parameters.tensors())
+    cast_weights = () if used is parameters else used.weights
+    tensors = (*hidden, *parameters.tensors(), *cast_weights)
     return _RegressWhenGradientArrives.apply(
         carrier,
         synthetic_gradient,
