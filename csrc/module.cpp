@@ -36,8 +36,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return fastdni::cpu::isa_name(fastdni::cpu::active_isa()); },
       "The instruction set whose kernels run: base, avx2 or avx512.");
-  m.def("onednn_linked", &fastdni::cpu::onednn_linked,
-        "Whether this torch exports oneDNN's product.");
+  m.def("onednn_enabled", &fastdni::cpu::onednn_enabled,
+        "Whether large float32 products go to oneDNN.");
   m.def("enable_onednn", &fastdni::cpu::enable_onednn, py::arg("enabled"),
         "Lets large float32 products go to oneDNN.");
   m.def(

@@ -40,16 +40,22 @@ def interleave(
     *,
     rounds: int | None = None,
     seconds: float | None = None,
+    burst: int = 1,
     warmup: int = 3,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Timing]:
-    """Times callables in turn, each once a round, the order rotated from round to round.
+    """Times callables in turn, the order rotated from round to round.
+
+    A training loop repeats one step; in turn with five others it would find its code and its
+    parameters gone from the caches every time. With a burst above one, each turn is one call that
+    is not timed and then `burst` calls that are.
 
     Args:
         steps: name -> callable without arguments.
         rounds: number of timed rounds.
         seconds: instead of `rounds`: no new round starts after this time (one always does).
+        burst: timed calls a turn.
         warmup: rounds that run first and are not timed.
         device: where the callables work; a CUDA device is synchronised around each call.
         progress: show the share done on standard error.
@@ -59,13 +65,15 @@ def interleave(
 
     Raises:
         ValueError: when not exactly one of `rounds` and `seconds` is given, or one is not
-            positive, or `warmup` is negative.
+            positive, or `burst` is below one, or `warmup` is negative.
     """
     if (rounds is None) == (seconds is None):
         raise ValueError("interleave: give either rounds or seconds")
     limit = seconds if rounds is None else rounds
     if not limit > 0:
         raise ValueError(f"interleave: rounds or seconds must be positive, got {limit}")
+    if burst < 1:
+        raise ValueError(f"interleave: burst must be at least 1, got {burst}")
     if warmup < 0:
         raise ValueError(f"interleave: warmup must not be negative, got {warmup}")
 
@@ -81,11 +89,14 @@ def interleave(
     done, shown = 0, -1
     while done < limit:
         for name in order:
-            synchronize()
-            begin = perf_counter()
-            steps[name]()
-            synchronize()
-            samples[name].append(perf_counter() - begin)
+            if burst > 1:
+                steps[name]()
+            for _ in range(burst):
+                synchronize()
+                begin = perf_counter()
+                steps[name]()
+                synchronize()
+                samples[name].append(perf_counter() - begin)
         order.append(order.pop(0))
         done = done + 1 if seconds is None else perf_counter() - start
         percent = min(100, int(100 * done / limit))

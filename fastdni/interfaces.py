@@ -103,6 +103,24 @@ def backward(variable: Tensor, gradient: Tensor | None = None) -> None:
         torch.autograd.backward(variable, gradient)
 
 
+def _send(trigger: Tensor, gradient: Tensor) -> None:
+    """`backward(trigger, gradient)` for a gradient that is known to fit.
+
+    `torch.autograd.backward` looks over its arguments for longer than a small layer's whole
+    backward pass takes; past them it does what this calls. Where this torch has no such function,
+    or the trigger is no plain tensor, it is called after all.
+    """
+    if _run_backward is None or type(trigger) is not Tensor or _state.deferred is not None:
+        backward(trigger, gradient)
+    else:
+        _run_backward(
+            (trigger,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+
+
+_run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
 def _in_data_parallel_forward() -> bool:
     # A private attribute, absent before torch 2.0: without it the interface behaves as outside.
     return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
@@ -230,16 +248,13 @@ class BackwardInterface(UnidirectionalInterface):
         """
         if not self.training:
             return trigger
-        self._check_gradients_enabled("forward")
         self._check_trigger(trigger, "forward")
         evaluation = self._evaluate(trigger)
-        synthetic_gradient = self._scaled(evaluation, trigger, factor)
         if _sends_with_backward_pass():
-            # A copy: a compiled graph takes no tensor twice, and this may be the prediction.
-            return evaluation.regress(trigger, "batchmean", synthetic_gradient.clone())
-        # Made first: it refuses a frozen synthesizer while no gradient has been written.
-        triggered = evaluation.regress(trigger.detach(), "batchmean")
-        backward(trigger, synthetic_gradient)
+            return evaluation.regress(trigger, "batchmean", factor)
+        # The copy first: it refuses a frozen synthesizer while no gradient has been written.
+        triggered, prediction = evaluation.regress_and_predict(evaluation.trigger, "batchmean")
+        _send(trigger, self._scaled(prediction, trigger, factor))
         return triggered
 
     def backward(self, trigger: Tensor, factor: float = 1) -> None:
@@ -255,7 +270,6 @@ class BackwardInterface(UnidirectionalInterface):
         """
         if not self.training:
             return
-        self._check_gradients_enabled("backward")
         backward(trigger, self._synthetic_gradient(trigger, factor))
 
     def make_trigger(self, trigger: Tensor) -> Tensor:
@@ -279,6 +293,7 @@ class BackwardInterface(UnidirectionalInterface):
         return self._evaluate(trigger).regress(trigger, "batchmean")
 
     def _check_trigger(self, trigger: Tensor, method: str) -> None:
+        self._check_gradients_enabled(method)
         if not trigger.requires_grad:
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: trigger must require grad, or nothing before the "
@@ -287,12 +302,12 @@ class BackwardInterface(UnidirectionalInterface):
 
     def _synthetic_gradient(self, trigger: Tensor, factor: float = 1) -> Tensor:
         self._check_trigger(trigger, "backward")
-        return self._scaled(self._evaluate(trigger), trigger, factor)
+        prediction = self._evaluate(trigger).predict()
+        check_prediction(prediction, trigger)
+        return self._scaled(prediction, trigger, factor)
 
     @staticmethod
-    def _scaled(evaluation, trigger: Tensor, factor: float) -> Tensor:
-        prediction = evaluation.predict()
-        check_prediction(prediction, trigger)
+    def _scaled(prediction: Tensor, trigger: Tensor, factor: float) -> Tensor:
         if not (isinstance(factor, int | float) and factor == 1):
             prediction = prediction * factor
         return prediction.to(trigger.dtype)

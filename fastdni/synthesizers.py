@@ -103,16 +103,16 @@ class BasicSynthesizer(nn.Module):
         """
         a = self.input_trigger(trigger)
         if self.input_context is not None:
-            a = a + self.input_context(_required(context, self.input_context))
+            a = a + self.input_context(_required(context, self.input_context.weight))
         for layer in self.layers:
             a = layer(F.relu(a))
         return a
 
 
-def _required(context: Tensor | None, layer: nn.Linear) -> Tensor:
+def _required(context: Tensor | None, context_weight: Tensor) -> Tensor:
     if context is None:
         raise RuntimeError(
-            f"BasicSynthesizer: context must be (..., {layer.in_features}), got None; "
+            f"BasicSynthesizer: context must be (..., {context_weight.shape[1]}), got None; "
             "wrap the call in synthesizer_context(context)"
         )
     return context
@@ -128,32 +128,38 @@ def _has_hook(module: nn.Module) -> bool:
 
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
+_PLAIN_BIASES = (*_PLAIN_TENSORS, type(None))
 
 
-def _plain_linears(synthesizer: nn.Module) -> list[nn.Linear] | None:
-    """A BasicSynthesizer's layers, in order and the context's last, if calling it is no more than
-    its formula: no hook, no other class, no parametrization. Otherwise None.
+def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
+    """A BasicSynthesizer's parameters, if calling it is no more than its formula: no hook, no other
+    class, no parametrization. Otherwise None.
 
     Runs at every step, so it looks straight into the modules' dictionaries.
     """
     if type(synthesizer) is not BasicSynthesizer or _has_any_global_hook():
         return None
-    layers = synthesizer._modules["layers"]._modules.values()
-    linears = [synthesizer._modules["input_trigger"], *layers]
-    if synthesizer.input_context is not None:
-        linears.append(synthesizer.input_context)
     if _has_hook(synthesizer):
         return None
-    with_bias = linears[0]._parameters["bias"] is not None
+    modules = synthesizer._modules
+    linears = [modules["input_trigger"], *modules["layers"]._modules.values()]
+    if synthesizer.input_context is not None:
+        linears.append(synthesizer.input_context)
+    weights, biases = [], []
     for linear in linears:
         if type(linear) is not nn.Linear or _has_hook(linear):
             return None
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        if type(weight) not in _PLAIN_TENSORS or (bias is not None) != with_bias:
+        if type(weight) not in _PLAIN_TENSORS or type(bias) not in _PLAIN_BIASES:
             return None
-        if with_bias and type(bias) not in _PLAIN_TENSORS:
-            return None
-    return linears
+        weights.append(weight)
+        if bias is not None:
+            biases.append(bias)
+    if biases and len(biases) != len(weights):
+        return None
+    if synthesizer.input_context is None:
+        return SynthesizerParameters(weights, biases)
+    return SynthesizerParameters(weights, biases, weights.pop(), biases.pop() if biases else None)
 
 
 def check_prediction(prediction: Tensor, like: Tensor) -> None:
@@ -165,34 +171,25 @@ def check_prediction(prediction: Tensor, like: Tensor) -> None:
         )
 
 
-def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would cast the tensor to for a product; None for nothing."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 class _FusedEvaluation:
     """A BasicSynthesizer on one trigger: one forward op, whatever is asked of it."""
 
-    def __init__(self, linears: list[nn.Linear], num_layers: int, trigger, context):
-        weights = [linear._parameters["weight"] for linear in linears]
-        biases = [linear._parameters["bias"] for linear in linears]
-        if len(linears) > num_layers:
-            context = self._fitted(_required(context, linears[-1]), trigger)
-            context_weight, context_bias = weights.pop(), biases.pop()
+    def __init__(self, parameters: SynthesizerParameters, trigger: Tensor, context: Tensor | None):
+        if parameters.context_weight is None:
+            context = None
         else:
-            context = context_weight = context_bias = None
-        if biases[0] is None:
-            biases = []
-        self.parameters = SynthesizerParameters(weights, biases, context_weight, context_bias)
-        self.used = self.parameters
-
-        device = trigger.device.type
-        if _autocast_enabled(device) and trigger.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            trigger, self.used = trigger.to(dtype), self.parameters.to(dtype)
-            context = None if context is None else context.to(dtype)
-        self.trigger, self.context = trigger, context
-        with torch.no_grad():
-            self.prediction, self.hidden = ops.synthesizer_fwd(trigger, context, self.used)
+            context = self._fitted(_required(context, parameters.context_weight), trigger)
+        self.parameters, self.trigger, self.context = parameters, trigger, context
+        self.dtype = _autocast_dtype(trigger)
+        self.prediction = None
 
     @staticmethod
     def _fitted(context: Tensor, trigger: Tensor) -> Tensor:
@@ -205,43 +202,49 @@ class _FusedEvaluation:
         return context.detach()
 
     def predict(self) -> Tensor:
+        if self.prediction is None:
+            arguments = (self.trigger, self.context, self.parameters)
+            with torch.no_grad():
+                if self.dtype is not None:
+                    arguments = ops.cast(*arguments, self.dtype)
+                self.prediction, _ = ops.synthesizer_fwd(*arguments)
         return self.prediction
 
     def regress(
-        self, carrier: Tensor, reduction: str, synthetic_gradient: Tensor | None = None
+        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
     ) -> Tensor:
-        if not any(p.requires_grad for p in self.parameters.tensors()):
+        if not any([p.requires_grad for p in self.parameters.tensors()]):
             raise ValueError(FROZEN)
-        check_prediction(self.prediction, carrier)
-        return ops.regress_when_gradient_arrives(
-            carrier,
-            self.prediction,
-            self.hidden,
-            self.trigger,
-            self.context,
-            self.used,
-            self.parameters,
-            reduction,
-            synthetic_gradient,
+        copy, self.prediction = ops.regress_when_gradient_arrives(
+            carrier, self.trigger, self.context, self.parameters, reduction, factor, self.dtype
         )
+        check_prediction(self.prediction, carrier)
+        return copy
+
+    def regress_and_predict(
+        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.regress(carrier, reduction, factor), self.prediction
 
 
 class _RegressModule(torch.autograd.Function):
     """A copy of carrier; the gradient that comes back to it is the prediction's target."""
 
     @staticmethod
-    def forward(ctx, carrier, synthetic, prediction, reduction):
-        ctx.save_for_backward(prediction, synthetic)
-        ctx.reduction = reduction
+    def forward(ctx, carrier, prediction, reduction, factor):
+        ctx.save_for_backward(prediction)
+        ctx.reduction, ctx.factor = reduction, factor
         return carrier.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        prediction, synthetic = ctx.saved_tensors
+        (prediction,) = ctx.saved_tensors
         error = prediction - gradient
         scale = 2 / reference.reduction_divisor(error, ctx.reduction)
-        return gradient if synthetic is None else synthetic, None, scale * error, None
+        if ctx.factor is not None:
+            gradient = (prediction * ctx.factor).to(gradient.dtype)
+        return gradient, scale * error, None, None
 
 
 class _ModuleEvaluation:
@@ -254,13 +257,20 @@ class _ModuleEvaluation:
         return self.synthesizer(self.trigger, self.context).detach()
 
     def regress(
-        self, carrier: Tensor, reduction: str, synthetic_gradient: Tensor | None = None
+        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
     ) -> Tensor:
         prediction = self.synthesizer(self.trigger, self.context)
         if not prediction.requires_grad:
             raise ValueError(FROZEN)
         check_prediction(prediction, carrier)
-        return _RegressModule.apply(carrier, synthetic_gradient, prediction, reduction)
+        return _RegressModule.apply(carrier, prediction, reduction, factor)
+
+    def regress_and_predict(
+        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # In dni-pytorch's order: a module that draws random numbers draws the same ones.
+        prediction = self.predict()
+        return self.regress(carrier, reduction, factor), prediction
 
 
 def evaluate(
@@ -269,11 +279,13 @@ def evaluate(
     """A synthesizer on one trigger (no gradient goes to it), by the fused op where that serves.
 
     Returns:
-        An evaluation. `predict()` gives the detached prediction; `regress(carrier, reduction)` a
-        copy of carrier that makes the gradient arriving at it the prediction's target.
+        An evaluation. `predict()` gives the detached prediction. `regress(carrier, reduction)`
+        gives a copy of carrier that makes the gradient arriving at it the prediction's target and
+        passes it on; with a factor, it passes on that many times the prediction instead.
+        `regress_and_predict` does both.
     """
     trigger = trigger.detach()
-    linears = _plain_linears(synthesizer)
-    if linears is None:
+    parameters = _plain_parameters(synthesizer)
+    if parameters is None:
         return _ModuleEvaluation(synthesizer, trigger, context)
-    return _FusedEvaluation(linears, 1 + len(synthesizer.layers), trigger, context)
+    return _FusedEvaluation(parameters, trigger, context)

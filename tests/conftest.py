@@ -1,10 +1,16 @@
 """For all tests: the option --all, devices, seeds, threads, and memory that is never clean."""
 
 import ctypes
+import os
 from collections.abc import Iterable
 
 import pytest
-import torch
+
+# Read when torch loads OpenMP. Threads that wait by spinning make the small sizes of these tests
+# many times slower when other programs want the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 DEVICES = [
     "cpu",

@@ -186,7 +186,7 @@ def test_dropin_reports(benchmark_module, monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     for result in written["results"]:
         seconds, ratios = result["seconds"], result["ratios"]
-        assert seconds["fastdni fused"]["count"] == 2
+        assert seconds["fastdni fused"]["count"] == 2 * dropin.BURST
         expected = seconds["easy fused"]["median"] / seconds["fastdni fused"]["median"]
         assert ratios["easy/fastdni"] == pytest.approx(expected)
         case = [str(value) for value in result["case"].values()]
@@ -208,3 +208,13 @@ def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
     assert ("only MKL is measured" in out) != onednn
     (line, *_) = [line for line in out.splitlines() if line.startswith("bf16")]
     assert all(float(time) > 0 for time in line.split()[5:])
+
+
+def test_a_burst_times_all_but_its_first_call():
+    calls = []
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = bench.interleave(steps, rounds=2, burst=3, warmup=0)
+    assert "".join(calls) == "aaaabbbb" + "bbbbaaaa"
+    assert {name: timing.count for name, timing in timings.items()} == {"a": 6, "b": 6}
+    with pytest.raises(ValueError, match="burst must be at least 1"):
+        bench.interleave(steps, rounds=1, burst=0)

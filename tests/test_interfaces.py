@@ -278,14 +278,16 @@ def test_bidirectional_interface_is_its_two_halves(wrap):
 
 
 def test_basic_synthesizer_is_evaluated_once_and_a_custom_one_twice(monkeypatch):
-    from fastdni import ops
+    from fastdni.ops import synthesizer
 
     calls = []
-    forward = ops.synthesizer_fwd
-    monkeypatch.setattr(ops, "synthesizer_fwd", lambda *a: calls.append(1) or forward(*a))
+    forward = synthesizer._fwd
+    monkeypatch.setattr(synthesizer, "_fwd", lambda *a: calls.append(1) or forward(*a))
     trigger = upstream(BATCH, WIDTH)[0]
     dni.BackwardInterface(make_synthesizer())(trigger)
     assert len(calls) == 1
+    dni.ForwardInterface(make_synthesizer())(trigger, trigger)
+    assert len(calls) == 2
     custom = Custom(make_synthesizer())
     dni.BackwardInterface(custom)(upstream(BATCH, WIDTH)[0])
     assert custom.calls == 2

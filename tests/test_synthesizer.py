@@ -1,16 +1,22 @@
 """The synthesizer's ops against fastdni.reference and against autograd of the plain formula."""
 
 import itertools
-import re
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import sample
 from layouts import LAYOUTS
+from synthesizer_problem import (
+    PARTS,
+    Sizes,
+    as_one,
+    assert_right,
+    backward,
+    forward,
+    plain_autograd,
+    problem,
+)
 from tolerances import assert_near
-from torch import Tensor
 
 import fastdni
 from fastdni import _C, backend, ops, reference
@@ -19,111 +25,6 @@ from fastdni.ops import SynthesizerParameters
 RAW = torch.ops.fastdni
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 REDUCTIONS = ["batchmean", "mean"]
-CONTEXT = 10
-
-
-class Sizes(NamedTuple):
-    trigger: int
-    hidden: int
-    output: int
-
-
-class Problem(NamedTuple):
-    """All that the two ops are given."""
-
-    trigger: Tensor
-    context: Tensor | None
-    target: Tensor
-    parameters: SynthesizerParameters
-
-    def to(self, dtype: torch.dtype) -> "Problem":
-        context = None if self.context is None else self.context.to(dtype)
-        parameters = self.parameters.to(dtype)
-        return Problem(self.trigger.to(dtype), context, self.target.to(dtype), parameters)
-
-    def tensors(self) -> list[Tensor]:
-        context = [] if self.context is None else [self.context]
-        return [self.trigger, self.target, *context, *self.parameters.tensors()]
-
-
-def problem(
-    leading=(4,),
-    sizes=Sizes(5, 6, 3),  # noqa: B008  (immutable)
-    n_hidden=1,
-    context=True,
-    bias=True,
-    dtype=torch.float32,
-    device="cpu",
-) -> Problem:
-    def normal(*shape):
-        return torch.randn(shape, device=device)
-
-    widths = [sizes.trigger, *[sizes.hidden] * n_hidden, sizes.output]
-    pairs = list(itertools.pairwise(widths))
-    first = widths[1]
-    parameters = SynthesizerParameters(
-        [normal(n, k) / k**0.5 for k, n in pairs],
-        [normal(n) for _, n in pairs] if bias else [],
-        normal(first, CONTEXT) / CONTEXT**0.5 if context else None,
-        normal(first) if context and bias else None,
-    )
-    made = Problem(
-        normal(*leading, sizes.trigger),
-        normal(*leading, CONTEXT) if context else None,
-        normal(*leading, sizes.output),
-        parameters,
-    )
-    return made.to(dtype)
-
-
-def forward(of, p: Problem) -> list[Tensor]:
-    """The prediction and the hidden activations, by `ops` or by `reference`."""
-    parameters = [p.parameters] if of is ops else p.parameters
-    prediction, hidden = of.synthesizer_fwd(p.trigger, p.context, *parameters)
-    return [prediction, *hidden]
-
-
-def backward(of, p: Problem, activations: list[Tensor], reduction="batchmean") -> list[Tensor]:
-    """The loss and the gradients, given what `forward` returned."""
-    prediction, *hidden = activations
-    bias = bool(p.parameters.biases)
-    loss, grads = of.synthesizer_bwd(
-        p.target, prediction, hidden, p.trigger, p.context, p.parameters.weights, bias, reduction
-    )
-    return [loss, *grads]
-
-
-def plain_autograd(p: Problem, reduction="batchmean") -> list[Tensor]:
-    """Prediction, loss and gradients by autograd of the formula, written with torch alone."""
-    leaves = [x.detach().clone().requires_grad_() for x in p.parameters.tensors()]
-    left = list(leaves)
-    weights = [left.pop(0) for _ in p.parameters.weights]
-    biases = [left.pop(0) for _ in p.parameters.biases] or [None] * len(weights)
-    a = F.linear(p.trigger, weights[0], biases[0])
-    if p.context is not None:
-        a = a + F.linear(p.context, *left)
-    for weight, bias in zip(weights[1:], biases[1:], strict=True):
-        a = F.linear(a.relu(), weight, bias)
-    count = a.shape[0] if reduction == "batchmean" else a.numel()
-    loss = (a - p.target).square().sum() / max(count, 1)
-    loss.backward()
-    return [a.detach(), loss.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def assert_right(p: Problem, reduction="batchmean", against=ops) -> None:
-    """Each op against the reference, on the inputs that it gets; then both against autograd."""
-    wide = p.to(torch.float64)
-    activations = forward(against, p)
-    assert_near(activations, forward(reference, wide), forward(reference, p))
-    result = backward(against, p, activations, reduction)
-    widened = [a.double() for a in activations]
-    oracle = backward(reference, wide, widened, reduction)
-    assert_near(result, oracle, backward(reference, p, activations, reduction))
-
-    prediction, loss, *grads = plain_autograd(p, reduction)
-    plain = [prediction, loss.to(result[0].dtype), *grads]
-    assert_near([activations[0], *result], plain_autograd(wide, reduction), plain)
-
 
 # ---- results ----
 
@@ -161,6 +62,19 @@ def test_results_are_right(leading, sizes, n_hidden, context, bias, dtype, reduc
     assert all(x._version == 0 for x in p.tensors())
 
 
+@pytest.mark.parametrize("n_hidden", [0, 1, 2, 3])
+def test_bfloat16_is_as_good_as_autograd_from_end_to_end(n_hidden):
+    """By the mean error, on sizes that make it one: a ReLU may open for one and not the other."""
+    p = problem((256,), Sizes(64, 64, 64), n_hidden, dtype=torch.bfloat16)
+    activations = forward(ops, p)
+    loss, *grads = backward(ops, p, activations)
+    result = [activations[0], loss, as_one(grads)]
+    oracle = plain_autograd(p.to(torch.float64))
+    for ours, plain, true in zip(result, plain_autograd(p), oracle, strict=True):
+        error, allowed = [(x.double() - true).norm() / true.norm() for x in (ours, plain)]
+        assert error <= 1.5 * allowed + torch.finfo(torch.bfloat16).eps / 4
+
+
 @pytest.fixture(params=["onednn", "mkl"])
 def library(request):
     usable = backend._onednn_usable() and _C.onednn_linked()
@@ -174,8 +88,9 @@ def library(request):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 @pytest.mark.parametrize("context", [True, False])
 def test_large_products_are_right_in_both_libraries(context, layout, library):
-    assert _C.product_library(256, 256, 256) == library
-    p = problem((256,), Sizes(256, 256, 256), 1, context)
+    assert _C.product_library(512, 256, 256) == library
+    assert _C.product_library(256, 256, 512) == library
+    p = problem((512,), Sizes(256, 256, 256), 1, context)
     p = p._replace(trigger=LAYOUTS[layout](p.trigger))
     weights = [LAYOUTS[layout](w) for w in p.parameters.weights]
     assert_right(p._replace(parameters=p.parameters._replace(weights=weights)))
@@ -184,9 +99,6 @@ def test_large_products_are_right_in_both_libraries(context, layout, library):
 def test_many_rows():
     """More rows than 64 chunks of 16: csrc/cpu/synthesizer.h gives each chunk more of them."""
     assert_right(problem((64 * 16 * 2 + 7,), Sizes(7, 9, 5), 2))
-
-
-PARTS = ["trigger", "context", "target", "weights", "biases", "context_weight", "context_bias"]
 
 
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x != "contiguous"])
@@ -268,7 +180,7 @@ class Regression(torch.autograd.Function):
 
 
 def with_tensors(parameters: SynthesizerParameters, tensors) -> SynthesizerParameters:
-    """The same with other tensors, in the order of `parameters.tensors()`."""
+    """Other tensors, given in the order of `parameters.tensors()`."""
     left = list(tensors)
     weights = [left.pop(0) for _ in parameters.weights]
     biases = [left.pop(0) for _ in parameters.biases]
@@ -289,14 +201,15 @@ def test_gradcheck(n_hidden, context, bias, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("leading", [(0,), (4,), (2, 3)], ids=name)
 def test_opcheck(leading, dtype, layout):
-    for n_hidden, context, bias in ((0, False, False), (2, True, True)):
-        p = problem(leading, n_hidden=n_hidden, context=context, bias=bias, dtype=dtype)
+    # The second's trigger is narrow: csrc/ops/product.cpp takes such a weight's gradient apart.
+    for sizes, n_hidden, extras in ((Sizes(5, 6, 3), 0, False), (Sizes(2, 16, 3), 2, True)):
+        p = problem(leading, sizes, n_hidden, context=extras, bias=extras, dtype=dtype)
         weights = [LAYOUTS[layout](w) for w in p.parameters.weights]
         arguments = (p.trigger, p.context, *p.parameters._replace(weights=weights))
         torch.library.opcheck(RAW.synthesizer_fwd.default, arguments)
         torch.library.opcheck(RAW.synthesizer_check.default, arguments)
         prediction, hidden = RAW.synthesizer_fwd(*arguments)
-        arguments = (p.target, prediction, hidden, p.trigger, p.context, weights, bias, "mean")
+        arguments = (p.target, prediction, hidden, p.trigger, p.context, weights, extras, "mean")
         torch.library.opcheck(RAW.synthesizer_bwd.default, arguments)
 
 
@@ -356,189 +269,3 @@ def test_nan_and_infinity_in_an_activation(which, value):
     plain = backward(reference, p, activations)
     assert not all(x.isfinite().all() for x in plain)
     assert_near(backward(ops, p, activations), oracle, plain)
-
-
-# ---- errors ----
-
-
-def changed(**parts):
-    """The forward op's arguments, (trigger, context, *parameters), with other parts."""
-    p = problem()
-    arguments = {"trigger": p.trigger, "context": p.context, **p.parameters._asdict()}
-    return list((arguments | parts).values())
-
-
-W0, W1 = torch.ones(6, 5), torch.ones(3, 6)
-B0, B1 = torch.ones(6), torch.ones(3)
-WRONG_FORWARD = {
-    "no weights": (dict(weights=[]), "weights must hold at least one matrix, got none"),
-    "too few biases": (
-        dict(biases=[B0]),
-        "biases must be empty or one per weight (2), got 1",
-    ),
-    "0-d trigger": (
-        dict(trigger=torch.ones(())),
-        "trigger must be (..., K), got a 0-d tensor",
-    ),
-    "trigger's width": (
-        dict(trigger=torch.ones(4, 7)),
-        "trigger must be (..., 5) to meet the first weight (6, 5), got (4, 7)",
-    ),
-    "weight's dtype": (
-        dict(weights=[W0, W1.double()]),
-        "weights[1] must have trigger's dtype torch.float32, got torch.float64",
-    ),
-    "1-d weight": (dict(weights=[B0, W1]), "weights[0] must be (N, K), got (6,)"),
-    "second weight's width": (
-        dict(weights=[W0, torch.ones(3, 4)]),
-        "weights[1] must be (3, 6), got (3, 4)",
-    ),
-    "bias's dtype": (
-        dict(biases=[B0.bfloat16(), B1]),
-        "biases[0] must have trigger's dtype torch.float32, got torch.bfloat16",
-    ),
-    "bias's shape": (
-        dict(biases=[B0, B1[:, None]]),
-        "biases[1] must be (3,), got (3, 1)",
-    ),
-    "context alone": (
-        dict(context_weight=None, context_bias=None),
-        "context and context_weight must be given together",
-    ),
-    "context's weight alone": (
-        dict(context=None),
-        "context and context_weight must be given together",
-    ),
-    "context's bias alone": (
-        dict(context=None, context_weight=None),
-        "context_bias needs a context_weight",
-    ),
-    "context's dtype": (
-        dict(context=torch.ones(4, CONTEXT, dtype=torch.int64)),
-        "context must have trigger's dtype torch.float32, got torch.int64",
-    ),
-    "context's rows": (
-        dict(context=torch.ones(3, CONTEXT)),
-        "context must be (4, 10), got (3, 10)",
-    ),
-    "context's width": (
-        dict(context=torch.ones(4, 9)),
-        "context must be (4, 10), got (4, 9)",
-    ),
-    "context weight's dtype": (
-        dict(context_weight=torch.ones(6, CONTEXT).double()),
-        "context_weight must have trigger's dtype torch.float32, got torch.float64",
-    ),
-    "context weight's height": (
-        dict(context_weight=torch.ones(5, CONTEXT)),
-        "context_weight must be (6, C), got (5, 10)",
-    ),
-    "1-d context weight": (
-        dict(context_weight=torch.ones(6)),
-        "context_weight must be (6, C), got (6,)",
-    ),
-    "context bias's dtype": (
-        dict(context_bias=B0.half()),
-        "context_bias must have trigger's dtype torch.float32, got torch.float16",
-    ),
-    "context bias's shape": (
-        dict(context_bias=torch.ones(5)),
-        "context_bias must be (6,), got (5,)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_FORWARD)
-def test_wrong_forward_arguments(case):
-    parts, message = WRONG_FORWARD[case]
-    arguments = changed(**parts)
-    for op in (RAW.synthesizer_fwd, RAW.synthesizer_check):
-        with pytest.raises(RuntimeError, match="synthesizer: " + re.escape(message)):
-            op(*arguments)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("case", [c for c in WRONG_FORWARD if c != "no weights"])
-def test_wrong_arguments_of_the_public_forward(case, backend):
-    parts, message = WRONG_FORWARD[case]
-    trigger, context, *parameters = changed(**parts)
-    with fastdni.use_backend(backend), pytest.raises(RuntimeError, match=re.escape(message)):
-        ops.synthesizer_fwd(trigger, context, SynthesizerParameters(*parameters))
-
-
-@pytest.mark.parametrize("part", [x for x in PARTS if x != "target"])
-def test_wrong_device(part):
-    """Everything else must be where the trigger is."""
-    arguments = dict(zip((x for x in PARTS if x != "target"), changed(), strict=True))
-    old = arguments[part]
-    arguments[part] = [x.to("meta") for x in old] if isinstance(old, list) else old.to("meta")
-    trigger, context, *parameters = arguments.values()
-    with pytest.raises(RuntimeError, match="synthesizer: .* must be on trigger's device"):
-        ops.synthesizer_fwd(trigger, context, SynthesizerParameters(*parameters))
-
-
-def test_the_raw_ops_name_the_dtypes_they_have():
-    p = problem(dtype=torch.float16)
-    message = "synthesizer: trigger must be float32, float64 or bfloat16, got torch.float16"
-    with pytest.raises(RuntimeError, match=message):
-        RAW.synthesizer_fwd(p.trigger, p.context, *p.parameters)
-
-
-WRONG_BACKWARD = {
-    "target's dtype": (
-        dict(target=torch.ones(4, 3, dtype=torch.float64)),
-        "target must have trigger's dtype torch.float32, got torch.float64",
-    ),
-    "target's shape": (dict(target=torch.ones(1, 3)), "target must be (4, 3), got (1, 3)"),
-    "prediction's dtype": (
-        dict(prediction=torch.ones(4, 3, dtype=torch.bfloat16)),
-        "prediction must have trigger's dtype torch.float32, got torch.bfloat16",
-    ),
-    "prediction's shape": (
-        dict(prediction=torch.ones(4, 4)),
-        "prediction must be (4, 3), got (4, 4)",
-    ),
-    "hidden's number": (dict(hidden=[]), "hidden must hold 1 activations, got 0"),
-    "hidden's shape": (
-        dict(hidden=[torch.ones(4, 5)]),
-        "hidden[0] must be (4, 6), got (4, 5)",
-    ),
-    "hidden's dtype": (
-        dict(hidden=[torch.ones(4, 6, dtype=torch.float64)]),
-        "hidden[0] must have trigger's dtype torch.float32, got torch.float64",
-    ),
-    "weight's dtype": (
-        dict(weights=[W0, W1.double()]),
-        "weights[1] must have trigger's dtype torch.float32, got torch.float64",
-    ),
-    "context's rows": (
-        dict(context=torch.ones(3, CONTEXT)),
-        "context must be (4, 10), got (3, 10)",
-    ),
-    "no weights": (dict(weights=[]), "weights must hold at least one matrix, got none"),
-    "0-d trigger": (
-        dict(trigger=torch.ones(())),
-        "trigger must be (..., K), got a 0-d tensor",
-    ),
-    "reduction": (dict(reduction="sum"), 'reduction must be "batchmean" or "mean", got "sum"'),
-}
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("case", WRONG_BACKWARD)
-def test_wrong_backward_arguments(case, backend):
-    parts, message = WRONG_BACKWARD[case]
-    p = problem()
-    prediction, *hidden = forward(ops, p)
-    arguments = {
-        "target": p.target,
-        "prediction": prediction,
-        "hidden": hidden,
-        "trigger": p.trigger,
-        "context": p.context,
-        "weights": p.parameters.weights,
-        "bias": True,
-        "reduction": "mean",
-    }
-    with fastdni.use_backend(backend), pytest.raises(RuntimeError, match=re.escape(message)):
-        ops.synthesizer_bwd(*(arguments | parts).values())

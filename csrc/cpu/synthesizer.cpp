@@ -1,21 +1,25 @@
 #include "cpu/synthesizer.h"
 
+#include <limits>
+
 namespace fastdni::cpu {
 
 template <Isa isa, class T>
 void finish_layer(const FinishLayer<T>& args, const RowChunks& chunks, int64_t first,
                   int64_t last) {
   using A = accumulate_t<T>;
-  const int64_t columns = chunks.columns;
-  for (int64_t row = chunks.begin(first); row < chunks.end(last - 1); ++row) {
+  // Locals, so that the loop has nothing to reload.
+  const int64_t columns = chunks.columns, end = chunks.end(last - 1);
+  const T* __restrict__ bias = args.bias, * __restrict__ context_bias = args.context_bias;
+  const A floor = args.relu ? A(0) : -std::numeric_limits<A>::infinity();
+  for (int64_t row = chunks.begin(first); row < end; ++row) {
     T* __restrict__ y = args.y + row * columns;
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       A value = y[c];
-      if (args.bias) value += static_cast<A>(args.bias[c]);
-      if (args.context_bias) value += static_cast<A>(args.context_bias[c]);
-      if (args.relu) value = value < 0 ? A(0) : value;  // NaN stays NaN, as in torch
-      y[c] = static_cast<T>(value);
+      if (bias) value += static_cast<A>(bias[c]);
+      if (context_bias) value += static_cast<A>(context_bias[c]);
+      y[c] = static_cast<T>(value < floor ? floor : value);  // NaN stays NaN, as in torch
     }
   }
 }
@@ -25,11 +29,13 @@ void synthesis_error(const SynthesisError<T>& args, const RowChunks& chunks, int
                      int64_t last) {
   using A = accumulate_t<T>;
   const int64_t columns = chunks.columns;
+  const A scale = args.scale;
   for (int64_t chunk = first; chunk < last; ++chunk) {
     A* __restrict__ sums = args.column_sums + chunk * columns;
     for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
     double squared = 0;
-    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+    const int64_t end = chunks.end(chunk);
+    for (int64_t row = chunks.begin(chunk); row < end; ++row) {
       const T* __restrict__ prediction = args.prediction + row * columns;
       const T* __restrict__ target = args.target + row * columns;
       T* __restrict__ error = args.error + row * columns;
@@ -37,7 +43,7 @@ void synthesis_error(const SynthesisError<T>& args, const RowChunks& chunks, int
 #pragma omp simd reduction(+ : row_squared)
       for (int64_t c = 0; c < columns; ++c) {
         const A e = static_cast<A>(prediction[c]) - static_cast<A>(target[c]);
-        const A scaled = args.scale * e;
+        const A scaled = scale * e;
         row_squared += e * e;
         sums[c] += scaled;
         error[c] = static_cast<T>(scaled);
@@ -56,7 +62,8 @@ void relu_backward(const ReluBackward<T>& args, const RowChunks& chunks, int64_t
   for (int64_t chunk = first; chunk < last; ++chunk) {
     A* __restrict__ sums = args.column_sums + chunk * columns;
     for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
-    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+    const int64_t end = chunks.end(chunk);
+    for (int64_t row = chunks.begin(chunk); row < end; ++row) {
       T* __restrict__ grad = args.grad + row * columns;
       const T* __restrict__ hidden = args.hidden + row * columns;
 #pragma omp simd
@@ -73,12 +80,11 @@ void relu_backward(const ReluBackward<T>& args, const RowChunks& chunks, int64_t
 template <Isa isa, class T>
 void add_chunks(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chunks) {
   const int64_t columns = chunks.columns;
+  const int64_t count = chunks.count();
 #pragma omp simd
   for (int64_t c = 0; c < columns; ++c) {
     accumulate_t<T> total = 0;
-    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) {
-      total += column_sums[chunk * columns + c];
-    }
+    for (int64_t chunk = 0; chunk < count; ++chunk) total += column_sums[chunk * columns + c];
     sum[c] = static_cast<T>(total);
   }
 }

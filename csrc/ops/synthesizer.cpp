@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
     Tensor grad = backward.start(as_contiguous(prediction), as_contiguous(target), divisor);
     for (size_t i = weights.size(); i-- > 0;) {
       const Tensor& layer_input = i == 0 ? input : hidden[i - 1];
-      backward.weight_grads[i] = cpu::product(transposed(grad), transposed(layer_input));
+      backward.weight_grads[i] = cpu::weight_gradient(grad, layer_input);
       if (i > 0) grad = backward.step_down(grad, weights[i], hidden[i - 1], i);
     }
     *mutable_data<accumulate_t<T>>(loss) = static_cast<accumulate_t<T>>(backward.loss);
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
     grads.insert(grads.end(), backward.bias_grads.begin(), backward.bias_grads.end());
     if (context.has_value()) {
       const Tensor c = as_matrix(as_contiguous(*context));
-      grads.push_back(cpu::product(transposed(grad), transposed(c)));
+      grads.push_back(cpu::weight_gradient(grad, c));
       // q enters where b_0 does, so it has the same gradient.
       if (bias) grads.push_back(torch::stable::clone(backward.bias_grads[0]));
     }

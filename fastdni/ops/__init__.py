@@ -3,6 +3,7 @@
 from fastdni.ops.regression_loss import regression_loss
 from fastdni.ops.synthesizer import (
     SynthesizerParameters,
+    cast,
     regress_when_gradient_arrives,
     synthesizer_bwd,
     synthesizer_fwd,
@@ -10,6 +11,7 @@ from fastdni.ops.synthesizer import (
 
 __all__ = [
     "SynthesizerParameters",
+    "cast",
     "regress_when_gradient_arrives",
     "regression_loss",
     "synthesizer_bwd",

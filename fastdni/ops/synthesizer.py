@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from fastdni import backend, reference
 
 _DEVICES = backend.kernel_devices("synthesizer_fwd")
+_fwd = torch.ops.fastdni.synthesizer_fwd.default
+_bwd = torch.ops.fastdni.synthesizer_bwd.default
 
 
 class SynthesizerParameters(NamedTuple):
@@ -27,19 +29,20 @@ class SynthesizerParameters(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Those that there are, in the order of `synthesizer_bwd`'s gradients."""
-        optional = (self.context_weight, self.context_bias)
-        return [*self.weights, *self.biases, *(p for p in optional if p is not None)]
+        tensors = [*self.weights, *self.biases]
+        if self.context_weight is not None:
+            tensors.append(self.context_weight)
+            if self.context_bias is not None:
+                tensors.append(self.context_bias)
+        return tensors
 
-    def to(self, dtype: torch.dtype) -> "SynthesizerParameters":
-        def cast(p):
-            return None if p is None else p.to(dtype)
-
-        return SynthesizerParameters(
-            [cast(p) for p in self.weights],
-            [cast(p) for p in self.biases],
-            cast(self.context_weight),
-            cast(self.context_bias),
-        )
+    @classmethod
+    def of(cls, tensors: list[Tensor], num_layers: int, bias: bool) -> "SynthesizerParameters":
+        """From `tensors()`."""
+        num_biases = num_layers if bias else 0
+        weights, rest = tensors[:num_layers], tensors[num_layers:]
+        biases, of_context = rest[:num_biases], rest[num_biases:]
+        return cls(list(weights), list(biases), *of_context)
 
 
 @torch.library.register_fake("fastdni::synthesizer_fwd")
@@ -67,6 +70,12 @@ def _(trigger, context, weights, biases, context_weight, context_bias):
     return None
 
 
+def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    raise RuntimeError(
+        f"synthesizer: {name} must be on trigger's device {device}, got {tensor.device}"
+    )
+
+
 def synthesizer_fwd(
     trigger: Tensor, context: Tensor | None, parameters: SynthesizerParameters
 ) -> tuple[Tensor, list[Tensor]]:
@@ -86,15 +95,14 @@ def synthesizer_fwd(
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
-    for name, tensor in (("context", context), ("weights[0]", parameters.weights[0])):
-        if tensor is not None and tensor.device != trigger.device:
-            # Looked at here: the dispatcher picks a kernel by the devices before any rule runs.
-            raise RuntimeError(
-                f"synthesizer: {name} must be on trigger's device {trigger.device}, "
-                f"got {tensor.device}"
-            )
+    # Looked at here: the dispatcher picks a kernel by the devices before any rule runs.
+    device = trigger.device
+    if parameters.weights[0].device != device:
+        _refuse_device("weights[0]", parameters.weights[0], device)
+    if context is not None and context.device != device:
+        _refuse_device("context", context, device)
     if backend.serves(trigger, _DEVICES):
-        return torch.ops.fastdni.synthesizer_fwd(trigger, context, *parameters)
+        return _fwd(trigger, context, *parameters)
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
     return reference.synthesizer_fwd(trigger, context, *parameters)
 
@@ -116,90 +124,77 @@ def synthesizer_bwd(
     Returns:
         The loss, 0-d, and the gradients in the order of `SynthesizerParameters.tensors`.
     """
-    if backend.serves(prediction, _DEVICES):
-        op = torch.ops.fastdni.synthesizer_bwd
-    else:
-        op = reference.synthesizer_bwd
+    op = _bwd if backend.serves(prediction, _DEVICES) else reference.synthesizer_bwd
     return op(target, prediction, hidden, trigger, context, weights, bias, reduction)
 
 
-def num_parameters_of(num_layers: int, bias: bool, context: Tensor | None) -> int:
-    """The length of `SynthesizerParameters.tensors`."""
-    return (num_layers + (context is not None)) * (2 if bias else 1)
+def cast(
+    trigger: Tensor, context: Tensor | None, parameters: SynthesizerParameters, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, SynthesizerParameters]:
+    """The arguments of `synthesizer_fwd` in another dtype, as autocast wants them."""
+    tensors = [tensor.to(dtype) for tensor in parameters.tensors()]
+    parameters = SynthesizerParameters.of(tensors, len(parameters.weights), bool(parameters.biases))
+    return trigger.to(dtype), None if context is None else context.to(dtype), parameters
 
 
-class _RegressWhenGradientArrives(torch.autograd.Function):
+class _Regress(torch.autograd.Function):
+    # The forward op runs in here, where no gradients are recorded. `tensors` are the parameters: to
+    # compute with, and to be given their gradients. Everything that is no tensor comes in `how`: an
+    # argument costs more than a tuple's entry, and this runs at every step.
+
     @staticmethod
-    def forward(
-        ctx, carrier, synthetic, prediction, trigger, context, num_layers, bias, reduction, *tensors
-    ):
-        # tensors: the hidden activations, the parameters (to be given their gradients), and the
-        # weights as they were used, where autocast cast them.
-        num_hidden, num_parameters = num_layers - 1, num_parameters_of(num_layers, bias, context)
-        cast_weights = tensors[num_hidden + num_parameters :]
-        weights = cast_weights or tensors[num_hidden : num_hidden + num_layers]
-        ctx.save_for_backward(
-            prediction, trigger, context, synthetic, *tensors[:num_hidden], *weights
-        )
-        ctx.num_hidden, ctx.bias, ctx.reduction = num_hidden, bias, reduction
-        ctx.num_cast = len(cast_weights)
-        # A fresh tensor: what comes next may well change it in place.
-        return carrier.clone()
+    def forward(ctx, carrier, trigger, context, how, *tensors):
+        num_layers, bias, _, _, dtype = how
+        trigger = carrier if trigger is None else trigger
+        parameters = SynthesizerParameters.of(tensors, num_layers, bias)
+        if dtype is not None:
+            trigger, context, parameters = cast(trigger, context, parameters, dtype)
+        prediction, hidden = synthesizer_fwd(trigger, context, parameters)
+        ctx.save_for_backward(prediction, trigger, context, *hidden, *parameters.weights)
+        ctx.how = how
+        ctx.mark_non_differentiable(prediction)
+        ctx.set_materialize_grads(False)
+        # A copy: what comes next may well change it in place.
+        return carrier.clone(), prediction
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
-        prediction, trigger, context, synthetic, *kept = ctx.saved_tensors
-        hidden, weights = kept[: ctx.num_hidden], kept[ctx.num_hidden :]
+    def backward(ctx, gradient, _):
+        num_layers, bias, reduction, factor, _ = ctx.how
+        prediction, trigger, context, *rest = ctx.saved_tensors
+        hidden, weights = rest[: num_layers - 1], rest[num_layers - 1 :]
+        target = gradient.to(prediction.dtype)
         _, grads = synthesizer_bwd(
-            gradient.to(prediction.dtype),
-            prediction,
-            hidden,
-            trigger,
-            context,
-            weights,
-            ctx.bias,
-            ctx.reduction,
+            target, prediction, hidden, trigger, context, weights, bias, reduction
         )
-        sent = gradient if synthetic is None else synthetic
-        return (sent, *[None] * (7 + len(hidden)), *grads, *[None] * ctx.num_cast)
+        if factor is not None:
+            gradient = (prediction * factor).to(gradient.dtype)
+        return (gradient, None, None, None, *grads)
 
 
 def regress_when_gradient_arrives(
     carrier: Tensor,
-    prediction: Tensor,
-    hidden: list[Tensor],
-    trigger: Tensor,
+    trigger: Tensor | None,
     context: Tensor | None,
-    used: SynthesizerParameters,
     parameters: SynthesizerParameters,
     reduction: str = "batchmean",
-    synthetic_gradient: Tensor | None = None,
-) -> Tensor:
-    """A copy of `carrier`; the gradient that comes back to it is the synthesizer's target.
+    factor: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predicts, and makes the gradient that comes back to a copy of `carrier` the target.
 
     Args:
         carrier: the tensor to copy, with the prediction's shape.
-        prediction, hidden: what `synthesizer_fwd` returned for trigger and context.
-        used: the parameters it was given.
-        parameters: the parameters that get the gradients: the same, unless autocast cast them.
+        trigger: h, (..., K); None when it is the carrier.
+        context: ctx, (..., C), or None.
+        parameters: of the synthesizer; they get the gradients of `synthesizer_bwd`.
         reduction: `"batchmean"` or `"mean"`.
-        synthetic_gradient: sent on to carrier in place of the gradient that arrives; by default
-            that gradient passes unchanged.
+        factor: None passes the gradient that arrives on to carrier; a number sends that many times
+            the prediction in its place.
+        dtype: what trigger, context and parameters are cast to first (autocast); None for nothing.
 
     Returns:
-        The copy; it requires grad when a parameter does.
+        The copy, which requires grad when a parameter does, and the prediction, which does not.
     """
-    cast_weights = () if used is parameters else used.weights
-    tensors = (*hidden, *parameters.tensors(), *cast_weights)
-    return _RegressWhenGradientArrives.apply(
-        carrier,
-        synthetic_gradient,
-        prediction,
-        trigger,
-        context,
-        len(used.weights),
-        bool(used.biases),
-        reduction,
-        *tensors,
-    )
+    how = (len(parameters.weights), bool(parameters.biases), reduction, factor, dtype)
+    return _Regress.apply(carrier, trigger, context, how, *parameters.tensors())

@@ -1,0 +1,210 @@
+"""The choice of a backend, and that ops keep to it."""
+
+import threading
+
+import pytest
+import torch
+
+import fastdni
+from fastdni import backend, ops, reference
+from fastdni.ops import SynthesizerParameters
+
+NAMES = ["cpu", "cuda", "triton", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    fastdni.set_backend("auto")
+
+
+class ReferenceCalled(Exception):
+    pass
+
+
+@pytest.fixture
+def no_reference(monkeypatch):
+    """Every function of the reference raises."""
+
+    def refuse(*arguments):
+        raise ReferenceCalled
+
+    for name in ("regression_loss", "synthesizer_fwd", "synthesizer_bwd"):
+        monkeypatch.setattr(reference, name, refuse)
+
+
+def regression_loss(x):
+    fastdni.regression_loss(x, x)
+
+
+def synthesizer_fwd(x):
+    ops.synthesizer_fwd(x, None, SynthesizerParameters([x], [x[0]]))
+
+
+def synthesizer_bwd(x):
+    ops.synthesizer_bwd(x, x, [], x, None, [x], True)
+
+
+OPS = pytest.mark.parametrize("op", [regression_loss, synthesizer_fwd, synthesizer_bwd])
+
+
+def served_by(op=regression_loss, dtype=torch.float32) -> str:
+    """Who serves an op on a CPU tensor; to be called under `no_reference`."""
+    try:
+        op(torch.ones(3, 3, dtype=dtype))
+    except ReferenceCalled:
+        return "reference"
+    return "kernel"
+
+
+# ---- which backends there are ----
+
+
+def test_backends_says_what_there_is_and_why_not():
+    found = fastdni.backends()
+    assert list(found) == NAMES
+    assert found["cpu"] == found["reference"] == "available"
+    gpu = torch.cuda.is_available() and fastdni._C.build_info()["cuda"] is not None
+    assert (found["cuda"] == "available") == gpu
+    assert found["triton"] == "this version has no Triton kernels"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpu", "reason"),
+    [
+        (None, True, "built without CUDA kernels (no nvcc was found)"),
+        ("13.0", False, "torch sees no CUDA GPU"),
+        ("13.0", True, "available"),
+    ],
+)
+def test_why_there_is_no_cuda(cuda, gpu, reason, monkeypatch):
+    monkeypatch.setattr(fastdni._C, "build_info", lambda: {"cuda": cuda})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert fastdni.backends()["cuda"] == reason
+
+
+def test_kernel_devices_are_those_registered():
+    assert "cpu" in backend.kernel_devices("regression_loss_fwd")
+    assert ("cuda" in backend.kernel_devices("regression_loss_fwd")) == (
+        fastdni._C.build_info()["cuda"] is not None
+    )
+    assert backend.kernel_devices("synthesizer_fwd") == ("cpu",)
+
+
+# ---- who serves an op ----
+
+
+@OPS
+@pytest.mark.parametrize("dtype", backend.KERNEL_DTYPES)
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_kernels_serve_the_cpu(name, dtype, op, no_reference):
+    with fastdni.use_backend(name):
+        assert served_by(op, dtype) == "kernel"
+
+
+@OPS
+def test_the_reference_serves_when_asked(op, no_reference):
+    with fastdni.use_backend("reference"):
+        assert served_by(op) == "reference"
+
+
+@OPS
+def test_the_reference_serves_other_dtypes(op, no_reference):
+    assert served_by(op, torch.float16) == "reference"
+
+
+@OPS
+def test_a_fixed_backend_does_not_fall_back(op):
+    message = (
+        "fastdni: backend 'cpu' has no kernel for this op on a torch.float16 tensor on cpu; "
+        r'set_backend\("auto"\) falls back to the reference'
+    )
+    with fastdni.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+        op(torch.ones(3, 3, dtype=torch.float16))
+
+
+def test_a_fixed_backend_serves_no_other_device():
+    x = torch.ones(3, device="meta")
+    message = "backend 'cpu' has no kernel for this op on a torch.float32 tensor on meta"
+    with fastdni.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+        fastdni.regression_loss(x, x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_kernels_serve_the_gpu(no_reference):
+    x = torch.ones(3, device="cuda")
+    for name in ("auto", "cuda"):
+        with fastdni.use_backend(name):
+            fastdni.regression_loss(x, x)
+
+
+# ---- set_backend, use_backend ----
+
+
+def test_set_backend_holds_in_every_thread(no_reference):
+    fastdni.set_backend("reference")
+    assert served_by() == "reference"
+    assert in_thread(served_by) == "reference"
+    fastdni.set_backend("auto")
+    assert served_by() == "kernel"
+
+
+def test_use_backend_holds_in_its_thread_alone(no_reference):
+    with fastdni.use_backend("reference"):
+        assert served_by() == "reference"
+        assert in_thread(served_by) == "kernel"
+    assert served_by() == "kernel"
+
+
+def test_use_backend_nests_and_goes_before_set_backend(no_reference):
+    fastdni.set_backend("reference")
+    with fastdni.use_backend("cpu"):
+        assert served_by() == "kernel"
+        with fastdni.use_backend("reference"):
+            assert served_by() == "reference"
+        assert served_by() == "kernel"
+        fastdni.set_backend("auto")
+        assert served_by() == "kernel"
+        with fastdni.use_backend("auto"):
+            assert served_by() == "kernel"
+    fastdni.set_backend("reference")
+    assert served_by() == "reference"
+
+
+def test_use_backend_is_over_after_an_exception(no_reference):
+    with pytest.raises(KeyError), fastdni.use_backend("reference"):
+        raise KeyError
+    assert served_by() == "kernel"
+
+
+@pytest.mark.parametrize("choose", [fastdni.set_backend, lambda name: use(name)])
+def test_an_unknown_backend_is_refused(choose, no_reference):
+    message = "fastdni: backend must be one of auto, cpu, cuda, triton, reference, got 'tpu'"
+    with pytest.raises(ValueError, match=message):
+        choose("tpu")
+    assert served_by() == "kernel"
+
+
+@pytest.mark.parametrize("choose", [fastdni.set_backend, lambda name: use(name)])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_absent_backend_is_refused_with_the_reason(name, choose, no_reference):
+    reason = fastdni.backends()[name]
+    if reason == "available":
+        pytest.skip(f"{name} is available")
+    with pytest.raises(RuntimeError) as raised:
+        choose(name)
+    assert str(raised.value) == f"fastdni: backend '{name}' is not available: {reason}"
+    assert served_by() == "kernel"
+
+
+def use(name):
+    with fastdni.use_backend(name):
+        pass
+
+
+def in_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
