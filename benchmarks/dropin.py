@@ -29,7 +29,6 @@ from benchmarks.networks import CLASSES, INPUTS, SCHEMES, build, train_step
 from fastdni import bench
 
 BATCHES, WIDTHS = (64, 256), (64, 256)
-BURST = 8  # steps of one variant in a row, as in training
 # Column -> (variant, Adam's `fused`); None is Adam's default, which is not the fused form.
 STEPS = {
     "backprop": ("backprop", None),
@@ -115,7 +114,7 @@ def measure(scheme: str, width: int, batch: int, **limits: float) -> dict[str, b
         network = build(variant, scheme, width)
         optimizer = torch.optim.Adam(network.parameters(), fused=fused)
         steps[column] = partial(train_step, network, optimizer, x, y)
-    return bench.interleave(steps, burst=BURST, **limits)
+    return bench.interleave(steps, burst=bench.BURST, **limits)
 
 
 def ratios(timings: dict[str, bench.Timing]) -> dict[str, float]:

@@ -151,7 +151,9 @@ def time_steps(data: digits.Digits, options: argparse.Namespace) -> dict[str, be
                 optimizer = make_optimizer(method, network, options)
                 name = f"plain {method}" if plain else method
                 steps[name] = partial(train_step, method, network, optimizer, x, y)
-    return bench.interleave(steps, seconds=options.bench_seconds, warmup=10, progress=True)
+    return bench.interleave(
+        steps, seconds=options.bench_seconds, burst=bench.BURST, warmup=10, progress=True
+    )
 
 
 def report(errors: dict[str, list[float]], timings: dict[str, bench.Timing]) -> str:

@@ -17,6 +17,8 @@ from time import perf_counter
 
 import torch
 
+BURST = 8  # training steps of one candidate in a row: see `interleave`
+
 
 @dataclass(frozen=True)
 class Timing:

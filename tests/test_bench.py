@@ -186,7 +186,7 @@ def test_dropin_reports(benchmark_module, monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     for result in written["results"]:
         seconds, ratios = result["seconds"], result["ratios"]
-        assert seconds["fastdni fused"]["count"] == 2 * dropin.BURST
+        assert seconds["fastdni fused"]["count"] == 2 * bench.BURST
         expected = seconds["easy fused"]["median"] / seconds["fastdni fused"]["median"]
         assert ratios["easy/fastdni"] == pytest.approx(expected)
         case = [str(value) for value in result["case"].values()]

@@ -157,7 +157,15 @@ def test_the_source_distribution_is_complete_and_clean(tmp_path):
 
 # Whom the repository may point to. A host that is not here is a slip, such as a mirror's name that
 # a tool wrote into a file.
-HOSTS = {"arxiv.org", "docs.pytest.org", "github.com", "pytorch.org", "www.apache.org"}
+HOSTS = {
+    "arxiv.org",
+    "docs.pytest.org",
+    "github.com",
+    "pytorch.org",
+    "keepachangelog.com",
+    "semver.org",
+    "www.apache.org",
+}
 
 
 @pytest.mark.parametrize(

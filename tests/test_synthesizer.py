@@ -19,7 +19,7 @@ from synthesizer_problem import (
 from tolerances import assert_near
 
 import fastdni
-from fastdni import _C, backend, ops, reference
+from fastdni import _C, ops, reference
 from fastdni.ops import SynthesizerParameters
 
 RAW = torch.ops.fastdni
@@ -77,7 +77,7 @@ def test_bfloat16_is_as_good_as_autograd_from_end_to_end(n_hidden):
 
 @pytest.fixture(params=["onednn", "mkl"])
 def library(request):
-    usable = backend._onednn_usable() and _C.onednn_linked()
+    usable = _C.onednn_enabled()
     if request.param == "onednn" and not usable:
         pytest.skip("this torch has not the oneDNN product that fastdni was written for")
     _C.enable_onednn(request.param == "onednn")

@@ -40,13 +40,8 @@ Shape with_last(Shape shape, int64_t last) {
   return shape;
 }
 
-void check_synthesizer(const Tensor& trigger, const OptionalTensor& context, const Tensors& weights,
-                       const Tensors& biases, const OptionalTensor& context_weight,
-                       const OptionalTensor& context_bias) {
+void check_weights(const Tensor& trigger, const Tensors& weights) {
   STD_TORCH_CHECK(!weights.empty(), kOp, ": weights must hold at least one matrix, got none");
-  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), kOp,
-                  ": biases must be empty or one per weight (", weights.size(), "), got ",
-                  biases.size());
   STD_TORCH_CHECK(trigger.dim() >= 1, kOp, ": trigger must be (..., K), got a 0-d tensor");
   int64_t width = trigger.size(-1);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -62,11 +57,20 @@ void check_synthesizer(const Tensor& trigger, const OptionalTensor& context, con
       check_shape(name.c_str(), weights[i], {weights[i].size(0), width});
     }
     width = weights[i].size(0);
-    if (!biases.empty()) {
-      const std::string bias = "biases[" + std::to_string(i) + "]";
-      check_like(bias.c_str(), biases[i], trigger);
-      check_shape(bias.c_str(), biases[i], {width});
-    }
+  }
+}
+
+void check_synthesizer(const Tensor& trigger, const OptionalTensor& context, const Tensors& weights,
+                       const Tensors& biases, const OptionalTensor& context_weight,
+                       const OptionalTensor& context_bias) {
+  check_weights(trigger, weights);
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), kOp,
+                  ": biases must be empty or one per weight (", weights.size(), "), got ",
+                  biases.size());
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const std::string name = "biases[" + std::to_string(i) + "]";
+    check_like(name.c_str(), biases[i], trigger);
+    check_shape(name.c_str(), biases[i], {weights[i].size(0)});
   }
   STD_TORCH_CHECK(context.has_value() == context_weight.has_value(), kOp,
                   ": context and context_weight must be given together");
@@ -83,6 +87,29 @@ void check_synthesizer(const Tensor& trigger, const OptionalTensor& context, con
     check_like("context_bias", *context_bias, trigger);
     check_shape("context_bias", *context_bias, {weights[0].size(0)});
   }
+}
+
+void check_synthesizer_bwd(const Tensor& target, const Tensor& prediction, const Tensors& hidden,
+                           const Tensor& trigger, const OptionalTensor& context,
+                           const Tensors& weights, bool /* bias */, const std::string& reduction) {
+  check_weights(trigger, weights);
+  check_like("target", target, trigger);
+  check_like("prediction", prediction, trigger);
+  check_shape("prediction", prediction, with_last(shape_of(trigger), weights.back().size(0)));
+  check_shape("target", target, shape_of(prediction));
+  STD_TORCH_CHECK(hidden.size() + 1 == weights.size(), kOp, ": hidden must hold ",
+                  weights.size() - 1, " activations, got ", hidden.size());
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    const std::string name = "hidden[" + std::to_string(i) + "]";
+    check_like(name.c_str(), hidden[i], trigger);
+    check_shape(name.c_str(), hidden[i], {rows_of(trigger), weights[i].size(0)});
+  }
+  if (context.has_value()) {
+    check_like("context", *context, trigger);
+    check_shape("context", *context,
+                with_last(shape_of(trigger), context->dim() == 0 ? 0 : context->size(-1)));
+  }
+  reduction_divisor(kOp, reduction, prediction);
 }
 
 // One pass over a matrix, spread over threads by chunks of rows.
@@ -106,6 +133,9 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cpu(const Tensor& trigger,
   Tensors hidden;
   Tensor layer_input = as_matrix(as_contiguous(trigger));
   for (size_t i = 0; i < weights.size(); ++i) {
+    OptionalTensor bias, added;
+    if (!biases.empty()) bias = as_contiguous(biases[i]);
+    if (i == 0 && context_bias.has_value()) added = as_contiguous(*context_bias);
     Tensor y = cpu::product(layer_input, weights[i]);
     if (i == 0 && context.has_value()) {
       cpu::add_product(y, as_matrix(as_contiguous(*context)), *context_weight);
@@ -113,10 +143,8 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cpu(const Tensor& trigger,
     const bool last = i + 1 == weights.size();
     with_dtype(y.scalar_type(), [&](auto scalar) {
       using T = decltype(scalar);
-      const bool with_context_bias = i == 0 && context_bias.has_value();
-      const cpu::FinishLayer<T> args{mutable_data<T>(y),
-                                     biases.empty() ? nullptr : data<T>(biases[i]),
-                                     with_context_bias ? data<T>(*context_bias) : nullptr, !last};
+      const cpu::FinishLayer<T> args{mutable_data<T>(y), bias ? data<T>(*bias) : nullptr,
+                                     added ? data<T>(*added) : nullptr, !last};
       const cpu::RowChunks chunks(y.size(0), y.size(1));
       cpu::with_isa([&](auto isa) {
         for_chunks(chunks, [&](int64_t first, int64_t end) {
@@ -194,12 +222,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
                                                 const OptionalTensor& context,
                                                 const Tensors& weights, bool bias,
                                                 const std::string& reduction) {
-  check_like("target", target, trigger);
-  check_like("prediction", prediction, trigger);
-  check_shape("prediction", prediction, with_last(shape_of(trigger), weights.back().size(0)));
-  check_shape("target", target, shape_of(prediction));
-  STD_TORCH_CHECK(hidden.size() + 1 == weights.size(), kOp, ": hidden must hold ",
-                  weights.size() - 1, " activations, got ", hidden.size());
+  check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, bias, reduction);
   const double divisor = reduction_divisor(kOp, reduction, prediction);
   const Tensor input = as_matrix(as_contiguous(trigger));
   Tensor loss = empty_accumulate(prediction, {});
@@ -211,9 +234,9 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
     // The gradient that arrives is often an expanded scalar.
     Tensor grad = backward.start(as_contiguous(prediction), as_contiguous(target), divisor);
     for (size_t i = weights.size(); i-- > 0;) {
-      const Tensor& layer_input = i == 0 ? input : hidden[i - 1];
+      const Tensor layer_input = i == 0 ? input : as_contiguous(hidden[i - 1]);
       backward.weight_grads[i] = cpu::weight_gradient(grad, layer_input);
-      if (i > 0) grad = backward.step_down(grad, weights[i], hidden[i - 1], i);
+      if (i > 0) grad = backward.step_down(grad, weights[i], layer_input, i);
     }
     *mutable_data<accumulate_t<T>>(loss) = static_cast<accumulate_t<T>>(backward.loss);
 
@@ -242,10 +265,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "synthesizer_check(Tensor trigger, Tensor? context, Tensor[] weights, Tensor[] biases, "
       "Tensor? context_weight, Tensor? context_bias) -> ()");
+  m.def(
+      "synthesizer_bwd_check(Tensor target, Tensor prediction, Tensor[] hidden, Tensor trigger, "
+      "Tensor? context, Tensor[] weights, bool bias, str reduction) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
   m.impl("synthesizer_check", TORCH_BOX(&check_synthesizer));
+  m.impl("synthesizer_bwd_check", TORCH_BOX(&check_synthesizer_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {

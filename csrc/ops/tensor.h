@@ -80,9 +80,10 @@ inline Tensor empty_accumulate(const Tensor& like, const Shape& shape) {
 
 // The same memory seen with other sizes and strides.
 inline Tensor view(const Tensor& tensor, const Shape& shape, const Shape& strides) {
+  constexpr int64_t kFurther = 0;  // counted from the tensor's own first element
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      tensor.get(), shape.size(), shape.data(), strides.data(), tensor.storage_offset(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), shape.size(), shape.data(),
+                                                        strides.data(), kFurther, &handle));
   return Tensor(handle);
 }
 
@@ -90,12 +91,18 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// The number of rows of (..., K).
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
 // (..., K) -> (rows, K); the tensor must be contiguous.
 inline Tensor as_matrix(const Tensor& tensor) {
   if (tensor.dim() == 2) return tensor;
   const int64_t columns = tensor.size(-1);
-  const int64_t rows = columns == 0 ? 0 : tensor.numel() / columns;
-  return view(tensor, {rows, columns}, {std::max(columns, int64_t{1}), 1});
+  return view(tensor, {rows_of(tensor), columns}, {std::max(columns, int64_t{1}), 1});
 }
 
 inline Tensor transposed(const Tensor& matrix) {

@@ -55,7 +55,7 @@ def _(trigger, context, weights, biases, context_weight, context_bias):
 @torch.library.register_fake("fastdni::synthesizer_bwd")
 def _(target, prediction, hidden, trigger, context, weights, bias, reduction):
     wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
-    grads = [torch.empty_like(weight) for weight in weights]
+    grads = [weight.new_empty(weight.shape) for weight in weights]
     if bias:
         grads += [weight.new_empty(weight.shape[0]) for weight in weights]
     if context is not None:
@@ -70,10 +70,25 @@ def _(trigger, context, weights, biases, context_weight, context_bias):
     return None
 
 
-def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    raise RuntimeError(
-        f"synthesizer: {name} must be on trigger's device {device}, got {tensor.device}"
-    )
+@torch.library.register_fake("fastdni::synthesizer_bwd_check")
+def _(target, prediction, hidden, trigger, context, weights, bias, reduction):
+    return None
+
+
+def _check_devices(
+    trigger: Tensor, context: Tensor | None, parameters: SynthesizerParameters
+) -> None:
+    # Looked at here: the dispatcher picks a kernel by the devices before any rule runs.
+    device = trigger.device
+    for tensor in (context, *parameters.tensors()):
+        if tensor is not None and tensor.device != device:
+            arguments = {"context": [context], "weights": parameters.weights}
+            arguments |= {"biases": parameters.biases, "context_bias": [parameters.context_bias]}
+            arguments["context_weight"] = [parameters.context_weight]
+            (name,) = (n for n, given in arguments.items() if any(t is tensor for t in given))
+            raise RuntimeError(
+                f"synthesizer: {name} must be on trigger's device {device}, got {tensor.device}"
+            )
 
 
 def synthesizer_fwd(
@@ -95,12 +110,7 @@ def synthesizer_fwd(
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
-    # Looked at here: the dispatcher picks a kernel by the devices before any rule runs.
-    device = trigger.device
-    if parameters.weights[0].device != device:
-        _refuse_device("weights[0]", parameters.weights[0], device)
-    if context is not None and context.device != device:
-        _refuse_device("context", context, device)
+    _check_devices(trigger, context, parameters)
     if backend.serves(trigger, _DEVICES):
         return _fwd(trigger, context, *parameters)
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
@@ -124,8 +134,11 @@ def synthesizer_bwd(
     Returns:
         The loss, 0-d, and the gradients in the order of `SynthesizerParameters.tensors`.
     """
-    op = _bwd if backend.serves(prediction, _DEVICES) else reference.synthesizer_bwd
-    return op(target, prediction, hidden, trigger, context, weights, bias, reduction)
+    arguments = (target, prediction, hidden, trigger, context, weights, bias, reduction)
+    if backend.serves(prediction, _DEVICES):
+        return _bwd(*arguments)
+    torch.ops.fastdni.synthesizer_bwd_check(*arguments)
+    return reference.synthesizer_bwd(*arguments)
 
 
 def cast(

@@ -10,6 +10,11 @@ from torch import Tensor
 from fastdni.reference.regression_loss import reduction_divisor
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., K) -> (rows, K), also where K is 0."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 def synthesizer_fwd(
     trigger: Tensor,
     context: Tensor | None,
@@ -31,14 +36,14 @@ def synthesizer_fwd(
     Returns:
         The prediction (..., N), and relu(a_0), ..., relu(a_{n-1}), each (rows, H).
     """
-    h = trigger.reshape(-1, trigger.shape[-1])
+    h = _rows(trigger)
     hidden = []
     for i, weight in enumerate(weights):
         a = h @ weight.t()
         if biases:
             a = a + biases[i]
         if i == 0 and context is not None:
-            a = a + context.reshape(-1, context.shape[-1]) @ context_weight.t()
+            a = a + _rows(context) @ context_weight.t()
             if context_bias is not None:
                 a = a + context_bias
         if i + 1 < len(weights):
@@ -79,8 +84,8 @@ def synthesizer_bwd(
     divisor = reduction_divisor(error, reduction)
     loss = error.square().sum() / divisor
 
-    grad = (2 / divisor * error).reshape(-1, error.shape[-1]).to(prediction.dtype)
-    inputs = [trigger.reshape(-1, trigger.shape[-1]), *hidden]
+    grad = _rows(2 / divisor * error).to(prediction.dtype)
+    inputs = [_rows(trigger), *hidden]
     weight_grads, bias_grads = [], []
     for i in reversed(range(len(weights))):
         weight_grads.insert(0, grad.t() @ inputs[i])
@@ -90,7 +95,7 @@ def synthesizer_bwd(
             grad = (grad @ weights[i]).masked_fill(inputs[i] <= 0, 0)
     grads = weight_grads + bias_grads
     if context is not None:
-        grads.append(grad.t() @ context.reshape(-1, context.shape[-1]))
+        grads.append(grad.t() @ _rows(context))
         if bias:
             grads.append(grad.sum(0))
     return loss, grads
