@@ -310,7 +310,7 @@ class BackwardInterface(UnidirectionalInterface):
     def _scaled(prediction: Tensor, trigger: Tensor, factor: float) -> Tensor:
         if not (isinstance(factor, int | float) and factor == 1):
             prediction = prediction * factor
-        return prediction.to(trigger.dtype)
+        return prediction if prediction.dtype == trigger.dtype else prediction.to(trigger.dtype)
 
 
 class BidirectionalInterface(nn.Module):

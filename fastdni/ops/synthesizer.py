@@ -171,18 +171,27 @@ class _Regress(torch.autograd.Function):
         return carrier.clone(), prediction
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient, _):
-        num_layers, bias, reduction, factor, _ = ctx.how
-        prediction, trigger, context, *rest = ctx.saved_tensors
-        hidden, weights = rest[: num_layers - 1], rest[num_layers - 1 :]
-        target = gradient.to(prediction.dtype)
-        _, grads = synthesizer_bwd(
-            target, prediction, hidden, trigger, context, weights, bias, reduction
-        )
-        if factor is not None:
-            gradient = (prediction * factor).to(gradient.dtype)
-        return (gradient, None, None, None, *grads)
+        if torch.is_grad_enabled():  # only under create_graph; the decorator is not for nothing
+            return _regress_once_differentiable(ctx, gradient)
+        return _regress(ctx, gradient)
+
+
+def _regress(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    num_layers, bias, reduction, factor, _ = ctx.how
+    prediction, trigger, context, *rest = ctx.saved_tensors
+    hidden, weights = rest[: num_layers - 1], rest[num_layers - 1 :]
+    same_dtype = gradient.dtype == prediction.dtype
+    target = gradient if same_dtype else gradient.to(prediction.dtype)
+    _, grads = synthesizer_bwd(
+        target, prediction, hidden, trigger, context, weights, bias, reduction
+    )
+    if factor is not None:
+        gradient = (prediction * factor).to(gradient.dtype)
+    return (gradient, None, None, None, *grads)
+
+
+_regress_once_differentiable = once_differentiable(_regress)
 
 
 def regress_when_gradient_arrives(
