@@ -83,7 +83,7 @@ def forward(of, p: Problem) -> list[Tensor]:
 def backward(of, p: Problem, activations: list[Tensor], reduction="batchmean") -> list[Tensor]:
     """The loss and the gradients, given what `forward` returned."""
     prediction, *hidden = activations
-    bias = bool(p.parameters.biases)
+    bias = len(p.parameters.biases) > 0
     loss, grads = of.synthesizer_bwd(
         p.target, prediction, hidden, p.trigger, p.context, p.parameters.weights, bias, reduction
     )

@@ -169,7 +169,7 @@ class Regression(torch.autograd.Function):
             p.trigger,
             p.context,
             p.parameters.weights,
-            bool(p.parameters.biases),
+            len(p.parameters.biases) > 0,
             reduction,
         )
         return loss

@@ -146,7 +146,9 @@ def cast(
 ) -> tuple[Tensor, Tensor | None, SynthesizerParameters]:
     """The arguments of `synthesizer_fwd` in another dtype, as autocast wants them."""
     tensors = [tensor.to(dtype) for tensor in parameters.tensors()]
-    parameters = SynthesizerParameters.of(tensors, len(parameters.weights), bool(parameters.biases))
+    parameters = SynthesizerParameters.of(
+        tensors, len(parameters.weights), len(parameters.biases) > 0
+    )
     return trigger.to(dtype), None if context is None else context.to(dtype), parameters
 
 
@@ -218,5 +220,5 @@ def regress_when_gradient_arrives(
     Returns:
         The copy, which requires grad when a parameter does, and the prediction, which does not.
     """
-    how = (len(parameters.weights), bool(parameters.biases), reduction, factor, dtype)
+    how = (len(parameters.weights), len(parameters.biases) > 0, reduction, factor, dtype)
     return _Regress.apply(carrier, trigger, context, how, *parameters.tensors())
