@@ -8,8 +8,8 @@
 
 PYTHON ?= python3
 
-ifdef SYSTEM_TORCH
-  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+ifeq ($(SYSTEM_TORCH),1)
+  RUN := PYTHONPATH='$(CURDIR)' $(PYTHON)
   BUILT := build/.in-place
 else
   RUN := .venv/bin/python
@@ -49,7 +49,7 @@ build/.installed: .venv/.requirements $(SOURCES)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-ifdef SYSTEM_TORCH
+ifeq ($(SYSTEM_TORCH),1)
 LINT := $(PYTHON)
 else
 LINT := .venv/bin/python

@@ -28,11 +28,11 @@ class CMakeBuild(build_ext):
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "FASTDNI_VERSION": self.distribution.get_version(),
             # Named each time, so that a value taken back returns to its default.
-            "FASTDNI_CUDA": os.environ.get("FASTDNI_CUDA", "AUTO"),
-            "FASTDNI_CUDA_ARCHS": os.environ.get("FASTDNI_CUDA_ARCHS", "80 90a 100"),
+            "FASTDNI_CUDA": os.environ.get("FASTDNI_CUDA") or "AUTO",
+            "FASTDNI_CUDA_ARCHS": os.environ.get("FASTDNI_CUDA_ARCHS") or "80 90a 100",
         }
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True)
         subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
 

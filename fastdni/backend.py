@@ -45,7 +45,7 @@ _default = "auto"
 def backends() -> dict[str, str]:
     """The backends: each name with `"available"`, or the reason why it is not."""
     if _C.build_info()["cuda"] is None:
-        cuda = "built without CUDA kernels (no nvcc was found)"
+        cuda = "built without CUDA kernels (no nvcc was found, or FASTDNI_CUDA=0)"
     elif not torch.cuda.is_available():
         cuda = "torch sees no CUDA GPU"
     else:

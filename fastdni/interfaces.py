@@ -8,8 +8,10 @@ comes, the synthesizer is trained on it. Gradients accumulate in `p.grad`; the o
 Where they differ from dni-pytorch, on purpose: `make_trigger` lets no gradient of the synthesizer
 leak into its trigger; `synthesizer_context` is left properly when an exception passes through; the
 state of contexts and deferral is the thread's own; a `BasicSynthesizer` is evaluated once a step
-instead of twice; contexts get no gradient; frozen synthesizers and disabled gradients are refused
-before anything is written.
+instead of twice (so an optimizer that steps inside the backward pass of `send` changes what is
+received from the next step on) and gives its context no gradient; a message must have the
+prediction's shape instead of being broadcast to it; frozen synthesizers and disabled gradients are
+refused before anything is written.
 
 Source: Jaderberg et al. 2016, "Decoupled Neural Interfaces using Synthetic Gradients" (arXiv
 1608.05343), sections 2 and 3.
@@ -17,7 +19,7 @@ Source: Jaderberg et al. 2016, "Decoupled Neural Interfaces using Synthetic Grad
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,10 @@ class _ThreadState(threading.local):
 _state = _ThreadState()
 
 
-class synthesizer_context:  # noqa: N801  (a context manager, named as in dni-pytorch)
+class synthesizer_context(ContextDecorator):  # noqa: N801  (a context manager, named as in dni-pytorch)
     """Gives the synthesizers called within the `with` block a context; blocks may be nested.
+
+    Also a decorator: the context is then that of every call of the function.
 
     Args:
         context: handed to each synthesizer as its second argument, (B, C); None for no context.
@@ -66,7 +70,8 @@ def defer_backward() -> Iterator[None]:
 
     Use it, with `fastdni.backward` in place of `loss.backward()`, where several gradients go
     through the same graph, or where gradients must not exist before the whole forward pass is over
-    (`DistributedDataParallel`). An exception in the block drops what was collected.
+    (`DistributedDataParallel`, without find_unused_parameters: it would take for unused what only
+    the deferred gradients reach). An exception in the block drops what was collected.
 
     Raises:
         RuntimeError: the block is inside another one.
@@ -137,7 +142,25 @@ def _sends_with_backward_pass() -> bool:
     return _state.deferred is None and _in_data_parallel_forward()
 
 
-class UnidirectionalInterface(nn.Module):
+# Gradients go out inside these functions: in a compiled graph they would run through a part of it
+# that the user's own backward pass needs later. torch.compile goes around them. (torch.optim wraps
+# its methods in the same lazy form; the public one loads the compiler when fastdni is imported.)
+_outside_compiled_graphs = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
+_STEPS = {"send", "receive", "backward", "make_trigger"}
+
+
+class _Interface(nn.Module):
+    # A subclass of the user's that replaces one of the steps: `forward` then goes by the steps.
+    _by_steps = False
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if cls.__module__ != __name__ and not _STEPS.isdisjoint(vars(cls)):
+            cls._by_steps = True
+
+
+class UnidirectionalInterface(_Interface):
     """Messages in one direction, sent and received by hand.
 
     Args:
@@ -162,6 +185,7 @@ class UnidirectionalInterface(nn.Module):
         """The synthetic message for a trigger, (..., K) -> (..., N), detached; in any mode."""
         return self._evaluate(trigger).predict()
 
+    @_outside_compiled_graphs
     def send(self, message: Tensor, trigger: Tensor) -> None:
         """Trains the synthesizer on a true message; in any mode.
 
@@ -188,6 +212,7 @@ class ForwardInterface(UnidirectionalInterface):
     No gradient passes through it; `BidirectionalInterface` adds synthetic gradients.
     """
 
+    @_outside_compiled_graphs
     def forward(self, message: Tensor, trigger: Tensor) -> Tensor:
         """Trains the synthesizer on the true message and returns the synthetic one.
 
@@ -204,11 +229,16 @@ class ForwardInterface(UnidirectionalInterface):
         if not self.training:
             return message
         self._check_gradients_enabled("forward")
+        if self._by_steps:
+            self.send(message, trigger)
+            return self.receive(trigger)
         message = message.detach()
         # The evaluation serves both: the synthesizer's parameters do not change in between.
         evaluation = self._evaluate(trigger)
         backward(evaluation.regress(message, "mean"), message)
-        return evaluation.predict()
+        # A deferred regression still needs the prediction, which the caller may change in place.
+        prediction = evaluation.predict()
+        return prediction if _state.deferred is None else prediction.clone()
 
 
 class BackwardInterface(UnidirectionalInterface):
@@ -227,7 +257,9 @@ class BackwardInterface(UnidirectionalInterface):
         `DistributedDataParallel` (outside `defer_backward`), the synthetic gradient takes the true
         one's place in the backward pass: every gradient has the same value, but those before the
         interface come with `loss.backward()` too, twice if that is called twice, not at all if it
-        is not.
+        is not. In a compiled graph the errors below arrive inside the compiler's own. While one
+        thread is in a DistributedDataParallel forward, the interfaces of other threads do the same.
+        (torch.compile goes around the other interfaces, and around `backward`: no whole graph.)
     """
 
     def forward(self, trigger: Tensor, factor: float = 1) -> Tensor:
@@ -249,6 +281,9 @@ class BackwardInterface(UnidirectionalInterface):
         if not self.training:
             return trigger
         self._check_trigger(trigger, "forward")
+        if self._by_steps:
+            self.backward(trigger, factor)
+            return self.make_trigger(trigger.detach())
         evaluation = self._evaluate(trigger)
         if _sends_with_backward_pass():
             return evaluation.regress(trigger, "batchmean", factor)
@@ -257,6 +292,7 @@ class BackwardInterface(UnidirectionalInterface):
         _send(trigger, self._scaled(prediction, trigger, factor))
         return triggered
 
+    @_outside_compiled_graphs
     def backward(self, trigger: Tensor, factor: float = 1) -> None:
         """Sends `factor` times the synthetic gradient back from the trigger; eval mode: nothing.
 
@@ -313,7 +349,7 @@ class BackwardInterface(UnidirectionalInterface):
         return prediction if prediction.dtype == trigger.dtype else prediction.to(trigger.dtype)
 
 
-class BidirectionalInterface(nn.Module):
+class BidirectionalInterface(_Interface):
     """Synthetic activations and synthetic gradients: the complete unlock.
 
     Args:
@@ -326,6 +362,7 @@ class BidirectionalInterface(nn.Module):
         self.forward_interface = ForwardInterface(forward_synthesizer)
         self.backward_interface = BackwardInterface(backward_synthesizer)
 
+    @_outside_compiled_graphs
     def forward(self, message: Tensor, trigger: Tensor) -> Tensor:
         """`send` and `receive` with one trigger.
 
@@ -342,21 +379,26 @@ class BidirectionalInterface(nn.Module):
         """
         if not self.training:
             return message
+        if self._by_steps:
+            self.send(message, trigger)
+            return self.receive(trigger)
         there, back = self.forward_interface, self.backward_interface
         back._check_gradients_enabled("forward")
         # In the order of send and receive, but nothing is written before all of it is known to fit.
         evaluation = there._evaluate(trigger)
         regression = evaluation.regress(message.detach(), "mean")
-        gradient = back._synthetic_gradient(message)
+        gradient = back._synthetic_gradient(message) if back.training else None
         synthetic = back.make_trigger(evaluation.predict())
         backward(regression, message.detach())
-        backward(message, gradient)
+        if gradient is not None:
+            backward(message, gradient)
         return synthetic
 
     def receive(self, trigger: Tensor) -> Tensor:
         """The synthetic message for a trigger, ready to catch the gradient that comes back."""
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
+    @_outside_compiled_graphs
     def send(self, message: Tensor, trigger: Tensor) -> None:
         """Trains the forward synthesizer and, in training mode, sends the synthetic gradient back
         from the message."""

@@ -5,6 +5,8 @@ fused op, once a step; another module is called as it is, once for the predictio
 regression, because it may hold dropout or batch statistics.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -63,11 +65,11 @@ class BasicSynthesizer(nn.Module):
         if context_dim is not None:
             sizes["context_dim"] = context_dim
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, Integral) or size < 1:
                 raise ValueError(
                     f"BasicSynthesizer: {name} must be a positive integer, got {size!r}"
                 )
-        if not isinstance(n_hidden, int) or n_hidden < 0:
+        if not isinstance(n_hidden, Integral) or n_hidden < 0:
             raise ValueError(
                 f"BasicSynthesizer: n_hidden must be an integer from 0 on, got {n_hidden!r}"
             )
@@ -118,9 +120,11 @@ def _required(context: Tensor | None, context_weight: Tensor) -> Tensor:
     return context
 
 
-def _has_hook(module: nn.Module) -> bool:
+def _is_changed(module: nn.Module) -> bool:
+    """Whether calling the module does more, or something else, than its class says."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -139,7 +143,7 @@ def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
     """
     if type(synthesizer) is not BasicSynthesizer or _has_any_global_hook():
         return None
-    if _has_hook(synthesizer):
+    if _is_changed(synthesizer):
         return None
     modules = synthesizer._modules
     linears = [modules["input_trigger"], *modules["layers"]._modules.values()]
@@ -147,7 +151,7 @@ def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
         linears.append(synthesizer.input_context)
     weights, biases = [], []
     for linear in linears:
-        if type(linear) is not nn.Linear or _has_hook(linear):
+        if type(linear) is not nn.Linear or _is_changed(linear):
             return None
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         if type(weight) not in _PLAIN_TENSORS or type(bias) not in _PLAIN_BIASES:
@@ -194,7 +198,7 @@ class _FusedEvaluation:
     @staticmethod
     def _fitted(context: Tensor, trigger: Tensor) -> Tensor:
         """The context with the trigger's leading dimensions, as addition would broadcast it."""
-        shape = (*trigger.shape[:-1], context.shape[-1])
+        shape = (*trigger.shape[:-1], *context.shape[-1:])
         if context.shape != shape and context.dim() <= trigger.dim():
             sizes = zip(reversed(context.shape[:-1]), reversed(shape[:-1]), strict=False)
             if all(size in (1, wanted) for size, wanted in sizes):
@@ -240,6 +244,8 @@ class _RegressModule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         (prediction,) = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.zeros_like(prediction)
         error = prediction - gradient
         scale = 2 / reference.reduction_divisor(error, ctx.reduction)
         if ctx.factor is not None:

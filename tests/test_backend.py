@@ -72,7 +72,7 @@ def test_backends_says_what_there_is_and_why_not():
 @pytest.mark.parametrize(
     ("cuda", "gpu", "reason"),
     [
-        (None, True, "built without CUDA kernels (no nvcc was found)"),
+        (None, True, "built without CUDA kernels (no nvcc was found, or FASTDNI_CUDA=0)"),
         ("13.0", False, "torch sees no CUDA GPU"),
         ("13.0", True, "available"),
     ],

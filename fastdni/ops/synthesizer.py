@@ -160,13 +160,14 @@ class _Regress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier, trigger, context, how, *tensors):
         num_layers, bias, _, _, dtype = how
-        trigger = carrier if trigger is None else trigger
         parameters = SynthesizerParameters.of(tensors, num_layers, bias)
         if dtype is not None:
             trigger, context, parameters = cast(trigger, context, parameters, dtype)
         prediction, hidden = synthesizer_fwd(trigger, context, parameters)
-        ctx.save_for_backward(prediction, trigger, context, *hidden, *parameters.weights)
-        ctx.how = how
+        # The first weight's values are not needed later: it may change before the gradient comes.
+        first_weight, *weights = parameters.weights
+        ctx.save_for_backward(prediction, trigger, context, *hidden, *weights)
+        ctx.first_weight, ctx.how = first_weight.detach(), how
         ctx.mark_non_differentiable(prediction)
         ctx.set_materialize_grads(False)
         # A copy: what comes next may well change it in place.
@@ -182,7 +183,9 @@ class _Regress(torch.autograd.Function):
 def _regress(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     num_layers, bias, reduction, factor, _ = ctx.how
     prediction, trigger, context, *rest = ctx.saved_tensors
-    hidden, weights = rest[: num_layers - 1], rest[num_layers - 1 :]
+    hidden, weights = rest[: num_layers - 1], [ctx.first_weight, *rest[num_layers - 1 :]]
+    if gradient is None:  # something downstream says that there is none: it is zero
+        gradient = torch.zeros_like(prediction)
     same_dtype = gradient.dtype == prediction.dtype
     target = gradient if same_dtype else gradient.to(prediction.dtype)
     _, grads = synthesizer_bwd(
@@ -198,7 +201,7 @@ _regress_once_differentiable = once_differentiable(_regress)
 
 def regress_when_gradient_arrives(
     carrier: Tensor,
-    trigger: Tensor | None,
+    trigger: Tensor,
     context: Tensor | None,
     parameters: SynthesizerParameters,
     reduction: str = "batchmean",
@@ -209,7 +212,7 @@ def regress_when_gradient_arrives(
 
     Args:
         carrier: the tensor to copy, with the prediction's shape.
-        trigger: h, (..., K); None when it is the carrier.
+        trigger: h, (..., K).
         context: ctx, (..., C), or None.
         parameters: of the synthesizer; they get the gradients of `synthesizer_bwd`.
         reduction: `"batchmean"` or `"mean"`.
