@@ -37,6 +37,32 @@ def test_network_compiles_to_one_graph(dynamic):
     torch.testing.assert_close(gradients(network), doubled, rtol=1e-9, atol=1e-12)
 
 
+def test_complete_unlock_compiles_around_the_interface():
+    network, twin = networks("bidirectional", True, width=16)
+    compiled = torch.compile(network, backend="aot_eager")
+    images, labels = batches(1, size=8)[0]
+    loss_of(compiled, images, labels).backward()
+    loss_of(twin, images, labels).backward()
+    torch.testing.assert_close(gradients(network), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
+def test_steps_by_hand_compile_around_the_interface():
+    def use(interface, linear, x):
+        h = torch.tanh(linear(x))
+        interface.send(h, h)
+        interface.backward(h)
+        return interface.make_trigger(h.detach()) * 2
+
+    linear = nn.Linear(4, 5).double()
+    interface = dni.BackwardInterface(dni.BasicSynthesizer(5, n_hidden=1).double())
+    twins = copy.deepcopy(interface), copy.deepcopy(linear)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    torch.compile(use, backend="aot_eager")(interface, linear, x).sum().backward()
+    use(*twins, x).sum().backward()
+    torch.testing.assert_close(gradients(interface), gradients(twins[0]))
+    torch.testing.assert_close(gradients(linear), gradients(twins[1]))
+
+
 class Custom(nn.Module):
     def __init__(self):
         super().__init__()

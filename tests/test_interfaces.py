@@ -213,6 +213,20 @@ def test_partly_frozen_synthesizer():
     assert synthesizer.input_trigger.weight.grad is not None
 
 
+def test_linear_synthesizer_may_be_stepped_between_forward_and_backward():
+    synthesizer = make_synthesizer(n_hidden=0)
+    twin = copy.deepcopy(synthesizer)
+    trigger, leaf = upstream(BATCH, WIDTH)
+    twin_leaf = leaf.detach().clone().requires_grad_()
+    out = dni.BackwardInterface(synthesizer)(trigger)
+    twin_out = plain_backward_interface(twin, torch.tanh(twin_leaf), None)
+    with torch.no_grad():
+        synthesizer.input_trigger.weight.add_(1)
+    (out**2).sum().backward()
+    (twin_out**2).sum().backward()
+    expect(gradients(synthesizer), gradients(twin))
+
+
 def test_parameter_changed_in_place_between_forward_and_backward_is_an_error():
     synthesizer = make_synthesizer()
     out = dni.BackwardInterface(synthesizer)(upstream(BATCH, WIDTH)[0])
@@ -220,6 +234,26 @@ def test_parameter_changed_in_place_between_forward_and_backward_is_an_error():
         synthesizer.layers[0].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@kinds
+def test_a_gradient_that_is_none_is_zero(wrap):
+    class GivesNone(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    synthesizer = make_synthesizer()
+    twin = copy.deepcopy(synthesizer)
+    trigger, leaf = upstream(BATCH, WIDTH)
+    out = dni.BackwardInterface(wrap(synthesizer)).make_trigger(trigger)
+    GivesNone.apply(out).sum().backward()
+    plain_synthesizer(twin, trigger.detach(), None).square().sum().div(BATCH).backward()
+    expect(gradients(synthesizer), gradients(twin))
 
 
 @kinds
@@ -275,6 +309,42 @@ def test_bidirectional_interface_is_its_two_halves(wrap):
     (two.receive(trigger) ** 2).sum().backward()
     expect(leaf.grad, twin_leaf.grad)
     expect(gradients(one), gradients(two))
+
+
+def test_bidirectional_interface_with_its_backward_half_in_eval_mode():
+    both = dni.BidirectionalInterface(make_synthesizer(), make_synthesizer())
+    both.backward_interface.eval()
+    trigger, leaf = upstream(BATCH, WIDTH)
+    out = both(trigger, trigger)
+    assert not out.requires_grad and leaf.grad is None
+    assert all(g is not None for g in gradients(both.forward_interface))
+
+
+def test_steps_that_a_subclass_replaces_are_taken():
+    class Scaled(dni.BackwardInterface):
+        def receive(self, trigger):
+            return super().receive(trigger)
+
+        def backward(self, trigger, factor=1):
+            super().backward(trigger, factor * 0.5)
+
+    class Doubled(dni.ForwardInterface):
+        def receive(self, trigger):
+            return 2 * super().receive(trigger)
+
+    class Silent(dni.BidirectionalInterface):
+        def send(self, message, trigger):
+            pass
+
+    synthesizer = make_synthesizer()
+    trigger, leaf = upstream(BATCH, WIDTH)
+    Scaled(synthesizer)(trigger)
+    prediction = synthesizer(trigger).detach()
+    expect(leaf.grad, 0.5 * prediction * (1 - trigger.detach() ** 2))
+    expect(Doubled(synthesizer)(trigger, trigger), 2 * prediction)
+    silent = Silent(make_synthesizer(), make_synthesizer())
+    silent(torch.tanh(leaf), trigger)
+    assert all(g is None for g in gradients(silent))
 
 
 def test_basic_synthesizer_is_evaluated_once_and_a_custom_one_twice(monkeypatch):
@@ -354,6 +424,18 @@ def test_contexts_nest_default_to_none_and_survive_exceptions():
     assert seen_contexts(interface, trigger) == [None]
 
 
+def test_context_as_a_decorator():
+    interface = dni.UnidirectionalInterface(nn.Identity())
+    context = torch.ones(1)
+
+    @dni.synthesizer_context(context)
+    def look():
+        return seen_contexts(interface, torch.zeros(1))
+
+    assert look()[0] is context and look()[0] is context
+    assert seen_contexts(interface, torch.zeros(1)) == [None]
+
+
 def test_context_and_deferral_belong_to_the_thread():
     interface = dni.UnidirectionalInterface(nn.Identity())
     found = {}
@@ -422,6 +504,16 @@ def test_deferred_sends_add_up():
     for message, trigger in pairs:
         twin(message, trigger)
     expect(gradients(forward), gradients(twin))
+
+
+def test_a_received_message_may_be_changed_in_place_under_deferral():
+    interface = dni.ForwardInterface(make_synthesizer())
+    twin = copy.deepcopy(interface)
+    message, trigger = upstream(BATCH, WIDTH)[0], upstream(BATCH, WIDTH)[0]
+    with dni.defer_backward():
+        torch.relu_(interface(message, trigger))
+    twin(message, trigger)
+    expect(gradients(interface), gradients(twin))
 
 
 def test_an_exception_drops_what_was_deferred():
@@ -523,13 +615,18 @@ def replaced(synthesizer):
     synthesizer.layers[0] = Doubled(WIDTH, WIDTH).double()
 
 
+def patched(synthesizer):
+    forward = synthesizer.layers[0].forward
+    synthesizer.layers[0].forward = lambda x: 2 * forward(x)
+
+
 def without_one_bias(synthesizer):
     synthesizer.layers[0].bias = None
 
 
 @pytest.mark.parametrize(
     "change",
-    [hooked, inner_hooked, parametrized, pruned, replaced, without_one_bias],
+    [hooked, inner_hooked, parametrized, pruned, replaced, patched, without_one_bias],
     ids=lambda change: change.__name__,
 )
 def test_a_changed_basic_synthesizer_keeps_its_meaning(change):
