@@ -269,3 +269,17 @@ def test_nan_and_infinity_in_an_activation(which, value):
     plain = backward(reference, p, activations)
     assert not all(x.isfinite().all() for x in plain)
     assert_near(backward(ops, p, activations), oracle, plain)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
+def test_a_float32_target_meets_a_bfloat16_prediction_unrounded(reduction):
+    p = problem((33,), Sizes(7, 9, 11), 1, True, dtype=torch.bfloat16)
+    prediction, *hidden = forward(ops, p)
+    # A target so near the prediction that rounding it to bfloat16 would leave no error at all.
+    target = prediction.float() * (1 + 2**-10)
+    arguments = (prediction, hidden, p.trigger, p.context, p.parameters.weights, True, reduction)
+    loss, grads = ops.synthesizer_bwd(target, *arguments)
+    wanted_loss, wanted_grads = reference.synthesizer_bwd(target, *arguments)
+    assert loss > 0
+    torch.testing.assert_close(loss, wanted_loss)
+    torch.testing.assert_close(grads, wanted_grads, rtol=0.02, atol=1e-6)

@@ -24,8 +24,8 @@ void finish_layer(const FinishLayer<T>& args, const RowChunks& chunks, int64_t f
   }
 }
 
-template <Isa isa, class T>
-void synthesis_error(const SynthesisError<T>& args, const RowChunks& chunks, int64_t first,
+template <Isa isa, class T, class Target>
+void synthesis_error(const SynthesisError<T, Target>& args, const RowChunks& chunks, int64_t first,
                      int64_t last) {
   using A = accumulate_t<T>;
   const int64_t columns = chunks.columns;
@@ -37,7 +37,7 @@ void synthesis_error(const SynthesisError<T>& args, const RowChunks& chunks, int
     const int64_t end = chunks.end(chunk);
     for (int64_t row = chunks.begin(chunk); row < end; ++row) {
       const T* __restrict__ prediction = args.prediction + row * columns;
-      const T* __restrict__ target = args.target + row * columns;
+      const Target* __restrict__ target = args.target + row * columns;
       T* __restrict__ error = args.error + row * columns;
       A row_squared = 0;
 #pragma omp simd reduction(+ : row_squared)
@@ -89,16 +89,19 @@ void add_chunks(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chu
   }
 }
 
-#define INSTANTIATE(T)                                                                           \
-  template void finish_layer<Isa::FASTDNI_ISA, T>(const FinishLayer<T>&, const RowChunks&,       \
-                                                  int64_t, int64_t);                             \
-  template void synthesis_error<Isa::FASTDNI_ISA, T>(const SynthesisError<T>&, const RowChunks&, \
-                                                     int64_t, int64_t);                          \
-  template void relu_backward<Isa::FASTDNI_ISA, T>(const ReluBackward<T>&, const RowChunks&,     \
-                                                   int64_t, int64_t);                            \
+#define INSTANTIATE_ERROR(T, Target)                                                           \
+  template void synthesis_error<Isa::FASTDNI_ISA, T, Target>(const SynthesisError<T, Target>&, \
+                                                             const RowChunks&, int64_t, int64_t);
+#define INSTANTIATE(T)                                                                       \
+  INSTANTIATE_ERROR(T, T)                                                                    \
+  template void finish_layer<Isa::FASTDNI_ISA, T>(const FinishLayer<T>&, const RowChunks&,   \
+                                                  int64_t, int64_t);                         \
+  template void relu_backward<Isa::FASTDNI_ISA, T>(const ReluBackward<T>&, const RowChunks&, \
+                                                   int64_t, int64_t);                        \
   template void add_chunks<Isa::FASTDNI_ISA, T>(const accumulate_t<T>*, T*, const RowChunks&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)
+INSTANTIATE_ERROR(bfloat16, float)
 
 }  // namespace fastdni::cpu

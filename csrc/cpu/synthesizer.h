@@ -36,10 +36,11 @@ struct FinishLayer {
 };
 
 // e = prediction - target; error = scale e; also the sum of e^2 and the column sums of scale e.
-template <class T>
+// Target is T or accumulate_t<T>: a float32 gradient meets a bfloat16 prediction without rounding.
+template <class T, class Target>
 struct SynthesisError {
   const T* prediction;           // (rows, columns)
-  const T* target;               // (rows, columns)
+  const Target* target;          // (rows, columns)
   T* error;                      // (rows, columns)
   double* squared;               // (chunks,)
   accumulate_t<T>* column_sums;  // (chunks, columns)
@@ -57,8 +58,8 @@ struct ReluBackward {
 template <Isa isa, class T>
 void finish_layer(const FinishLayer<T>& args, const RowChunks& chunks, int64_t first, int64_t last);
 
-template <Isa isa, class T>
-void synthesis_error(const SynthesisError<T>& args, const RowChunks& chunks, int64_t first,
+template <Isa isa, class T, class Target>
+void synthesis_error(const SynthesisError<T, Target>& args, const RowChunks& chunks, int64_t first,
                      int64_t last);
 
 template <Isa isa, class T>

@@ -93,7 +93,9 @@ void check_synthesizer_bwd(const Tensor& target, const Tensor& prediction, const
                            const Tensor& trigger, const OptionalTensor& context,
                            const Tensors& weights, bool /* bias */, const std::string& reduction) {
   check_weights(trigger, weights);
-  check_like("target", target, trigger);
+  const bool wide_target =
+      trigger.scalar_type() == ScalarType::BFloat16 && target.scalar_type() == ScalarType::Float;
+  if (!wide_target || target.device() != trigger.device()) check_like("target", target, trigger);
   check_like("prediction", prediction, trigger);
   check_shape("prediction", prediction, with_last(shape_of(trigger), weights.back().size(0)));
   check_shape("target", target, shape_of(prediction));
@@ -178,14 +180,22 @@ class Backward {
     const cpu::RowChunks chunks(p.size(0), p.size(1));
     std::vector<double> squared(chunks.count());
     std::vector<A> column_sums(chunks.count() * chunks.columns);
-    const cpu::SynthesisError<T> args{
-        data<T>(p),     data<T>(t),         mutable_data<T>(grad),
-        squared.data(), column_sums.data(), static_cast<A>(2.0 / divisor)};
-    cpu::with_isa([&](auto isa) {
-      for_chunks(chunks, [&](int64_t first, int64_t last) {
-        cpu::synthesis_error<isa.value, T>(args, chunks, first, last);
+    const auto run = [&](auto target_scalar) {
+      using Target = decltype(target_scalar);
+      const cpu::SynthesisError<T, Target> args{
+          data<T>(p),     data<Target>(t),    mutable_data<T>(grad),
+          squared.data(), column_sums.data(), static_cast<A>(2.0 / divisor)};
+      cpu::with_isa([&](auto isa) {
+        for_chunks(chunks, [&](int64_t first, int64_t last) {
+          cpu::synthesis_error<isa.value, T, Target>(args, chunks, first, last);
+        });
       });
-    });
+    };
+    if (t.scalar_type() == p.scalar_type()) {
+      run(T{});
+    } else {
+      run(A{});
+    }
     loss = std::accumulate(squared.begin(), squared.end(), 0.0) / divisor;
     if (!bias_grads.empty()) bias_grads.back() = sum_columns(grad, column_sums, chunks);
     return grad;

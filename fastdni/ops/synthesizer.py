@@ -131,8 +131,25 @@ def synthesizer_bwd(
 
     The formula, shapes and letters are those of `fastdni.reference.synthesizer_bwd`.
 
+    Args:
+        target: what arrived, (..., N), in prediction's dtype, or float32 beside bfloat16.
+        prediction, hidden: what `synthesizer_fwd` returned.
+        trigger, context: what it was given.
+        weights: the parameters' weights; of the first only the shape matters.
+        bias: whether the layers have biases.
+        reduction: `"batchmean"` (the divisor is target's first size) or `"mean"` (all elements).
+
     Returns:
-        The loss, 0-d, and the gradients in the order of `SynthesizerParameters.tensors`.
+        The loss, 0-d, and the gradients in the order of `SynthesizerParameters.tensors`. The loss
+        of bfloat16 is float32, as is the error inside; gradients have the parameters' dtype.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or the reduction is unknown.
+
+    Note:
+        The sums between the products have a fixed order. The products are those of torch's
+        libraries: the same bits run after run, the last of them may depend on the number of
+        threads.
     """
     arguments = (target, prediction, hidden, trigger, context, weights, bias, reduction)
     if backend.serves(prediction, _DEVICES):
@@ -186,8 +203,10 @@ def _regress(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weights = rest[: num_layers - 1], [ctx.first_weight, *rest[num_layers - 1 :]]
     if gradient is None:  # something downstream says that there is none: it is zero
         gradient = torch.zeros_like(prediction)
-    same_dtype = gradient.dtype == prediction.dtype
-    target = gradient if same_dtype else gradient.to(prediction.dtype)
+    target = gradient
+    if gradient.dtype != prediction.dtype:  # under autocast: the error is formed in float32
+        wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
+        target = gradient.to(wide)
     _, grads = synthesizer_bwd(
         target, prediction, hidden, trigger, context, weights, bias, reduction
     )
