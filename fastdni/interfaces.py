@@ -111,9 +111,9 @@ def backward(variable: Tensor, gradient: Tensor | None = None) -> None:
 def _send(trigger: Tensor, gradient: Tensor) -> None:
     """`backward(trigger, gradient)` for a gradient that is known to fit.
 
-    `torch.autograd.backward` looks over its arguments for longer than a small layer's whole
-    backward pass takes; past them it does what this calls. Where this torch has no such function,
-    or the trigger is no plain tensor, it is called after all.
+    `torch.autograd.backward` looks over its arguments for as long as the engine then works on a
+    small layer; past them it does what this calls. Where this torch has no such function, or the
+    trigger is no plain tensor, it is called after all.
     """
     if _run_backward is None or type(trigger) is not Tensor or _state.deferred is not None:
         backward(trigger, gradient)
@@ -127,7 +127,7 @@ _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
 def _in_data_parallel_forward() -> bool:
-    # A private attribute, absent before torch 2.0: without it the interface behaves as outside.
+    # A private attribute: where torch has none, an interface behaves as outside.
     return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
 
 

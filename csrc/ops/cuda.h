@@ -13,14 +13,14 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 namespace fastdni::cuda {
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastdni: this torch has no CUDA");
+  FASTDNI_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastdni: this torch has no CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 inline void check(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+  FASTDNI_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 
 }  // namespace fastdni::cuda

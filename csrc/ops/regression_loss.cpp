@@ -17,21 +17,21 @@ constexpr const char* kOp = "regression_loss";
 
 void check_regression_loss(const Tensor& prediction, const Tensor& target,
                            const std::string& reduction) {
-  STD_TORCH_CHECK(prediction.device() == target.device(), kOp,
-                  ": target must be on prediction's device");
-  STD_TORCH_CHECK(shape_of(prediction) == shape_of(target), kOp,
-                  ": target must have prediction's shape ", to_string(shape_of(prediction)),
-                  ", got ", to_string(shape_of(target)));
-  STD_TORCH_CHECK(prediction.scalar_type() == target.scalar_type(), kOp,
-                  ": target must have prediction's dtype ", to_string(prediction.scalar_type()),
-                  ", got ", to_string(target.scalar_type()));
+  FASTDNI_CHECK(prediction.device() == target.device(), kOp,
+                ": target must be on prediction's device");
+  FASTDNI_CHECK(shape_of(prediction) == shape_of(target), kOp,
+                ": target must have prediction's shape ", to_string(shape_of(prediction)), ", got ",
+                to_string(shape_of(target)));
+  FASTDNI_CHECK(prediction.scalar_type() == target.scalar_type(), kOp,
+                ": target must have prediction's dtype ", to_string(prediction.scalar_type()),
+                ", got ", to_string(target.scalar_type()));
   reduction_divisor(kOp, reduction, prediction);
 }
 
 void check_kernel_dtype(const Tensor& prediction) {
-  STD_TORCH_CHECK(has_kernel(prediction.scalar_type()), kOp,
-                  ": prediction must be float32, float64 or bfloat16, got ",
-                  to_string(prediction.scalar_type()));
+  FASTDNI_CHECK(has_kernel(prediction.scalar_type()), kOp,
+                ": prediction must be float32, float64 or bfloat16, got ",
+                to_string(prediction.scalar_type()));
 }
 
 std::tuple<Tensor, Tensor> regression_loss_cpu(const Tensor& prediction, const Tensor& target,

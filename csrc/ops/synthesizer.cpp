@@ -23,16 +23,16 @@ using Tensors = std::vector<Tensor>;
 constexpr const char* kOp = "synthesizer";
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& trigger) {
-  STD_TORCH_CHECK(tensor.device() == trigger.device(), kOp, ": ", name,
-                  " must be on trigger's device");
-  STD_TORCH_CHECK(tensor.scalar_type() == trigger.scalar_type(), kOp, ": ", name,
-                  " must have trigger's dtype ", to_string(trigger.scalar_type()), ", got ",
-                  to_string(tensor.scalar_type()));
+  FASTDNI_CHECK(tensor.device() == trigger.device(), kOp, ": ", name,
+                " must be on trigger's device");
+  FASTDNI_CHECK(tensor.scalar_type() == trigger.scalar_type(), kOp, ": ", name,
+                " must have trigger's dtype ", to_string(trigger.scalar_type()), ", got ",
+                to_string(tensor.scalar_type()));
 }
 
 void check_shape(const char* name, const Tensor& tensor, const Shape& expected) {
-  STD_TORCH_CHECK(shape_of(tensor) == expected, kOp, ": ", name, " must be ", to_string(expected),
-                  ", got ", to_string(shape_of(tensor)));
+  FASTDNI_CHECK(shape_of(tensor) == expected, kOp, ": ", name, " must be ", to_string(expected),
+                ", got ", to_string(shape_of(tensor)));
 }
 
 Shape with_last(Shape shape, int64_t last) {
@@ -41,18 +41,18 @@ Shape with_last(Shape shape, int64_t last) {
 }
 
 void check_weights(const Tensor& trigger, const Tensors& weights) {
-  STD_TORCH_CHECK(!weights.empty(), kOp, ": weights must hold at least one matrix, got none");
-  STD_TORCH_CHECK(trigger.dim() >= 1, kOp, ": trigger must be (..., K), got a 0-d tensor");
+  FASTDNI_CHECK(!weights.empty(), kOp, ": weights must hold at least one matrix, got none");
+  FASTDNI_CHECK(trigger.dim() >= 1, kOp, ": trigger must be (..., K), got a 0-d tensor");
   int64_t width = trigger.size(-1);
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::string name = "weights[" + std::to_string(i) + "]";
     check_like(name.c_str(), weights[i], trigger);
-    STD_TORCH_CHECK(weights[i].dim() == 2, kOp, ": ", name, " must be (N, K), got ",
-                    to_string(shape_of(weights[i])));
+    FASTDNI_CHECK(weights[i].dim() == 2, kOp, ": ", name, " must be (N, K), got ",
+                  to_string(shape_of(weights[i])));
     if (i == 0) {
-      STD_TORCH_CHECK(weights[0].size(1) == width, kOp, ": trigger must be (..., ",
-                      weights[0].size(1), ") to meet the first weight ",
-                      to_string(shape_of(weights[0])), ", got ", to_string(shape_of(trigger)));
+      FASTDNI_CHECK(weights[0].size(1) == width, kOp, ": trigger must be (..., ",
+                    weights[0].size(1), ") to meet the first weight ",
+                    to_string(shape_of(weights[0])), ", got ", to_string(shape_of(trigger)));
     } else {
       check_shape(name.c_str(), weights[i], {weights[i].size(0), width});
     }
@@ -64,24 +64,24 @@ void check_synthesizer(const Tensor& trigger, const OptionalTensor& context, con
                        const Tensors& biases, const OptionalTensor& context_weight,
                        const OptionalTensor& context_bias) {
   check_weights(trigger, weights);
-  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), kOp,
-                  ": biases must be empty or one per weight (", weights.size(), "), got ",
-                  biases.size());
+  FASTDNI_CHECK(biases.empty() || biases.size() == weights.size(), kOp,
+                ": biases must be empty or one per weight (", weights.size(), "), got ",
+                biases.size());
   for (size_t i = 0; i < biases.size(); ++i) {
     const std::string name = "biases[" + std::to_string(i) + "]";
     check_like(name.c_str(), biases[i], trigger);
     check_shape(name.c_str(), biases[i], {weights[i].size(0)});
   }
-  STD_TORCH_CHECK(context.has_value() == context_weight.has_value(), kOp,
-                  ": context and context_weight must be given together");
-  STD_TORCH_CHECK(!context_bias.has_value() || context_weight.has_value(), kOp,
-                  ": context_bias needs a context_weight");
+  FASTDNI_CHECK(context.has_value() == context_weight.has_value(), kOp,
+                ": context and context_weight must be given together");
+  FASTDNI_CHECK(!context_bias.has_value() || context_weight.has_value(), kOp,
+                ": context_bias needs a context_weight");
   if (!context.has_value()) return;
   check_like("context", *context, trigger);
   check_like("context_weight", *context_weight, trigger);
-  STD_TORCH_CHECK(context_weight->dim() == 2 && context_weight->size(0) == weights[0].size(0), kOp,
-                  ": context_weight must be (", weights[0].size(0), ", C), got ",
-                  to_string(shape_of(*context_weight)));
+  FASTDNI_CHECK(context_weight->dim() == 2 && context_weight->size(0) == weights[0].size(0), kOp,
+                ": context_weight must be (", weights[0].size(0), ", C), got ",
+                to_string(shape_of(*context_weight)));
   check_shape("context", *context, with_last(shape_of(trigger), context_weight->size(1)));
   if (context_bias.has_value()) {
     check_like("context_bias", *context_bias, trigger);
@@ -99,8 +99,8 @@ void check_synthesizer_bwd(const Tensor& target, const Tensor& prediction, const
   check_like("prediction", prediction, trigger);
   check_shape("prediction", prediction, with_last(shape_of(trigger), weights.back().size(0)));
   check_shape("target", target, shape_of(prediction));
-  STD_TORCH_CHECK(hidden.size() + 1 == weights.size(), kOp, ": hidden must hold ",
-                  weights.size() - 1, " activations, got ", hidden.size());
+  FASTDNI_CHECK(hidden.size() + 1 == weights.size(), kOp, ": hidden must hold ", weights.size() - 1,
+                " activations, got ", hidden.size());
   for (size_t i = 0; i < hidden.size(); ++i) {
     const std::string name = "hidden[" + std::to_string(i) + "]";
     check_like(name.c_str(), hidden[i], trigger);
@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cpu(const Tensor& trigger,
                                                 const OptionalTensor& context_weight,
                                                 const OptionalTensor& context_bias) {
   check_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
-  STD_TORCH_CHECK(has_kernel(trigger.scalar_type()), kOp,
-                  ": trigger must be float32, float64 or bfloat16, got ",
-                  to_string(trigger.scalar_type()));
+  FASTDNI_CHECK(has_kernel(trigger.scalar_type()), kOp,
+                ": trigger must be float32, float64 or bfloat16, got ",
+                to_string(trigger.scalar_type()));
   Tensors hidden;
   Tensor layer_input = as_matrix(as_contiguous(trigger));
   for (size_t i = 0; i < weights.size(); ++i) {

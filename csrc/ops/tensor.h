@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,6 +24,18 @@ using Shape = std::vector<int64_t>;
 inline Shape shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return Shape(sizes.begin(), sizes.end());
+}
+
+// An argument rule: FASTDNI_CHECK(condition, op, ": ", argument, " must be ..., got ...") raises a
+// RuntimeError of these parts and no others (torch's own macro adds a source line in front). They
+// are only formed when the condition fails.
+#define FASTDNI_CHECK(condition, ...) ((condition) ? void() : ::fastdni::fail(__VA_ARGS__))
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
 }
 
 inline std::string to_string(const Shape& shape) {
@@ -129,7 +143,7 @@ void with_dtype(ScalarType dtype, const Body& body) {
     case ScalarType::BFloat16:
       return body(bfloat16{});
     default:
-      STD_TORCH_CHECK(false, "fastdni: no kernel for ", to_string(dtype));
+      FASTDNI_CHECK(false, "fastdni: no kernel for ", to_string(dtype));
   }
 }
 
