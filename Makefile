@@ -38,10 +38,12 @@ build: $(BUILT)
 
 build/.in-place: $(SOURCES)
 	$(PYTHON) setup.py --quiet build_ext --inplace
+	@$(RUN) -m fastdni info | grep 'built with'
 	@touch $@
 
 build/.installed: .venv/.requirements $(SOURCES)
 	.venv/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(RUN) -m fastdni info | grep 'built with'
 	@mkdir -p build && touch $@
 
 .venv/.requirements: requirements.txt requirements-lint.txt

@@ -20,11 +20,9 @@ from fastdni.interfaces import (
     BidirectionalInterface,
     ForwardInterface,
     UnidirectionalInterface,
-    backward,
-    defer_backward,
-    synthesizer_context,
 )
 from fastdni.ops import regression_loss
+from fastdni.scopes import backward, defer_backward, synthesizer_context
 from fastdni.synthesizers import BasicSynthesizer
 
 __version__ = _C.build_info()["version"]

@@ -17,135 +17,18 @@ Source: Jaderberg et al. 2016, "Decoupled Neural Interfaces using Synthetic Grad
 1608.05343), sections 2 and 3.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import ContextDecorator, contextmanager
-
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from fastdni.scopes import (
+    backward,
+    current_context,
+    is_deferred,
+    outside_compiled_graphs,
+    send_gradient,
+    sends_with_backward_pass,
+)
 from fastdni.synthesizers import check_prediction, evaluate
-
-
-class _ThreadState(threading.local):
-    def __init__(self):
-        self.contexts: list[Tensor | None] = []
-        self.deferred: list[tuple[Tensor, Tensor]] | None = None
-
-
-_state = _ThreadState()
-
-
-class synthesizer_context(ContextDecorator):  # noqa: N801  (a context manager, named as in dni-pytorch)
-    """Gives the synthesizers called within the `with` block a context; blocks may be nested.
-
-    Also a decorator: the context is then that of every call of the function.
-
-    Args:
-        context: handed to each synthesizer as its second argument, (B, C); None for no context.
-
-    Example:
-        >>> with fastdni.synthesizer_context(torch.nn.functional.one_hot(labels, 10).float()):
-        ...     output = network(images)
-    """
-
-    def __init__(self, context: Tensor | None):
-        self.context = context
-
-    def __enter__(self) -> None:
-        _state.contexts.append(self.context)
-
-    def __exit__(self, *exception) -> None:
-        _state.contexts.pop()
-
-
-def _current_context() -> Tensor | None:
-    return _state.contexts[-1] if _state.contexts else None
-
-
-@contextmanager
-def defer_backward() -> Iterator[None]:
-    """Collects what is backpropagated within the block, and does it all at once at its end.
-
-    Use it, with `fastdni.backward` in place of `loss.backward()`, where several gradients go
-    through the same graph, or where gradients must not exist before the whole forward pass is over
-    (`DistributedDataParallel`, without find_unused_parameters: it would take for unused what only
-    the deferred gradients reach). An exception in the block drops what was collected.
-
-    Raises:
-        RuntimeError: the block is inside another one.
-    """
-    if _state.deferred is not None:
-        raise RuntimeError("cannot nest defer_backward")
-    _state.deferred = []
-    try:
-        yield
-        if _state.deferred:
-            variables, gradients = zip(*_state.deferred, strict=True)
-            torch.autograd.backward(variables, gradients)
-    finally:
-        _state.deferred = None
-
-
-def backward(variable: Tensor, gradient: Tensor | None = None) -> None:
-    """`torch.autograd.backward`, which waits for the end of a `defer_backward` block.
-
-    Args:
-        variable: of any shape.
-        gradient: of the same shape; ones by default.
-    """
-    if gradient is None:
-        gradient = torch.ones_like(variable)
-    if _state.deferred is not None:
-        _state.deferred.append((variable, gradient))
-    elif _in_data_parallel_forward():
-        raise RuntimeError(
-            "fastdni.backward: gradients made inside DistributedDataParallel's forward would not "
-            "be averaged; wrap the forward and fastdni.backward(loss) in fastdni.defer_backward()"
-        )
-    else:
-        torch.autograd.backward(variable, gradient)
-
-
-def _send(trigger: Tensor, gradient: Tensor) -> None:
-    """`backward(trigger, gradient)` for a gradient that is known to fit.
-
-    `torch.autograd.backward` looks over its arguments for as long as the engine then works on a
-    small layer; past them it does what this calls. Where this torch has no such function, or the
-    trigger is no plain tensor, it is called after all.
-    """
-    if _run_backward is None or type(trigger) is not Tensor or _state.deferred is not None:
-        backward(trigger, gradient)
-    else:
-        _run_backward(
-            (trigger,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
-
-
-_run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
-
-
-def _in_data_parallel_forward() -> bool:
-    # A private attribute: where torch has none, an interface behaves as outside.
-    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
-
-
-def _sends_with_backward_pass() -> bool:
-    """Whether a synthetic gradient must ride on the backward pass instead of going out at once.
-
-    A compiled graph holds no backward call, and DistributedDataParallel only averages gradients
-    that come after its forward.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    return _state.deferred is None and _in_data_parallel_forward()
-
-
-# Gradients go out inside these functions: in a compiled graph they would run through a part of it
-# that the user's own backward pass needs later. torch.compile goes around them. (torch.optim wraps
-# its methods in the same lazy form; the public one loads the compiler when fastdni is imported.)
-_outside_compiled_graphs = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 _STEPS = {"send", "receive", "backward", "make_trigger"}
 
@@ -172,7 +55,7 @@ class UnidirectionalInterface(_Interface):
         self.synthesizer = synthesizer
 
     def _evaluate(self, trigger: Tensor):
-        return evaluate(self.synthesizer, trigger, _current_context())
+        return evaluate(self.synthesizer, trigger, current_context())
 
     def _check_gradients_enabled(self, method: str) -> None:
         if not torch.is_grad_enabled():
@@ -185,7 +68,7 @@ class UnidirectionalInterface(_Interface):
         """The synthetic message for a trigger, (..., K) -> (..., N), detached; in any mode."""
         return self._evaluate(trigger).predict()
 
-    @_outside_compiled_graphs
+    @outside_compiled_graphs
     def send(self, message: Tensor, trigger: Tensor) -> None:
         """Trains the synthesizer on a true message; in any mode.
 
@@ -212,7 +95,7 @@ class ForwardInterface(UnidirectionalInterface):
     No gradient passes through it; `BidirectionalInterface` adds synthetic gradients.
     """
 
-    @_outside_compiled_graphs
+    @outside_compiled_graphs
     def forward(self, message: Tensor, trigger: Tensor) -> Tensor:
         """Trains the synthesizer on the true message and returns the synthetic one.
 
@@ -238,7 +121,7 @@ class ForwardInterface(UnidirectionalInterface):
         backward(evaluation.regress(message, "mean"), message)
         # A deferred regression still needs the prediction, which the caller may change in place.
         prediction = evaluation.predict()
-        return prediction if _state.deferred is None else prediction.clone()
+        return prediction.clone() if is_deferred() else prediction
 
 
 class BackwardInterface(UnidirectionalInterface):
@@ -285,14 +168,14 @@ class BackwardInterface(UnidirectionalInterface):
             self.backward(trigger, factor)
             return self.make_trigger(trigger.detach())
         evaluation = self._evaluate(trigger)
-        if _sends_with_backward_pass():
+        if sends_with_backward_pass():
             return evaluation.regress(trigger, "batchmean", factor)
         # The copy first: it refuses a frozen synthesizer while no gradient has been written.
         triggered, prediction = evaluation.regress_and_predict(evaluation.trigger, "batchmean")
-        _send(trigger, self._scaled(prediction, trigger, factor))
+        send_gradient(trigger, self._scaled(prediction, trigger, factor))
         return triggered
 
-    @_outside_compiled_graphs
+    @outside_compiled_graphs
     def backward(self, trigger: Tensor, factor: float = 1) -> None:
         """Sends `factor` times the synthetic gradient back from the trigger; eval mode: nothing.
 
@@ -362,7 +245,7 @@ class BidirectionalInterface(_Interface):
         self.forward_interface = ForwardInterface(forward_synthesizer)
         self.backward_interface = BackwardInterface(backward_synthesizer)
 
-    @_outside_compiled_graphs
+    @outside_compiled_graphs
     def forward(self, message: Tensor, trigger: Tensor) -> Tensor:
         """`send` and `receive` with one trigger.
 
@@ -398,7 +281,7 @@ class BidirectionalInterface(_Interface):
         """The synthetic message for a trigger, ready to catch the gradient that comes back."""
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
-    @_outside_compiled_graphs
+    @outside_compiled_graphs
     def send(self, message: Tensor, trigger: Tensor) -> None:
         """Trains the forward synthesizer and, in training mode, sends the synthetic gradient back
         from the message."""
