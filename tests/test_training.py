@@ -58,6 +58,6 @@ def test_float32_is_as_close_to_float64_as_eager_float32(kind, context):
     train(network, batches(50, dtype=torch.float32))
     train(twin, batches(50, dtype=torch.float32))
     # A wide net, by nature: at the start predictions are constant over the batch, BatchNorm makes
-    # their gradient zero but for rounding, and Adam makes steps of that. Both float32 runs end up to
-    # 0.5 from float64 (relative). The sharp tests are the first step above and float64.
+    # their gradient zero but for rounding, and Adam makes steps of that. Both float32 runs end as
+    # far as 0.5 (relative) from float64. The sharp tests are the first step above and float64.
     assert relative_error(network, exact) < 3 * relative_error(twin, exact)
