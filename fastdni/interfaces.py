@@ -65,7 +65,17 @@ class UnidirectionalInterface(_Interface):
             )
 
     def receive(self, trigger: Tensor) -> Tensor:
-        """The synthetic message for a trigger, (..., K) -> (..., N), detached; in any mode."""
+        """The synthetic message for a trigger; in any mode.
+
+        Args:
+            trigger: (..., K).
+
+        Returns:
+            The message, (..., N), detached.
+
+        Raises:
+            RuntimeError: a shape, dtype or device does not fit, or the context is missing.
+        """
         return self._evaluate(trigger).predict()
 
     @outside_compiled_graphs
@@ -278,13 +288,32 @@ class BidirectionalInterface(_Interface):
         return synthetic
 
     def receive(self, trigger: Tensor) -> Tensor:
-        """The synthetic message for a trigger, ready to catch the gradient that comes back."""
+        """The synthetic message for a trigger, ready to catch the gradient that comes back.
+
+        Args:
+            trigger: (..., K).
+
+        Returns:
+            The message, (..., N), where the gradient trains the backward synthesizer; in eval mode
+            without that.
+
+        Raises:
+            As `UnidirectionalInterface.receive` and `BackwardInterface.make_trigger`.
+        """
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
     @outside_compiled_graphs
     def send(self, message: Tensor, trigger: Tensor) -> None:
         """Trains the forward synthesizer and, in training mode, sends the synthetic gradient back
-        from the message."""
+        from the message.
+
+        Args:
+            message: (..., N); in training mode it must require grad.
+            trigger: (..., K).
+
+        Raises:
+            As `UnidirectionalInterface.send` and `BackwardInterface.backward`.
+        """
         back = self.backward_interface
         gradient = back._synthetic_gradient(message) if back.training else None
         self.forward_interface.send(message, trigger)

@@ -16,8 +16,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastdni import ops, reference
 from fastdni.ops import SynthesizerParameters
 
-FROZEN = "synthetic_gradient should need gradient but it does not"
-
 
 class BasicSynthesizer(nn.Module):
     """A perceptron that predicts a message from a trigger: linear, or with hidden ReLU layers.
@@ -163,7 +161,8 @@ def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
         return None
     if synthesizer.input_context is None:
         return SynthesizerParameters(weights, biases)
-    return SynthesizerParameters(weights, biases, weights.pop(), biases.pop() if biases else None)
+    context_weight, context_bias = weights.pop(), biases.pop() if biases else None
+    return SynthesizerParameters(weights, biases, context_weight, context_bias)
 
 
 def check_prediction(prediction: Tensor, like: Tensor) -> None:
@@ -217,8 +216,6 @@ class _FusedEvaluation:
     def regress(
         self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
     ) -> Tensor:
-        if not any([p.requires_grad for p in self.parameters.tensors()]):
-            raise ValueError(FROZEN)
         copy, self.prediction = ops.regress_when_gradient_arrives(
             carrier, self.trigger, self.context, self.parameters, reduction, factor, self.dtype
         )
@@ -244,8 +241,6 @@ class _RegressModule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         (prediction,) = ctx.saved_tensors
-        if gradient is None:
-            gradient = torch.zeros_like(prediction)
         error = prediction - gradient
         scale = 2 / reference.reduction_divisor(error, ctx.reduction)
         if ctx.factor is not None:
@@ -267,7 +262,7 @@ class _ModuleEvaluation:
     ) -> Tensor:
         prediction = self.synthesizer(self.trigger, self.context)
         if not prediction.requires_grad:
-            raise ValueError(FROZEN)
+            raise ValueError(ops.FROZEN)
         check_prediction(prediction, carrier)
         return _RegressModule.apply(carrier, prediction, reduction, factor)
 

@@ -12,10 +12,11 @@ namespace {
 
 bool use_onednn = false;
 
-// From this many multiply-adds on, oneDNN's float32 product is the faster one. Measured with
-// benchmarks/products.py: on processors that run AVX-512 at full width it wins from 64 x 256 x 256
-// on; elsewhere (Zen 4 splits a 512-bit operation in two) both libraries reach the same peak and
-// its larger start-up cost has to be earned first.
+// From this many multiply-adds on, oneDNN's float32 product is taken for the faster one. Zen 4,
+// which splits a 512-bit operation in two, was measured with benchmarks/products.py: both libraries
+// reach the same peak, and oneDNN's larger start-up cost is earned from 256 x 784 x 256 on. For
+// processors that run AVX-512 at full width the figure is another machine's, where oneDNN won by
+// 1.6 at 64 x 256 x 256; see benchmarks/results/notes.md.
 constexpr int64_t kOneDnnFromFullWidth = int64_t{1} << 22;
 constexpr int64_t kOneDnnFromHalfWidth = int64_t{1} << 25;
 

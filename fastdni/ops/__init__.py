@@ -2,6 +2,7 @@
 
 from fastdni.ops.regression_loss import regression_loss
 from fastdni.ops.synthesizer import (
+    FROZEN,
     SynthesizerParameters,
     cast,
     regress_when_gradient_arrives,
@@ -10,6 +11,7 @@ from fastdni.ops.synthesizer import (
 )
 
 __all__ = [
+    "FROZEN",
     "SynthesizerParameters",
     "cast",
     "regress_when_gradient_arrives",

@@ -10,7 +10,7 @@ _DEVICES = backend.kernel_devices("regression_loss_fwd")
 
 @torch.library.register_fake("fastdni::regression_loss_fwd")
 def _(prediction, target, reduction):
-    wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
+    wide = reference.accumulate_dtype(prediction.dtype)
     return prediction.new_empty((), dtype=wide), prediction.new_empty(prediction.shape, dtype=wide)
 
 

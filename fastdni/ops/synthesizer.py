@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from fastdni import backend, reference
 
+FROZEN = "synthetic_gradient should need gradient but it does not"
+
 _DEVICES = backend.kernel_devices("synthesizer_fwd")
 _fwd = torch.ops.fastdni.synthesizer_fwd.default
 _bwd = torch.ops.fastdni.synthesizer_bwd.default
@@ -54,7 +56,7 @@ def _(trigger, context, weights, biases, context_weight, context_bias):
 
 @torch.library.register_fake("fastdni::synthesizer_bwd")
 def _(target, prediction, hidden, trigger, context, weights, bias, reduction):
-    wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
+    wide = reference.accumulate_dtype(prediction.dtype)
     grads = [weight.new_empty(weight.shape) for weight in weights]
     if bias:
         grads += [weight.new_empty(weight.shape[0]) for weight in weights]
@@ -109,6 +111,9 @@ def synthesizer_fwd(
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
+
+    Source:
+        Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
     """
     _check_devices(trigger, context, parameters)
     if backend.serves(trigger, _DEVICES):
@@ -176,6 +181,8 @@ class _Regress(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, carrier, trigger, context, how, *tensors):
+        if not any(ctx.needs_input_grad[4:]):
+            raise ValueError(FROZEN)
         num_layers, bias, _, _, dtype = how
         parameters = SynthesizerParameters.of(tensors, num_layers, bias)
         if dtype is not None:
@@ -205,8 +212,7 @@ def _regress(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = torch.zeros_like(prediction)
     target = gradient
     if gradient.dtype != prediction.dtype:  # under autocast: the error is formed in float32
-        wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
-        target = gradient.to(wide)
+        target = gradient.to(reference.accumulate_dtype(prediction.dtype))
     _, grads = synthesizer_bwd(
         target, prediction, hidden, trigger, context, weights, bias, reduction
     )
@@ -240,7 +246,14 @@ def regress_when_gradient_arrives(
         dtype: what trigger, context and parameters are cast to first (autocast); None for nothing.
 
     Returns:
-        The copy, which requires grad when a parameter does, and the prediction, which does not.
+        The copy, which requires grad, and the prediction, which does not.
+
+    Raises:
+        ValueError: no parameter requires grad.
+        RuntimeError: as `synthesizer_fwd`.
+
+    Source:
+        Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
     """
     how = (len(parameters.weights), len(parameters.biases) > 0, reduction, factor, dtype)
     return _Regress.apply(carrier, trigger, context, how, *parameters.tensors())

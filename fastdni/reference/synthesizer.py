@@ -7,7 +7,7 @@ will get, and is trained to lessen ||M(h, ctx) - dL/dh||^2 when dL/dh arrives.
 import torch
 from torch import Tensor
 
-from fastdni.reference.regression_loss import reduction_divisor
+from fastdni.reference.regression_loss import accumulate_dtype, reduction_divisor
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def synthesizer_bwd(
     Returns:
         The loss (0-d), and the gradients: the weights', the biases', Q's, q's.
     """
-    wide = torch.float32 if prediction.dtype == torch.bfloat16 else prediction.dtype
+    wide = accumulate_dtype(prediction.dtype)
     error = prediction.to(wide) - target.to(wide)
     divisor = reduction_divisor(error, reduction)
     loss = error.square().sum() / divisor
