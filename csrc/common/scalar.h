@@ -48,4 +48,7 @@ struct Accumulate<bfloat16> {
 template <class T>
 using accumulate_t = typename Accumulate<T>::type;
 
+FASTDNI_HOST_DEVICE float square_root(float value) { return __builtin_sqrtf(value); }
+FASTDNI_HOST_DEVICE double square_root(double value) { return __builtin_sqrt(value); }
+
 }  // namespace fastdni

@@ -1,0 +1,66 @@
+// One element of an optimizer's update, the same on the CPU and in CUDA, for kernels that have a
+// gradient at hand and write the parameter at once.
+//
+// The formulas and the order of their operations are those of torch.optim: an update from a common
+// state agrees to rounding.
+#pragma once
+#include "common/scalar.h"
+
+namespace fastdni {
+
+enum class Rule {
+  none,      // nobody updates the parameter
+  gradient,  // the gradient is added to (or becomes) p.grad
+  sgd,
+  sgd_momentum,
+  adam,
+  adamw,
+};
+
+// One parameter's update, with what does not depend on the element worked out.
+template <class T>
+struct Update {
+  Rule rule;
+  T lr;            // adam: lr / (1 - beta1^step)
+  T weight_decay;  // adamw: 1 - lr * weight_decay, the factor on the parameter
+  // sgd_momentum: momentum, 1 - dampening;  adam: 1 - beta1, beta2;  gradient: 1 to add, 0 to write
+  T a, b;
+  T one_minus_b;      // adam: 1 - beta2
+  T root_correction;  // adam: sqrt(1 - beta2^step)
+  T eps;
+  bool nesterov;
+};
+
+// Memory of one element: the parameter, and what the rule keeps beside it (null where it does not):
+// p.grad, momentum_buffer or exp_avg in `first`, exp_avg_sq in `second`.
+template <Rule rule, class T>
+FASTDNI_HOST_DEVICE void update_element(const Update<T>& u, T grad, T* parameter, T* first,
+                                        T* second) {
+  if constexpr (rule == Rule::gradient) {
+    *first = u.a == 0 ? grad : *first + grad;  // what is written first may be uninitialised
+  } else if constexpr (rule == Rule::sgd || rule == Rule::sgd_momentum) {
+    const T p = *parameter;
+    T d = grad + u.weight_decay * p;
+    if constexpr (rule == Rule::sgd_momentum) {
+      const T buffer = *first * u.a + d * u.b;
+      *first = buffer;
+      d = u.nesterov ? d + u.a * buffer : buffer;
+    }
+    *parameter = p - u.lr * d;
+  } else if constexpr (rule == Rule::adam || rule == Rule::adamw) {
+    T p = *parameter;
+    if constexpr (rule == Rule::adamw) {
+      p *= u.weight_decay;
+    } else {
+      grad += u.weight_decay * p;
+    }
+    const T average = *first + u.a * (grad - *first);
+    const T square = *second * u.b + u.one_minus_b * (grad * grad);
+    *first = average;
+    *second = square;
+    const T denominator = square_root(square) / u.root_correction + u.eps;
+    *parameter = p - u.lr * (average / denominator);
+  }
+}
+
+}  // namespace fastdni
