@@ -1,9 +1,11 @@
 // What is not a tensor: how this extension was built, what the processor can do, which plan an op
 // would launch. Importing the module also registers the ops under torch.ops.fastdni.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/isa.h"
 #include "ops/product.h"
+#include "ops/sweep_plan.h"
 #if defined(FASTDNI_CUDA)
 #include "cuda/regression_loss.h"
 #endif
@@ -26,6 +28,69 @@ py::dict build_info() {
 #endif
   return info;
 }
+
+fastdni::SynthesizerSpec synthesizer_spec(const py::handle& object) {
+  fastdni::SynthesizerSpec spec;
+  if (object.is_none()) return spec;
+  const auto given = py::cast<py::dict>(object);
+  spec.widths = py::cast<std::vector<int64_t>>(given["widths"]);
+  spec.bias = py::cast<bool>(given["bias"]);
+  spec.context = py::cast<int64_t>(given["context"]);
+  return spec;
+}
+
+fastdni::Activation activation(const std::string& name) {
+  using fastdni::Activation;
+  if (name == "identity") return Activation::identity;
+  if (name == "relu") return Activation::relu;
+  if (name == "tanh") return Activation::tanh;
+  if (name == "sigmoid") return Activation::sigmoid;
+  throw std::invalid_argument("sweep_plan: no activation " + name);
+}
+
+fastdni::StageSpec stage_spec(const py::dict& given) {
+  fastdni::StageSpec spec;
+  spec.inputs = py::cast<int64_t>(given["inputs"]);
+  spec.outputs = py::cast<int64_t>(given["outputs"]);
+  spec.bias = py::cast<bool>(given["bias"]);
+  spec.activation = activation(py::cast<std::string>(given["activation"]));
+  if (!given["batch_norm"].is_none()) {
+    const auto norm = py::cast<py::dict>(given["batch_norm"]);
+    spec.batch_norm = true;
+    spec.affine = py::cast<bool>(norm["affine"]);
+    spec.running = py::cast<bool>(norm["running"]);
+    spec.momentum = norm["momentum"].is_none() ? -1.0 : py::cast<double>(norm["momentum"]);
+    spec.eps = py::cast<double>(norm["eps"]);
+  }
+  spec.synthesizer = synthesizer_spec(given["synthesizer"]);
+  spec.input_synthesizer = synthesizer_spec(given["input_synthesizer"]);
+  return spec;
+}
+
+// Owns a registered plan.
+struct PlanHandle {
+  int64_t handle;
+  int64_t workspace_bytes;
+
+  PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
+             const std::string& criterion, bool input_gradient, bool bfloat16) {
+    fastdni::NetworkSpec spec;
+    for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
+    spec.batch = batch;
+    spec.dtype =
+        dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
+    spec.criterion = criterion == "mse"             ? fastdni::Criterion::mse
+                     : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
+                                                    : fastdni::Criterion::none;
+    spec.input_gradient = input_gradient;
+    spec.bfloat16 = bfloat16;
+    auto plan = fastdni::make_plan(std::move(spec));
+    workspace_bytes = plan->sweep->workspace_bytes();
+    handle = fastdni::register_plan(std::move(plan));
+  }
+  PlanHandle(const PlanHandle&) = delete;
+  ~PlanHandle() { fastdni::forget_plan(handle); }
+};
 
 }  // namespace
 
@@ -50,6 +115,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("columns"), py::arg("depth"),
       "The library that a float32 (rows, depth) x (depth, columns) product goes to.");
+  py::class_<PlanHandle>(m, "SweepPlan", "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
+      .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
+                    bool, bool>(),
+           py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"),
+           py::arg("criterion"), py::arg("input_gradient"), py::arg("bfloat16"))
+      .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
+      .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)
   m.def(
       "regression_loss_plan",

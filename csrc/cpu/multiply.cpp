@@ -166,7 +166,7 @@ void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t begin, 
 
 template <Isa isa, class T>
 void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_t first,
-              int64_t last, bool rounded, T* c, int64_t c_stride) {
+              int64_t last, bool rounded, bool add, T* c, int64_t c_stride) {
   constexpr int64_t kWidth = kPanelWidth<isa, T>, kRows = kTileRows<isa>;
   const int64_t tiles = (m + kRows - 1) / kRows;
   T copy[kRows * kDepth];
@@ -194,7 +194,7 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
         from = {copy, 1, kRows};
       }
       for (int64_t p = first; p < last; ++p) {
-        tile_of<kRows>(rows, from, packed + (p * k + depth) * kWidth, ks, depth > 0,
+        tile_of<kRows>(rows, from, packed + (p * k + depth) * kWidth, ks, add || depth > 0,
                        c + begin * c_stride + (p - first) * kWidth, c_stride);
       }
     }
@@ -206,7 +206,7 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
   template void pack_rows<kIsa, T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, \
                                    T*);                                                         \
   template void multiply<kIsa, T>(const Strided<T>&, const T*, int64_t, int64_t, int64_t,       \
-                                  int64_t, bool, T*, int64_t);
+                                  int64_t, bool, bool, T*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

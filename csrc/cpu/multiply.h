@@ -62,9 +62,10 @@ template <Isa isa, class T>
 void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t begin, int64_t end,
                bool rounded, T* packed);
 
-// c = a b for `m` rows and the panels [first, last); c's first column is that of the panel `first`.
+// c = a b, or c + a b, for `m` rows and the panels [first, last); c's first column is that of the
+// panel `first`.
 template <Isa isa, class T>
 void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_t first,
-              int64_t last, bool rounded, T* c, int64_t c_stride);
+              int64_t last, bool rounded, bool add, T* c, int64_t c_stride);
 
 }  // namespace fastdni::cpu

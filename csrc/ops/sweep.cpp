@@ -1,0 +1,336 @@
+// sweep: one training step of consecutive decoupled stages, `Linear [BatchNorm1d] [activation]` with
+// their synthesizers. The equations are in fastdni/reference/sweep.py.
+//
+//   sweep_           the whole step of a whole network
+//   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
+//   sweep_update_    the rest: the topmost synthesizer's regression, and every update
+//
+// Everything that can be told from the arguments is checked before anything is written.
+#include "cpu/sweep.h"
+
+#include <optional>
+
+#include "ops/sweep_plan.h"
+
+namespace fastdni {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+
+// A row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (sweep_plan.h).
+constexpr size_t kSettings = 7;
+
+void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
+                  const std::string& criterion) {
+  const std::string rows = std::to_string(batch);
+  if (criterion == "mse") {
+    const Shape wanted{batch, outputs};
+    FASTDNI_CHECK(shape_of(target) == wanted, caller, ": target must be (B, N) = ",
+                  to_string(wanted), ", got ", to_string(shape_of(target)));
+    return;
+  }
+  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
+                ": target must be int64 labels for cross_entropy, got ",
+                to_string(target.scalar_type()));
+  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
+                ",), got ", to_string(shape_of(target)));
+  const Tensor contiguous = as_contiguous(target);
+  const auto* labels = data<int64_t>(contiguous);
+  for (int64_t r = 0; r < batch; ++r) {
+    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == cpu::kIgnoreIndex, caller,
+                  ": target must hold labels from 0 to ", outputs - 1, " (or ", cpu::kIgnoreIndex,
+                  " for rows to ignore), got ", labels[r], " in row ", r);
+  }
+}
+
+void check_values(const std::string& caller, const char* name, const Tensor& tensor,
+                  const Shape& shape, ScalarType dtype) {
+  FASTDNI_CHECK(tensor.scalar_type() == dtype && shape_of(tensor) == shape &&
+                    tensor.is_contiguous(),
+                caller, ": ", name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
+                to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
+                to_string(shape_of(tensor)));
+}
+
+// The context's width, where all of the plan's synthesizers that take one agree.
+void check_context(const std::string& caller, const NetworkSpec& spec,
+                   const OptionalTensor& context, const Tensor* target) {
+  for (const StageSpec& stage : spec.stages) {
+    for (const SynthesizerSpec* synthesizer : {&stage.synthesizer, &stage.input_synthesizer}) {
+      const int64_t width = synthesizer->context;
+      if (width == 0) continue;
+      const Shape wanted{spec.batch, width};
+      if (context.has_value()) {
+        FASTDNI_CHECK(shape_of(*context) == wanted, caller, ": context must be (B, C) = ",
+                      to_string(wanted), ", got ", to_string(shape_of(*context)));
+        FASTDNI_CHECK(context->scalar_type() == spec.dtype, caller,
+                      ": context must have x's dtype ", to_string(spec.dtype), ", got ",
+                      to_string(context->scalar_type()));
+        continue;
+      }
+      FASTDNI_CHECK(target != nullptr && target->scalar_type() == ScalarType::Long, caller,
+                    ": context must be (B, C) = ", to_string(wanted),
+                    ", got None, and target holds no labels to make it from");
+      const auto* labels = data<int64_t>(*target);
+      for (int64_t r = 0; r < spec.batch; ++r) {
+        FASTDNI_CHECK(labels[r] < width, caller, ": context must be given, because the label ",
+                      labels[r], " has no place in a one-hot context of width ", width);
+      }
+    }
+  }
+}
+
+// Holds what was made contiguous until the step is over.
+struct Inputs {
+  Tensor x;
+  OptionalTensor target, context;
+};
+
+Inputs check_inputs(const std::string& caller, const NetworkSpec& spec, const Tensor& x,
+                    const OptionalTensor& target, const OptionalTensor& context) {
+  const Shape wanted{spec.batch, spec.stages[0].inputs};
+  FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted),
+                ", got ", to_string(shape_of(x)));
+  FASTDNI_CHECK(x.scalar_type() == spec.dtype, caller, ": x must have the parameters' dtype ",
+                to_string(spec.dtype), ", got ", to_string(x.scalar_type()));
+  for (const StageSpec& stage : spec.stages) {
+    FASTDNI_CHECK(!stage.batch_norm || spec.batch > 1, caller,
+                  ": x must have at least 2 rows for BatchNorm in training, got 1");
+  }
+  Inputs inputs{as_contiguous(x), {}, {}};
+  if (target.has_value()) inputs.target = as_contiguous(*target);
+  if (spec.criterion != Criterion::none) {
+    FASTDNI_CHECK(target.has_value(), caller, ": target must be given, got None");
+    const bool mse = spec.criterion == Criterion::mse;
+    check_target(caller, *inputs.target, spec.batch, spec.stages.back().outputs,
+                 mse ? "mse" : "cross_entropy");
+    FASTDNI_CHECK(!mse || target->scalar_type() == spec.dtype, caller,
+                  ": target must have x's dtype ", to_string(spec.dtype), ", got ",
+                  to_string(target->scalar_type()));
+  }
+  check_context(caller, spec, context, inputs.target ? &*inputs.target : nullptr);
+  if (context.has_value()) inputs.context = as_contiguous(*context);
+  return inputs;
+}
+
+void bind_inputs(Plan& plan, const Inputs& inputs) {
+  plan.memory.x = inputs.x.data_ptr();
+  plan.memory.target = inputs.target ? inputs.target->data_ptr() : nullptr;
+  plan.memory.context = inputs.context ? inputs.context->data_ptr() : nullptr;
+}
+
+void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
+                     const Integers& active) {
+  const auto& shapes = plan.expected.parameters;
+  FASTDNI_CHECK(parameters.size() == shapes.size(), caller, ": parameters must hold ",
+                shapes.size(), " tensors, got ", parameters.size());
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    check_values(caller, "a parameter", parameters[i], shapes[i], plan.spec.dtype);
+    plan.memory.parameters[i].value = parameters[i].data_ptr();
+  }
+  FASTDNI_CHECK(active.size() == plan.memory.active.size(), caller, ": active must hold ",
+                plan.memory.active.size(), " values, got ", active.size());
+  for (size_t s = 0; s < active.size(); ++s) plan.memory.active[s] = active[s] != 0;
+}
+
+void bind_statistics(const std::string& caller, Plan& plan, const Tensors& statistics) {
+  const auto& shapes = plan.expected.statistics;
+  FASTDNI_CHECK(statistics.size() == shapes.size(), caller, ": statistics must hold ",
+                shapes.size(), " tensors, got ", statistics.size());
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const bool counter = i % 3 == 2;
+    check_values(caller, "a running statistic", statistics[i], shapes[i],
+                 counter ? ScalarType::Long : plan.spec.dtype);
+    plan.memory.statistics[i] = statistics[i].data_ptr();
+  }
+}
+
+OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group) {
+  OptimizerSettings result;
+  if (group < 0) return result;
+  const double* row = settings.data() + group * kSettings;
+  result.rule = static_cast<Rule>(static_cast<int>(row[0]));
+  result.lr = row[1];
+  result.weight_decay = row[2];
+  result.a = row[3];
+  result.b = row[4];
+  result.eps = row[5];
+  result.nesterov = row[6] != 0;
+  return result;
+}
+
+// Takes each parameter's state in the order of `state`: p.grad, or momentum_buffer, or exp_avg,
+// exp_avg_sq, step. The step counts go into `steps`, to be raised when everything is checked.
+void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                    const Integers& groups, const std::vector<double>& settings,
+                    std::vector<const Tensor*>& steps) {
+  const auto& shapes = plan.expected.parameters;
+  FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
+                " numbers, got ", groups.size());
+  FASTDNI_CHECK(settings.size() % kSettings == 0, caller, ": settings must be rows of ", kSettings);
+  const int64_t rows = settings.size() / kSettings;
+  size_t next = 0;
+  const auto take = [&]() -> const Tensor& {
+    FASTDNI_CHECK(next < state.size(), caller, ": state holds too few tensors: ", state.size());
+    return state[next++];
+  };
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    FASTDNI_CHECK(groups[i] < rows, caller, ": groups must be below ", rows, ", got ", groups[i]);
+    ParameterMemory& memory = plan.memory.parameters[i];
+    memory.settings = settings_of(settings, groups[i]);
+    memory.first = memory.second = nullptr;
+    const auto take_values = [&] {
+      const Tensor& tensor = take();
+      check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
+                   plan.spec.dtype);
+      return tensor.data_ptr();
+    };
+    switch (memory.settings.rule) {
+      case Rule::none:
+      case Rule::sgd:
+        break;
+      case Rule::gradient:
+      case Rule::sgd_momentum:
+        memory.first = take_values();
+        break;
+      case Rule::adam:
+      case Rule::adamw: {
+        memory.first = take_values();
+        memory.second = take_values();
+        const Tensor& step = take();
+        const ScalarType dtype = step.scalar_type();
+        FASTDNI_CHECK(step.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+                      caller, ": an optimizer's step must be one float32 or float64 number, got ",
+                      to_string(dtype), " ", to_string(shape_of(step)));
+        memory.step = 1 + (dtype == ScalarType::Float ? *data<float>(step) : *data<double>(step));
+        steps.push_back(&step);
+        break;
+      }
+      default:
+        FASTDNI_CHECK(false, caller, ": settings must begin with a rule from 0 to 5");
+    }
+  }
+  FASTDNI_CHECK(next == state.size(), caller, ": state holds too many tensors: ", state.size());
+}
+
+void raise_steps(const std::vector<const Tensor*>& steps) {
+  for (const Tensor* step : steps) {
+    if (step->scalar_type() == ScalarType::Float) {
+      ++*mutable_data<float>(*step);
+    } else {
+      ++*mutable_data<double>(*step);
+    }
+  }
+}
+
+// The results of a step, fresh.
+Tensor make_output(Plan& plan, const Tensor& like) {
+  Tensor output = empty(like, {plan.spec.batch, plan.spec.stages.back().outputs});
+  plan.memory.output = output.data_ptr();
+  return output;
+}
+
+Tensor make_loss(Plan& plan, const Tensor& like) {
+  Tensor loss = empty(like, {});
+  plan.memory.loss = loss.data_ptr();
+  return loss;
+}
+
+Tensor make_synthesis_loss(Plan& plan, const Tensor& like) {
+  int64_t boundaries = 0;
+  for (const StageSpec& stage : plan.spec.stages) boundaries += stage.synthesizer.present();
+  Tensor loss = plan.spec.unlocked() ? empty(like, {2, boundaries}) : empty(like, {boundaries});
+  plan.memory.synthesis_loss = loss.data_ptr();
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sweep_cpu(
+    int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
+    const OptionalTensor& context, const Tensors& parameters, const Tensors& statistics,
+    const Tensors& state, const Integers& groups, const std::vector<double>& settings,
+    const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(handle);
+  FASTDNI_CHECK(plan->spec.criterion != Criterion::none, caller,
+                ": plan must be one of a whole network");
+  const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
+  bind_inputs(*plan, inputs);
+  bind_parameters(caller, *plan, parameters, active);
+  bind_statistics(caller, *plan, statistics);
+  std::vector<const Tensor*> steps;
+  bind_optimizer(caller, *plan, state, groups, settings, steps);
+  Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
+  Tensor synthesis_loss = make_synthesis_loss(*plan, x);
+  plan->memory.gradient = nullptr;
+
+  plan->sweep->forward(plan->memory);
+  raise_steps(steps);
+  plan->sweep->update(plan->memory);
+  return {output, loss, synthesis_loss};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
+    int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
+    const OptionalTensor& context, const Tensors& parameters, const Tensors& statistics,
+    const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
+  bind_inputs(*plan, inputs);
+  bind_parameters(caller, *plan, parameters, active);
+  bind_statistics(caller, *plan, statistics);
+  Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
+  Tensor input_gradient =
+      empty(x, plan->spec.input_gradient ? shape_of(x) : Shape{0});
+  plan->memory.input_gradient = input_gradient.data_ptr();
+  plan->sweep->forward(plan->memory);
+  return {output, loss, input_gradient};
+}
+
+Tensor sweep_update_cpu(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
+                        const Tensors& parameters, const Tensors& state, const Integers& groups,
+                        const std::vector<double>& settings, const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(handle);
+  bind_parameters(caller, *plan, parameters, active);
+  std::vector<const Tensor*> steps;
+  bind_optimizer(caller, *plan, state, groups, settings, steps);
+  plan->memory.gradient = nullptr;
+  std::optional<Tensor> arrived;
+  if (gradient.has_value()) {
+    arrived = as_contiguous(*gradient);
+    check_values(caller, "gradient", *arrived, {plan->spec.batch, plan->spec.stages.back().outputs},
+                 plan->spec.dtype);
+    plan->memory.gradient = arrived->data_ptr();
+  }
+  Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
+  raise_steps(steps);
+  plan->sweep->update(plan->memory);
+  return synthesis_loss;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
+  m.def(
+      "sweep_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "Tensor(a!)[] parameters, Tensor(b!)[] statistics, Tensor(c!)[] state, int[] groups, "
+      "float[] settings, int[] active) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
+  m.def(
+      "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "
+      "(Tensor output, Tensor loss, Tensor input_gradient)");
+  m.def(
+      "sweep_update_(int plan, str caller, Tensor? gradient, Tensor(a!)[] parameters, "
+      "Tensor(b!)[] state, int[] groups, float[] settings, int[] active) -> Tensor synthesis_loss");
+  m.def(
+      "sweep_check_target(str caller, Tensor target, int batch, int outputs, str criterion) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
+  m.impl("sweep_", TORCH_BOX(&sweep_cpu));
+  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward_cpu));
+  m.impl("sweep_update_", TORCH_BOX(&sweep_update_cpu));
+  m.impl("sweep_check_target", TORCH_BOX(&check_target));
+}
+
+}  // namespace fastdni

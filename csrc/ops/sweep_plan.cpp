@@ -1,0 +1,85 @@
+#include "ops/sweep_plan.h"
+
+#include <map>
+#include <mutex>
+
+namespace fastdni {
+namespace {
+
+void add_synthesizer(const SynthesizerSpec& spec, int64_t stage, Signature& signature) {
+  if (!spec.present()) return;
+  const auto add = [&](Shape shape) {
+    signature.parameters.push_back(std::move(shape));
+    signature.parameter_stages.push_back(stage);
+  };
+  const size_t layers = spec.widths.size() - 1;
+  for (size_t i = 0; i < layers; ++i) add({spec.widths[i + 1], spec.widths[i]});
+  for (size_t i = 0; spec.bias && i < layers; ++i) add({spec.widths[i + 1]});
+  if (spec.context > 0) {
+    add({spec.widths[1], spec.context});
+    if (spec.bias) add({spec.widths[1]});
+  }
+}
+
+std::mutex mutex;
+std::map<int64_t, std::shared_ptr<Plan>> plans;
+int64_t next_handle = 1;
+
+}  // namespace
+
+Signature signature(const NetworkSpec& spec) {
+  Signature result;
+  for (size_t s = 0; s < spec.stages.size(); ++s) {
+    const StageSpec& stage = spec.stages[s];
+    const auto add = [&](Shape shape) {
+      result.parameters.push_back(std::move(shape));
+      result.parameter_stages.push_back(s);
+    };
+    add({stage.outputs, stage.inputs});
+    if (stage.bias) add({stage.outputs});
+    if (stage.batch_norm && stage.affine) {
+      add({stage.outputs});
+      add({stage.outputs});
+    }
+    if (stage.batch_norm && stage.running) {
+      result.statistics.push_back({stage.outputs});
+      result.statistics.push_back({stage.outputs});
+      result.statistics.push_back({});
+    }
+    add_synthesizer(stage.synthesizer, s + 1, result);
+    add_synthesizer(stage.input_synthesizer, s + 1, result);
+  }
+  return result;
+}
+
+std::shared_ptr<Plan> make_plan(NetworkSpec spec) {
+  auto plan = std::make_shared<Plan>();
+  plan->expected = signature(spec);
+  plan->sweep = make_cpu_sweep(spec);
+  plan->memory.parameters.resize(plan->expected.parameters.size());
+  plan->memory.statistics.resize(plan->expected.statistics.size());
+  plan->memory.active.resize(spec.stages.size() + 1);
+  plan->spec = std::move(spec);
+  return plan;
+}
+
+int64_t register_plan(std::shared_ptr<Plan> plan) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  plans[next_handle] = std::move(plan);
+  return next_handle++;
+}
+
+void forget_plan(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  plans.erase(handle);
+}
+
+std::shared_ptr<Plan> find_plan(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = plans.find(handle);
+  FASTDNI_CHECK(found != plans.end(), "sweep: plan must be the handle of a live plan, got ",
+                handle);
+  return found->second;
+}
+
+}  // namespace fastdni

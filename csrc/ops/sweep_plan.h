@@ -1,0 +1,117 @@
+// What a sweep runs over: the stages, their synthesizers, the batch. A plan owns the memory that the
+// step needs besides its arguments, so that a step allocates nothing but its results.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/activation.h"
+#include "common/optimizer.h"
+#include "ops/tensor.h"
+
+namespace fastdni {
+
+// A BasicSynthesizer: widths K, H, ..., N. No context: 0.
+struct SynthesizerSpec {
+  std::vector<int64_t> widths;
+  bool bias = true;
+  int64_t context = 0;
+
+  bool present() const { return !widths.empty(); }
+};
+
+// Linear [BatchNorm1d] [activation], the synthesizer M of the gradient of its output, and in complete
+// unlock the synthesizer I of the output itself.
+struct StageSpec {
+  int64_t inputs = 0, outputs = 0;
+  bool bias = true;
+  bool batch_norm = false, affine = true, running = true;
+  double momentum = 0.1;  // negative: the running statistics are plain averages
+  double eps = 1e-5;
+  Activation activation = Activation::identity;
+  SynthesizerSpec synthesizer, input_synthesizer;
+};
+
+enum class Criterion { none, cross_entropy, mse };
+
+// Consecutive stages of a network.
+struct NetworkSpec {
+  std::vector<StageSpec> stages;
+  int64_t batch = 0;
+  ScalarType dtype = ScalarType::Float;
+  Criterion criterion = Criterion::none;  // none: the network goes on above the last stage
+  bool input_gradient = false;            // delta of the first stage's input is wanted
+  bool bfloat16 = false;                  // operands of products are rounded to bfloat16
+
+  bool unlocked() const { return stages.size() > 1 && stages[0].input_synthesizer.present(); }
+};
+
+// The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
+// weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
+struct Signature {
+  std::vector<Shape> parameters;
+  std::vector<int64_t> parameter_stages;  // a synthesizer belongs to the stage above its boundary
+  std::vector<Shape> statistics;          // running_mean, running_var, num_batches_tracked
+};
+Signature signature(const NetworkSpec& spec);
+
+// One parameter's optimizer, before the step count is known. `a`, `b`: momentum, dampening; or beta1,
+// beta2; or, of Rule::gradient, whether to add (1) or to write (0).
+struct OptimizerSettings {
+  Rule rule = Rule::none;
+  double lr = 0, weight_decay = 0, a = 0, b = 0, eps = 0;
+  bool nesterov = false;
+};
+
+// The memory of one parameter.
+struct ParameterMemory {
+  void* value = nullptr;
+  void* first = nullptr;
+  void* second = nullptr;
+  OptimizerSettings settings;
+  double step = 0;  // Adam's, this one included
+};
+
+// What one step is given, checked. Null where there is none.
+struct StepMemory {
+  const void* x = nullptr;        // (batch, inputs)
+  const void* target = nullptr;   // (batch,) int64 or (batch, outputs)
+  const void* context = nullptr;  // (batch, C); without one the labels, as one-hot vectors
+  std::vector<ParameterMemory> parameters;
+  std::vector<void*> statistics;
+  std::vector<bool> active;  // by stage
+  void* output = nullptr;          // (batch, outputs)
+  void* loss = nullptr;            // ()
+  void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'
+  void* input_gradient = nullptr;  // (batch, inputs)
+  const void* gradient = nullptr;  // (batch, outputs), what came back from the stage above
+};
+
+// Runs steps of one plan: the memory, and the program of passes over it.
+class Sweep {
+ public:
+  virtual ~Sweep() = default;
+  // F, S and D of every stage.
+  virtual void forward(const StepMemory& memory) = 0;
+  // What is left: the regression of the topmost synthesizer on `gradient`, and U of every stage.
+  virtual void update(const StepMemory& memory) = 0;
+  virtual int64_t workspace_bytes() const = 0;
+};
+
+struct Plan {
+  NetworkSpec spec;
+  Signature expected;
+  std::unique_ptr<Sweep> sweep;
+  StepMemory memory;  // filled at each step; here to keep its allocations
+};
+
+// Plans are handed to the ops by number.
+int64_t register_plan(std::shared_ptr<Plan> plan);
+void forget_plan(int64_t handle);
+std::shared_ptr<Plan> find_plan(int64_t handle);
+
+std::shared_ptr<Plan> make_plan(NetworkSpec spec);
+std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec);
+
+}  // namespace fastdni
