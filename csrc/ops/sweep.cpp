@@ -178,6 +178,8 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
   };
   for (size_t i = 0; i < shapes.size(); ++i) {
     FASTDNI_CHECK(groups[i] < rows, caller, ": groups must be below ", rows, ", got ", groups[i]);
+    FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[plan.expected.parameter_stages[i]], caller,
+                  ": groups must be -1 for the parameters of a masked stage");
     ParameterMemory& memory = plan.memory.parameters[i];
     memory.settings = settings_of(settings, groups[i]);
     memory.first = memory.second = nullptr;

@@ -1,6 +1,7 @@
 """The ops: one file each, with the public function, its autograd and the choice of a backend."""
 
 from fastdni.ops.regression_loss import regression_loss
+from fastdni.ops.sweep import SweepPlan, flat, sweep_, sweep_forward_, sweep_update_
 from fastdni.ops.synthesizer import (
     FROZEN,
     SynthesizerParameters,
@@ -12,10 +13,15 @@ from fastdni.ops.synthesizer import (
 
 __all__ = [
     "FROZEN",
+    "SweepPlan",
     "SynthesizerParameters",
     "cast",
+    "flat",
     "regress_when_gradient_arrives",
     "regression_loss",
+    "sweep_",
+    "sweep_forward_",
+    "sweep_update_",
     "synthesizer_bwd",
     "synthesizer_fwd",
 ]

@@ -6,45 +6,18 @@ one backward call gives the loss and every parameter's gradient. They reach auto
 `torch.autograd.grad` see them as they would see any gradient.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdni import backend, reference
+from fastdni.reference import SynthesizerParameters
 
 FROZEN = "synthetic_gradient should need gradient but it does not"
 
 _DEVICES = backend.kernel_devices("synthesizer_fwd")
 _fwd = torch.ops.fastdni.synthesizer_fwd.default
 _bwd = torch.ops.fastdni.synthesizer_bwd.default
-
-
-class SynthesizerParameters(NamedTuple):
-    """The parameters of a synthesizer: the letters of `fastdni.reference.synthesizer_fwd`."""
-
-    weights: list[Tensor]
-    biases: list[Tensor]
-    context_weight: Tensor | None = None
-    context_bias: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """Those that there are, in the order of `synthesizer_bwd`'s gradients."""
-        tensors = [*self.weights, *self.biases]
-        if self.context_weight is not None:
-            tensors.append(self.context_weight)
-            if self.context_bias is not None:
-                tensors.append(self.context_bias)
-        return tensors
-
-    @classmethod
-    def of(cls, tensors: list[Tensor], num_layers: int, bias: bool) -> "SynthesizerParameters":
-        """From `tensors()`."""
-        num_biases = num_layers if bias else 0
-        weights, rest = tensors[:num_layers], tensors[num_layers:]
-        biases, of_context = rest[:num_biases], rest[num_biases:]
-        return cls(list(weights), list(biases), *of_context)
 
 
 @torch.library.register_fake("fastdni::synthesizer_fwd")

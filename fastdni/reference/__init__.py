@@ -3,17 +3,36 @@
 Imports nothing but torch.
 """
 
+from fastdni.reference.optimizer import RULES, OptimizerSettings, optimizer_update
 from fastdni.reference.regression_loss import (
     accumulate_dtype,
     reduction_divisor,
     regression_loss,
 )
-from fastdni.reference.synthesizer import synthesizer_bwd, synthesizer_fwd
+from fastdni.reference.sweep import (
+    SweepNorm,
+    SweepResult,
+    SweepStage,
+    sweep,
+)
+from fastdni.reference.synthesizer import (
+    SynthesizerParameters,
+    synthesizer_bwd,
+    synthesizer_fwd,
+)
 
 __all__ = [
+    "RULES",
+    "OptimizerSettings",
+    "SweepNorm",
+    "SweepResult",
+    "SweepStage",
+    "SynthesizerParameters",
     "accumulate_dtype",
+    "optimizer_update",
     "reduction_divisor",
     "regression_loss",
+    "sweep",
     "synthesizer_bwd",
     "synthesizer_fwd",
 ]

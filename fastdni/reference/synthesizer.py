@@ -4,10 +4,38 @@ Jaderberg et al. 2016 (arXiv 1608.05343), section 2: M predicts the gradient tha
 will get, and is trained to lessen ||M(h, ctx) - dL/dh||^2 when dL/dh arrives.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastdni.reference.regression_loss import accumulate_dtype, reduction_divisor
+
+
+class SynthesizerParameters(NamedTuple):
+    """The parameters of a synthesizer: the letters of `synthesizer_fwd`."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    context_weight: Tensor | None = None
+    context_bias: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are, in the order of `synthesizer_bwd`'s gradients."""
+        tensors = [*self.weights, *self.biases]
+        if self.context_weight is not None:
+            tensors.append(self.context_weight)
+            if self.context_bias is not None:
+                tensors.append(self.context_bias)
+        return tensors
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], num_layers: int, bias: bool) -> "SynthesizerParameters":
+        """From `tensors()`."""
+        num_biases = num_layers if bias else 0
+        weights, rest = tensors[:num_layers], tensors[num_layers:]
+        biases, of_context = rest[:num_biases], rest[num_biases:]
+        return cls(list(weights), list(biases), *of_context)
 
 
 def _rows(tensor: Tensor) -> Tensor:

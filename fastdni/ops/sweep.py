@@ -1,0 +1,261 @@
+"""sweep: a step of consecutive decoupled stages, their losses and every update, in one call.
+
+The formulas, shapes and letters are those of `fastdni.reference.sweep`, the updates those of
+`fastdni.reference.optimizer_update`.
+"""
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdni import _C, backend, reference
+from fastdni.reference import OptimizerSettings, SweepStage, SynthesizerParameters
+
+_DEVICES = backend.kernel_devices("sweep_")
+_sweep = torch.ops.fastdni.sweep_.default
+_forward = torch.ops.fastdni.sweep_forward_.default
+_update = torch.ops.fastdni.sweep_update_.default
+_check_target = torch.ops.fastdni.sweep_check_target.default
+_plans: "weakref.WeakValueDictionary[int, SweepPlan]" = weakref.WeakValueDictionary()
+
+
+def _fake_results(handle: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, loss and synthesis losses of a plan, without values."""
+    stages = _plans[handle].stages
+    boundaries = sum(stage.synthesizer is not None for stage in stages)
+    unlocked = stages[0].input_synthesizer is not None
+    losses = x.new_empty((2, boundaries) if unlocked else (boundaries,))
+    return x.new_empty(len(x), stages[-1].weight.shape[0]), x.new_empty(()), losses
+
+
+@torch.library.register_fake("fastdni::sweep_")
+def _(plan, caller, x, target, context, parameters, statistics, state, groups, settings, active):
+    return _fake_results(plan, x)
+
+
+@torch.library.register_fake("fastdni::sweep_forward_")
+def _(plan, caller, x, target, context, parameters, statistics, active):
+    output, loss, _ = _fake_results(plan, x)
+    return output, loss, x.new_empty(x.shape if _plans[plan].input_gradient else (0,))
+
+
+@torch.library.register_fake("fastdni::sweep_update_")
+def _(plan, caller, gradient, parameters, state, groups, settings, active):
+    return _fake_results(plan, parameters[0])[2]
+
+
+@torch.library.register_fake("fastdni::sweep_check_target")
+def _(caller, target, batch, outputs, criterion):
+    return None
+
+
+def _synthesizer_spec(synthesizer: SynthesizerParameters | None) -> dict | None:
+    if synthesizer is None:
+        return None
+    weights = synthesizer.weights
+    of_context = synthesizer.context_weight
+    return {
+        "widths": [weights[0].shape[1], *(weight.shape[0] for weight in weights)],
+        "bias": len(synthesizer.biases) > 0,
+        "context": 0 if of_context is None else of_context.shape[1],
+    }
+
+
+def _stage_spec(stage: SweepStage) -> dict:
+    norm = stage.norm
+    return {
+        "inputs": stage.weight.shape[1],
+        "outputs": stage.weight.shape[0],
+        "bias": stage.bias is not None,
+        "activation": stage.activation,
+        "batch_norm": None
+        if norm is None
+        else {
+            "affine": norm.weight is not None,
+            "running": norm.running is not None,
+            "momentum": norm.momentum,
+            "eps": norm.eps,
+        },
+        "synthesizer": _synthesizer_spec(stage.synthesizer),
+        "input_synthesizer": _synthesizer_spec(stage.input_synthesizer),
+    }
+
+
+class SweepPlan:
+    """What a sweep runs over, and the memory that it works in.
+
+    Args:
+        stages: consecutive ones, each with the synthesizers of the boundary above it.
+        batch: number of rows B.
+        criterion: "cross_entropy" or "mse"; None when the network goes on above the last stage.
+        input_gradient: whether the gradient of the lowest stage's input is wanted.
+        bfloat16: whether the operands of products are rounded to bfloat16 (autocast); sums, errors,
+            losses, parameters and optimizer state keep the parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        stages: list[SweepStage],
+        batch: int,
+        criterion: str | None = None,
+        input_gradient: bool = False,
+        bfloat16: bool = False,
+    ):
+        self.stages, self.batch, self.criterion = stages, batch, criterion
+        self.input_gradient, self.bfloat16 = input_gradient, bfloat16
+        self.parameters = [p for stage in stages for p in stage.parameters()]
+        self.statistics = [t for stage in stages for t in stage.statistics()]
+        # For each parameter the stage whose mask it shares; a synthesizer shares that above it.
+        self.parameter_stages = []
+        for index, stage in enumerate(stages):
+            synthesizers = (stage.synthesizer, stage.input_synthesizer)
+            above = sum(len(s.tensors()) for s in synthesizers if s is not None)
+            own = len(stage.parameters()) - above
+            self.parameter_stages += [index] * own + [index + 1] * above
+        weight = stages[0].weight
+        self.backend = weight.device.type if backend.serves(weight, _DEVICES) else "reference"
+        self._memory, self._pending = None, None
+        self.handle = 0
+        if self.backend != "reference":
+            self._memory = _C.SweepPlan(
+                stages=[_stage_spec(stage) for stage in stages],
+                batch=batch,
+                dtype=str(weight.dtype).removeprefix("torch."),
+                criterion=criterion or "none",
+                input_gradient=input_gradient,
+                bfloat16=bfloat16,
+            )
+            self.handle = self._memory.handle
+            _plans[self.handle] = self
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that the plan holds between steps."""
+        return 0 if self._memory is None else self._memory.workspace_bytes
+
+
+def flat(settings: Sequence[OptimizerSettings]) -> list[float]:
+    """Optimizer settings as the raw op takes them."""
+    rules = reference.RULES
+    return [float(x) for row in settings for x in (rules.index(row.rule), *row[1:])]
+
+
+def sweep_(
+    plan: SweepPlan,
+    x: Tensor,
+    target: Tensor,
+    context: Tensor | None,
+    state: list[Tensor],
+    groups: list[int],
+    settings: list[float],
+    active: list[int],
+    caller: str = "sweep",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of a whole network, in place: parameters, optimizer state, running statistics.
+
+    Args:
+        plan: of the network; its criterion is not None.
+        x: (B, K), in the parameters' dtype.
+        target: labels (B,) int64, or (B, N) for "mse".
+        context: (B, C), or None for one-hot labels where a synthesizer takes a context.
+        state: of each parameter in turn what its rule keeps: see `reference.optimizer_update`.
+        groups: for each parameter its row of `settings`; -1 leaves it as it is.
+        settings: see `flat`.
+        active: for each stage, and one above, whether (1) or not (0) it is updated.
+        caller: whom error messages name.
+
+    Returns:
+        The output (B, N), the loss (), and the synthesis losses (S,) or, in complete unlock, (2, S):
+        gradients, inputs; NaN at the boundary below a masked stage.
+
+    Raises:
+        RuntimeError: a shape, dtype, label or state does not fit; nothing has been written then.
+    """
+    if plan.handle:
+        return _sweep(
+            plan.handle,
+            caller,
+            x,
+            target,
+            context,
+            plan.parameters,
+            plan.statistics,
+            state,
+            groups,
+            settings,
+            active,
+        )
+    output, loss, _ = sweep_forward_(plan, x, target, context, active, caller)
+    return output, loss, sweep_update_(plan, None, state, groups, settings, active, caller)
+
+
+def sweep_forward_(
+    plan: SweepPlan,
+    x: Tensor,
+    target: Tensor | None,
+    context: Tensor | None,
+    active: list[int],
+    caller: str = "sweep",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of a step that needs nothing from above: F, S and D of every stage.
+
+    Args:
+        As `sweep_`.
+
+    Returns:
+        The output (B, N), the loss () where the plan has a criterion, and the gradient of x (B, K)
+        where the plan wants it.
+    """
+    if plan.handle:
+        return _forward(
+            plan.handle, caller, x, target, context, plan.parameters, plan.statistics, active
+        )
+    if plan.criterion is not None and x.device.type == "cpu":
+        _check_target(caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion)
+    done = reference.sweep(plan.stages, x, target, context, plan.criterion, list(map(bool, active)))
+    plan._pending = done
+    return done.output, done.loss, done.input_gradient
+
+
+def sweep_update_(
+    plan: SweepPlan,
+    gradient: Tensor | None,
+    state: list[Tensor],
+    groups: list[int],
+    settings: list[float],
+    active: list[int],
+    caller: str = "sweep",
+) -> Tensor:
+    """The rest of the step that `sweep_forward_` began: every update.
+
+    Args:
+        gradient: what the stage above sends back, (B, N); None where the plan has a criterion.
+        Others as `sweep_`.
+
+    Returns:
+        The synthesis losses.
+    """
+    if plan.handle:
+        return _update(
+            plan.handle, caller, gradient, plan.parameters, state, groups, settings, active
+        )
+    done, plan._pending = plan._pending, None
+    gradients, losses = done.gradients, done.synthesis_loss
+    if done.regress_top is not None and gradient is not None:
+        loss, of_top = done.regress_top(gradient)
+        gradients = gradients[: len(gradients) - len(of_top)] + of_top
+        losses = torch.cat([losses[:-1], loss.reshape(1)])
+    left = list(state)
+    width = len(OptimizerSettings._fields)
+    with torch.no_grad():
+        for parameter, found, group in zip(plan.parameters, gradients, groups, strict=True):
+            if group < 0 or found is None:
+                continue
+            rule, *numbers = settings[group * width : (group + 1) * width]
+            row = OptimizerSettings(reference.RULES[int(rule)], *numbers)
+            count = {"gradient": 1, "sgd_momentum": 1, "adam": 3, "adamw": 3}.get(row.rule, 0)
+            own, left = left[:count], left[count:]
+            reference.optimizer_update(row, parameter, found, own)
+    return losses

@@ -1,0 +1,58 @@
+"""The updates of torch.optim's SGD, Adam and AdamW, written out."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+RULES = ("none", "gradient", "sgd", "sgd_momentum", "adam", "adamw")
+
+
+class OptimizerSettings(NamedTuple):
+    """How a parameter is updated, in the terms of torch.optim.
+
+    `a`, `b`: momentum and dampening of SGD; beta1 and beta2 of Adam; of the rule "gradient", which
+    only hands the gradient out, whether `a` = 1 to add to what is there or 0 to write over it.
+    """
+
+    rule: str
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    a: float = 0.0
+    b: float = 0.0
+    eps: float = 0.0
+    nesterov: bool = False
+
+
+def optimizer_update(
+    settings: OptimizerSettings, parameter: Tensor, gradient: Tensor, state: list[Tensor]
+) -> None:
+    """Updates a parameter and its state in place.
+
+    Args:
+        settings: the rule and its numbers.
+        parameter, gradient: of one shape.
+        state: [] of SGD; [p.grad] of the rule "gradient"; [momentum_buffer] of SGD with momentum;
+            [exp_avg, exp_avg_sq, step] of Adam and AdamW.
+    """
+    rule, lr, weight_decay, a, b, eps, nesterov = settings
+    if rule == "gradient":
+        state[0].copy_(gradient if a == 0 else state[0] + gradient)
+    elif rule in ("sgd", "sgd_momentum"):
+        gradient = gradient + weight_decay * parameter
+        if rule == "sgd_momentum":
+            (buffer,) = state
+            buffer.mul_(a).add_((1 - b) * gradient)
+            gradient = gradient + a * buffer if nesterov else buffer
+        parameter.sub_(lr * gradient)
+    elif rule in ("adam", "adamw"):
+        average, square, step = state
+        step += 1
+        if rule == "adamw":
+            parameter.mul_(1 - lr * weight_decay)
+        else:
+            gradient = gradient + weight_decay * parameter
+        average.lerp_(gradient, 1 - a)
+        square.mul_(b).add_((1 - b) * gradient * gradient)
+        count = step.item()
+        denominator = square.sqrt() / (1 - b**count) ** 0.5 + eps
+        parameter.sub_(lr / (1 - a**count) * (average / denominator))

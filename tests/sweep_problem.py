@@ -1,0 +1,149 @@
+"""What a sweep is given, made at random, and what must come of it."""
+
+import torch
+from torch import Tensor
+
+from fastdni import ops, reference
+from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
+
+CONTEXT = 5
+
+# Of each optimizer the settings, and how many tensors it keeps beside a parameter.
+OPTIMIZERS = {
+    "gradient": OptimizerSettings("gradient", a=1.0),
+    "sgd": OptimizerSettings("sgd", lr=0.1, weight_decay=0.01),
+    "nesterov": OptimizerSettings("sgd_momentum", 0.1, 0.01, 0.9, 0.0, nesterov=True),
+    "momentum": OptimizerSettings("sgd_momentum", 0.1, 0.0, 0.8, 0.3),
+    "adam": OptimizerSettings("adam", 0.01, 0.02, 0.9, 0.99, 1e-8),
+    "adamw": OptimizerSettings("adamw", 0.01, 0.1, 0.8, 0.999, 1e-6),
+}
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def synthesizer(
+    inputs: int, outputs: int, n_hidden: int, context: bool, bias: bool = True
+) -> SynthesizerParameters:
+    widths = [inputs, *[outputs + 3] * n_hidden, outputs]
+    weights = [normal(n, k) / k**0.5 for k, n in zip(widths, widths[1:], strict=False)]
+    biases = [normal(n) for n in widths[1:]] if bias else []
+    of_context = [normal(widths[1], CONTEXT)] if context else []
+    if context and bias:
+        of_context.append(normal(widths[1]))
+    return SynthesizerParameters(weights, biases, *of_context)
+
+
+def stages(
+    widths=(7, 9, 6, 5),
+    norm=False,
+    activation="tanh",
+    n_hidden=0,
+    context=False,
+    bias=True,
+    unlocked=False,
+    top=False,
+    affine=True,
+    momentum=0.1,
+) -> list[SweepStage]:
+    """Stages of random parameters; `top` gives the last one a synthesizer, too."""
+    made = []
+    for index, (k, n) in enumerate(zip(widths, widths[1:], strict=False)):
+        last = index + 2 == len(widths)
+        of_norm = None
+        if norm and (not last or top):
+            running = (normal(n), normal(n).abs() + 0.5, torch.tensor(3))
+            of_norm = SweepNorm(
+                normal(n) + 1 if affine else None, normal(n) if affine else None, running,
+                momentum, 1e-5,
+            )  # fmt: skip
+        has = not last or top
+        made.append(
+            SweepStage(
+                normal(n, k) / k**0.5,
+                normal(n) if bias else None,
+                of_norm,
+                activation if has else "identity",
+                synthesizer(n, n, n_hidden, context, bias) if has else None,
+                synthesizer(widths[0], n, n_hidden, context, bias) if has and unlocked else None,
+            )
+        )
+    return made
+
+
+def cast(value, dtype: torch.dtype):
+    """A copy of stages, settings, lists, tensors with floating-point tensors in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(x, dtype) for x in value))
+    if isinstance(value, list | tuple):
+        return type(value)(cast(x, dtype) for x in value)
+    return value
+
+
+def fresh_state(settings: OptimizerSettings, parameters: list[Tensor]) -> list[Tensor]:
+    """Some state, not zero, in the order of the op."""
+    state = []
+    for number, parameter in enumerate(parameters):
+        generator = torch.Generator().manual_seed(number)
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = values.to(parameter.dtype)
+        if settings.rule in ("gradient", "sgd_momentum"):
+            state.append(values)
+        elif settings.rule in ("adam", "adamw"):
+            state += [values, values.square(), torch.tensor(float(number % 3))]
+    return state
+
+
+class Problem:
+    """A step and all that it changes."""
+
+    def __init__(
+        self,
+        given: list[SweepStage],
+        batch=4,
+        criterion="cross_entropy",
+        settings="sgd",
+        explicit_context=False,
+        masked=(),
+        dtype=torch.float64,
+    ):
+        classes, inputs = given[-1].weight.shape[0], given[0].weight.shape[1]
+        generator = torch.Generator().manual_seed(batch)
+        self.x = torch.randn(batch, inputs, generator=generator, dtype=torch.float64)
+        self.target = torch.randint(min(classes, CONTEXT), (batch,), generator=generator)
+        if criterion == "mse":
+            self.target = torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+            explicit_context = True
+        self.context = None
+        if explicit_context:
+            self.context = torch.randn(batch, CONTEXT, generator=generator, dtype=torch.float64)
+        self.given, self.batch, self.criterion, self.dtype = given, batch, criterion, dtype
+        self.settings = OPTIMIZERS[settings]
+        self.active = [int(s not in masked) for s in range(len(given) + 1)]
+
+    def run(self, backend: str, dtype: torch.dtype | None = None, steps=1, **how) -> list[Tensor]:
+        """Everything after some steps: results, parameters, state, statistics."""
+        dtype = dtype or self.dtype
+        own = cast(cast(self.given, self.dtype), dtype)
+        x, target, context = (
+            cast(cast(t, self.dtype), dtype) if t is not None else None
+            for t in (self.x, self.target, self.context)
+        )
+        from fastdni import use_backend
+
+        with use_backend(backend):
+            plan = ops.SweepPlan(own, self.batch, self.criterion, **how)
+        groups = [0 if self.active[s] else -1 for s in plan.parameter_stages]
+        updated = [p for p, g in zip(plan.parameters, groups, strict=True) if g == 0]
+        state = fresh_state(self.settings, updated)
+        for _ in range(steps):
+            results = ops.sweep_(
+                plan, x, target, context, state, groups, ops.flat([self.settings]), self.active
+            )
+        return [*results, *plan.parameters, *state, *plan.statistics]
+
+
+__all__ = ["Problem", "cast", "reference", "stages"]
