@@ -21,6 +21,7 @@ from fastdni.interfaces import (
     ForwardInterface,
     UnidirectionalInterface,
 )
+from fastdni.network import DecoupledSequential, StepResult, decouple
 from fastdni.ops import regression_loss
 from fastdni.scopes import backward, defer_backward, synthesizer_context
 from fastdni.synthesizers import BasicSynthesizer
@@ -31,10 +32,13 @@ __all__ = [
     "BackwardInterface",
     "BasicSynthesizer",
     "BidirectionalInterface",
+    "DecoupledSequential",
     "ForwardInterface",
+    "StepResult",
     "UnidirectionalInterface",
     "backends",
     "backward",
+    "decouple",
     "defer_backward",
     "regression_loss",
     "set_backend",

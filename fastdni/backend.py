@@ -94,6 +94,11 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.override = previous
 
 
+def choice() -> str:
+    """The backend that holds for the calling thread: a name, or "auto"."""
+    return _choice.override or _default
+
+
 def kernel_devices(op: str) -> tuple[str, ...]:
     """The device types for which the extension registers the raw op `fastdni::<op>`."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -110,7 +115,7 @@ def serves(tensor: torch.Tensor, devices: tuple[str, ...]) -> bool:
     Raises:
         RuntimeError: a fixed backend cannot serve this tensor.
     """
-    name = _choice.override or _default
+    name = choice()
     if name == "reference":
         return False
     device = tensor.device.type

@@ -118,7 +118,7 @@ def _required(context: Tensor | None, context_weight: Tensor) -> Tensor:
     return context
 
 
-def _is_changed(module: nn.Module) -> bool:
+def is_changed(module: nn.Module) -> bool:
     """Whether calling the module does more, or something else, than its class says."""
     return bool(
         "forward" in module.__dict__
@@ -133,7 +133,7 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _PLAIN_BIASES = (*_PLAIN_TENSORS, type(None))
 
 
-def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
+def plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
     """A BasicSynthesizer's parameters, if calling it is no more than its formula: no hook, no other
     class, no parametrization. Otherwise None.
 
@@ -141,7 +141,7 @@ def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
     """
     if type(synthesizer) is not BasicSynthesizer or _has_any_global_hook():
         return None
-    if _is_changed(synthesizer):
+    if is_changed(synthesizer):
         return None
     modules = synthesizer._modules
     linears = [modules["input_trigger"], *modules["layers"]._modules.values()]
@@ -149,7 +149,7 @@ def _plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
         linears.append(synthesizer.input_context)
     weights, biases = [], []
     for linear in linears:
-        if type(linear) is not nn.Linear or _is_changed(linear):
+        if type(linear) is not nn.Linear or is_changed(linear):
             return None
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         if type(weight) not in _PLAIN_TENSORS or type(bias) not in _PLAIN_BIASES:
@@ -286,7 +286,7 @@ def evaluate(
         `regress_and_predict` does both.
     """
     trigger = trigger.detach()
-    parameters = _plain_parameters(synthesizer)
+    parameters = plain_parameters(synthesizer)
     if parameters is None:
         return _ModuleEvaluation(synthesizer, trigger, context)
     return _FusedEvaluation(parameters, trigger, context)

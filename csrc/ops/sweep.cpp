@@ -73,6 +73,8 @@ void check_context(const std::string& caller, const NetworkSpec& spec,
       FASTDNI_CHECK(target != nullptr && target->scalar_type() == ScalarType::Long, caller,
                     ": context must be (B, C) = ", to_string(wanted),
                     ", got None, and target holds no labels to make it from");
+      FASTDNI_CHECK(shape_of(*target) == Shape{spec.batch}, caller, ": target must be (B,) = (",
+                    spec.batch, ",), got ", to_string(shape_of(*target)));
       const auto* labels = data<int64_t>(*target);
       for (int64_t r = 0; r < spec.batch; ++r) {
         FASTDNI_CHECK(labels[r] < width, caller, ": context must be given, because the label ",

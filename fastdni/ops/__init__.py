@@ -1,7 +1,14 @@
 """The ops: one file each, with the public function, its autograd and the choice of a backend."""
 
 from fastdni.ops.regression_loss import regression_loss
-from fastdni.ops.sweep import SweepPlan, flat, sweep_, sweep_forward_, sweep_update_
+from fastdni.ops.sweep import (
+    SweepPlan,
+    flat,
+    sweep_,
+    sweep_check_target,
+    sweep_forward_,
+    sweep_update_,
+)
 from fastdni.ops.synthesizer import (
     FROZEN,
     SynthesizerParameters,
@@ -20,6 +27,7 @@ __all__ = [
     "regress_when_gradient_arrives",
     "regression_loss",
     "sweep_",
+    "sweep_check_target",
     "sweep_forward_",
     "sweep_update_",
     "synthesizer_bwd",

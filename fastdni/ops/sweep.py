@@ -17,7 +17,8 @@ _DEVICES = backend.kernel_devices("sweep_")
 _sweep = torch.ops.fastdni.sweep_.default
 _forward = torch.ops.fastdni.sweep_forward_.default
 _update = torch.ops.fastdni.sweep_update_.default
-_check_target = torch.ops.fastdni.sweep_check_target.default
+# (caller, target, batch, outputs, criterion): raises unless the target fits.
+sweep_check_target = torch.ops.fastdni.sweep_check_target.default
 _plans: "weakref.WeakValueDictionary[int, SweepPlan]" = weakref.WeakValueDictionary()
 
 
@@ -213,8 +214,17 @@ def sweep_forward_(
             plan.handle, caller, x, target, context, plan.parameters, plan.statistics, active
         )
     if plan.criterion is not None and x.device.type == "cpu":
-        _check_target(caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion)
-    done = reference.sweep(plan.stages, x, target, context, plan.criterion, list(map(bool, active)))
+        sweep_check_target(caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion)
+    with torch.autocast(x.device.type, enabled=False):
+        done = reference.sweep(
+            plan.stages,
+            x,
+            target,
+            context,
+            plan.criterion,
+            list(map(bool, active)),
+            plan.bfloat16,
+        )
     plan._pending = done
     return done.output, done.loss, done.input_gradient
 

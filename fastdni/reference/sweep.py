@@ -126,16 +126,21 @@ def one_hot(labels: Tensor, width: int, like: Tensor) -> Tensor:
     return (labels.unsqueeze(1) == torch.arange(width, device=labels.device)).to(like.dtype)
 
 
+def _rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    return a.bfloat16().to(a.dtype) @ b.bfloat16().to(b.dtype)
+
+
 class _Evaluation:
     """A synthesizer at one trigger."""
 
-    def __init__(self, synthesizer: SynthesizerParameters, trigger: Tensor, context, target):
+    def __init__(self, synthesizer: SynthesizerParameters, trigger, context, target, product):
         if synthesizer.context_weight is None:
             context = None
         elif context is None:
             context = one_hot(target, synthesizer.context_weight.shape[1], trigger)
         self.synthesizer, self.trigger, self.context = synthesizer, trigger, context
-        self.prediction, self.hidden = synthesizer_fwd(trigger, context, *synthesizer)
+        self.product = product
+        self.prediction, self.hidden = synthesizer_fwd(trigger, context, *synthesizer, product)
 
     def regress(self, target: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The synthesis loss and the gradients of the parameters."""
@@ -149,6 +154,7 @@ class _Evaluation:
             weights,
             len(biases) > 0,
             "batchmean",
+            self.product,
         )
 
 
@@ -160,6 +166,7 @@ def sweep(
     context: Tensor | None,
     criterion_name: str | None,
     active: list[bool],
+    bfloat16: bool = False,
 ) -> SweepResult:
     """Losses and gradients of a step; moves the running statistics and nothing else.
 
@@ -171,10 +178,16 @@ def sweep(
         criterion_name: "cross_entropy", "mse", or None when the network goes on above.
         active: for each stage and the one above whether it is updated; a masked stage only runs F.
             The synthesizers of the boundary below a masked stage are not updated either.
+        bfloat16: round the operands of every product to bfloat16.
     """
+    product = _rounded_product if bfloat16 else torch.matmul
+
+    def evaluate(synthesizer: SynthesizerParameters, trigger: Tensor) -> _Evaluation:
+        return _Evaluation(synthesizer, trigger, context, target, product)
+
     unlocked = stages[0].input_synthesizer is not None
     made = [
-        _Evaluation(stage.input_synthesizer, x, context, target)
+        evaluate(stage.input_synthesizer, x)
         for stage in stages
         if stage.input_synthesizer is not None
     ]
@@ -182,7 +195,7 @@ def sweep(
     h = x
     for index, stage in enumerate(stages):
         stage_input = made[index - 1].prediction if unlocked and index > 0 else h
-        z = stage_input @ stage.weight.t()
+        z = product(stage_input, stage.weight.t())
         if stage.bias is not None:
             z = z + stage.bias
         u, normalized, inverse = z, None, None
@@ -192,7 +205,7 @@ def sweep(
         outputs.append(h)
         backwards.append((stage_input, normalized, inverse))
         if stage.synthesizer is not None:
-            predictions.append(_Evaluation(stage.synthesizer, h, context, target))
+            predictions.append(evaluate(stage.synthesizer, h))
 
     loss, loss_gradient = None, None
     if criterion_name is not None:
@@ -216,8 +229,8 @@ def sweep(
                 dz = dz * stage.norm.weight
                 of_norm = [products, sums]
         bias = [] if stage.bias is None else [dz.sum(0)]
-        own_gradients.append([dz.t() @ stage_input, *bias, *of_norm])
-        deltas.append(dz @ stage.weight)
+        own_gradients.append([product(dz.t(), stage_input), *bias, *of_norm])
+        deltas.append(product(dz, stage.weight))
 
     targets = [*deltas[1:], None]
     regress_top = None
@@ -241,7 +254,7 @@ def sweep(
             else:
                 evaluation = predictions[index]
                 if unlocked:
-                    evaluation = _Evaluation(synthesizer, made[index].prediction, context, target)
+                    evaluation = evaluate(synthesizer, made[index].prediction)
                 if targets[index] is None:
                     regress_top = evaluation.regress
                     kept.append(x.new_full((), float("nan")))

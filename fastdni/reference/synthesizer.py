@@ -4,12 +4,15 @@ Jaderberg et al. 2016 (arXiv 1608.05343), section 2: M predicts the gradient tha
 will get, and is trained to lessen ||M(h, ctx) - dL/dh||^2 when dL/dh arrives.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdni.reference.regression_loss import accumulate_dtype, reduction_divisor
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class SynthesizerParameters(NamedTuple):
@@ -50,6 +53,7 @@ def synthesizer_fwd(
     biases: list[Tensor],
     context_weight: Tensor | None = None,
     context_bias: Tensor | None = None,
+    product: Product = torch.matmul,
 ) -> tuple[Tensor, list[Tensor]]:
     """a_0 = h W_0^T + b_0 + ctx Q^T + q;  a_i = relu(a_{i-1}) W_i^T + b_i;  the prediction is a_n.
 
@@ -60,6 +64,7 @@ def synthesizer_fwd(
         biases: b_0, ..., b_n, or an empty list.
         context_weight: Q, (H, C).
         context_bias: q, (H,).
+        product: of two matrices; another one may round its operands.
 
     Returns:
         The prediction (..., N), and relu(a_0), ..., relu(a_{n-1}), each (rows, H).
@@ -67,11 +72,11 @@ def synthesizer_fwd(
     h = _rows(trigger)
     hidden = []
     for i, weight in enumerate(weights):
-        a = h @ weight.t()
+        a = product(h, weight.t())
         if biases:
             a = a + biases[i]
         if i == 0 and context is not None:
-            a = a + _rows(context) @ context_weight.t()
+            a = a + product(_rows(context), context_weight.t())
             if context_bias is not None:
                 a = a + context_bias
         if i + 1 < len(weights):
@@ -89,6 +94,7 @@ def synthesizer_bwd(
     weights: list[Tensor],
     bias: bool,
     reduction: str,
+    product: Product = torch.matmul,
 ) -> tuple[Tensor, list[Tensor]]:
     """e = prediction - target;  loss = sum(e^2) / divisor;  and the loss's parameter gradients.
 
@@ -103,6 +109,7 @@ def synthesizer_bwd(
         trigger, context, weights: its arguments.
         bias: whether the layers have biases.
         reduction: "batchmean" (the divisor is the first dimension's size) or "mean" (all elements).
+        product: of two matrices, as in `synthesizer_fwd`.
 
     Returns:
         The loss (0-d), and the gradients: the weights', the biases', Q's, q's.
@@ -116,14 +123,14 @@ def synthesizer_bwd(
     inputs = [_rows(trigger), *hidden]
     weight_grads, bias_grads = [], []
     for i in reversed(range(len(weights))):
-        weight_grads.insert(0, grad.t() @ inputs[i])
+        weight_grads.insert(0, product(grad.t(), inputs[i]))
         if bias:
             bias_grads.insert(0, grad.sum(0))
         if i > 0:
-            grad = (grad @ weights[i]).masked_fill(inputs[i] <= 0, 0)
+            grad = product(grad, weights[i]).masked_fill(inputs[i] <= 0, 0)
     grads = weight_grads + bias_grads
     if context is not None:
-        grads.append(grad.t() @ _rows(context))
+        grads.append(product(grad.t(), _rows(context)))
         if bias:
             grads.append(grad.sum(0))
     return loss, grads

@@ -1,0 +1,245 @@
+"""torch.optim optimizers as the fused step sees them.
+
+The step reads `param_groups` and reads and writes `state` of the user's own optimizers, so that
+checkpoints, schedulers and training without fusion go on from it.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_, itemgetter
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as _torch_optimizer
+
+from fastdni.reference import RULES
+
+# What a rule keeps of a parameter, in the order of the sweep.
+_KEPT = {
+    "sgd": (),
+    "sgd_momentum": ("momentum_buffer",),
+    "adam": ("exp_avg", "exp_avg_sq", "step"),
+    "adamw": ("exp_avg", "exp_avg_sq", "step"),
+}
+# Options that ask for another update than the fused step makes.
+_UNFUSED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
+_NUMBERS = {
+    SGD: itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov"),
+    Adam: itemgetter("lr", "weight_decay", "betas", "eps", "decoupled_weight_decay"),
+    AdamW: itemgetter("lr", "weight_decay", "betas", "eps", "decoupled_weight_decay"),
+}
+
+
+def _rule(optimizer: Optimizer, group: dict) -> str:
+    if type(optimizer) is SGD:
+        return "sgd_momentum" if group["momentum"] != 0 else "sgd"
+    decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
+    return "adamw" if decoupled else "adam"
+
+
+def _settings(rule: str, group: dict) -> list[float]:
+    """A row of the sweep's `settings`: see `fastdni.reference.OptimizerSettings`."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if rule in ("adam", "adamw"):
+        beta1, beta2 = group["betas"]
+        rest = [float(beta1), float(beta2), float(group["eps"]), 0.0]
+    else:
+        rest = [float(group["momentum"]), float(group["dampening"]), 0.0, float(group["nesterov"])]
+    return [float(RULES.index(rule)), lr, decay, *rest]
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _torch_optimizer._global_optimizer_pre_hooks
+        or _torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def _reason_unfused(optimizer: Optimizer) -> str | None:
+    name = type(optimizer).__name__
+    if type(optimizer) not in _NUMBERS:
+        return f"the optimizer {name} is not torch.optim's SGD, Adam or AdamW"
+    if _has_hooks(optimizer):
+        return f"the step of {name} has hooks"
+    own_step = vars(optimizer).get("step")  # schedulers put one there, which only counts calls
+    if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
+        return f"the step of {name} was replaced"
+    for group in optimizer.param_groups:
+        for option in _UNFUSED_OPTIONS:
+            if group.get(option):
+                return f"{name} has {option}=True"
+    return None
+
+
+def _as_list(given: Optimizer | Sequence[Optimizer]) -> list:
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+class Optimizers:
+    """What is given to `net.step` as its optimizer: one, or a sequence of them.
+
+    Holds what was found out about them, for as long as `is_current` says that it is so.
+
+    Args:
+        given: a torch.optim optimizer, or a list or tuple of them.
+        parameters: all of the network's.
+
+    Raises:
+        TypeError: something else was given.
+        ValueError: an optimizer holds parameters that are not the network's.
+    """
+
+    def __init__(self, given: Optimizer | Sequence[Optimizer], parameters: list[Tensor]):
+        self.all = _as_list(given)
+        if not self.all or not all(isinstance(o, Optimizer) for o in self.all):
+            raise TypeError(
+                "net.step: optimizer must be a torch.optim optimizer or a sequence of them, got "
+                f"{type(given).__name__}"
+            )
+        self.groups = [(o, group) for o in self.all for group in o.param_groups]
+        held = [(number, p) for number, (_, g) in enumerate(self.groups) for p in g["params"]]
+        known = {id(p) for p in parameters}
+        foreign = sum(id(p) not in known for _, p in held)
+        if foreign:
+            raise ValueError(
+                "net.step: optimizer must hold parameters of the network alone, got "
+                f"{foreign} that are not; call net.backward(...) and the optimizers' own step()"
+            )
+        self.reason = next(filter(None, map(_reason_unfused, self.all)), None)
+        self.group_of = {id(p): number for number, p in held}
+        if len(self.group_of) < len(held):
+            self.reason = "two optimizers hold the same parameter"
+        self._held = [p for _, p in held]
+        self._reasons = [_reason_unfused(o) for o in self.all]
+        self._said: list | None = None
+        self.settings: list[float] = []
+        self.rules: list[str] = []
+
+    def is_current(self, given: Optimizer | Sequence[Optimizer]) -> bool:
+        """Whether it is these that are given, and they hold the same parameters in the same way."""
+        given = _as_list(given)
+        if len(given) != len(self.all) or not all(map(is_, given, self.all)):
+            return False
+        groups = [group for optimizer in self.all for group in optimizer.param_groups]
+        return (
+            len(groups) == len(self.groups)
+            and all(own[1] is group for own, group in zip(self.groups, groups, strict=True))
+            and sum(len(group["params"]) for group in groups) == len(self._held)
+            and all(map(is_, chain.from_iterable([g["params"] for g in groups]), self._held))
+            and self._reasons == [_reason_unfused(optimizer) for optimizer in self.all]
+        )
+
+    def read(self) -> None:
+        """Reads the groups' numbers into `settings` and `rules`.
+
+        Raises:
+            ValueError: a learning rate is not finite.
+        """
+        said = [_NUMBERS[type(optimizer)](group) for optimizer, group in self.groups]
+        if said == self._said:
+            return
+        self.check()
+        rules = [_rule(*group) for group in self.groups]
+        self.settings = [
+            x for rule, (_, g) in zip(rules, self.groups, strict=True) for x in _settings(rule, g)
+        ]
+        # A tensor may change without being another one.
+        constant = not any(isinstance(group["lr"], Tensor) for _, group in self.groups)
+        self._said = said if constant else None
+        if rules != self.rules:  # the same list as long as nothing else is said
+            self.rules = rules
+
+    def check(self) -> None:
+        """Refuses learning rates that are not finite."""
+        for _, group in self.groups:
+            if not math.isfinite(group["lr"]):
+                raise ValueError(
+                    f"net.step: optimizer must have finite learning rates, got {group['lr']}"
+                )
+
+    def step(self) -> None:
+        """Their own steps, on p.grad."""
+        for optimizer in self.all:
+            optimizer.step()
+
+    def mark_called(self) -> None:
+        """What their own steps would leave for schedulers to see."""
+        for optimizer in self.all:
+            optimizer._opt_called = True
+
+
+def _undamped(settings: list[float], rows: int) -> list[float]:
+    """The same rows with a dampening of zero."""
+    width = len(settings) // rows
+    return [0.0 if i % width == 4 else x for i, x in enumerate(settings)]
+
+
+class Binding:
+    """Which optimizer group updates which parameter of a sweep, under one mask.
+
+    Args:
+        optimizers: what is given; its `rules` are up to date.
+        parameters: those of the sweep, in its order.
+        updated: for each, whether the mask lets it be updated.
+    """
+
+    def __init__(self, optimizers: Optimizers, parameters: list[Tensor], updated: list[bool]):
+        self.groups = [
+            optimizers.group_of.get(id(p), -1) if free and p.requires_grad else -1
+            for p, free in zip(parameters, updated, strict=True)
+        ]
+        chosen = [(p, g) for p, g in zip(parameters, self.groups, strict=True) if g >= 0]
+        self.parameters = [p for p, _ in chosen]
+        self._optimizers = optimizers
+        self._chosen = [(*optimizers.groups[g], p, _KEPT[optimizers.rules[g]]) for p, g in chosen]
+        self._keeps = [
+            (optimizer, p, keys) for optimizer, _, p, keys in self._chosen if len(keys) > 0
+        ]
+
+    def state(self) -> tuple[list[Tensor], list[tuple], list[int], list[float]]:
+        """The optimizer state of the parameters, found or made.
+
+        Returns:
+            The tensors; what `commit` has to put in place once the step is done; groups and settings.
+        """
+        settings = self._optimizers.settings
+        try:
+            # `get`: a look into a defaultdict must not leave an entry behind.
+            found = [(o.state.get(p), keys) for o, p, keys in self._keeps]
+            return [kept[key] for kept, keys in found for key in keys], [], self.groups, settings
+        except (KeyError, TypeError):
+            return self._made()
+
+    def _made(self) -> tuple[list[Tensor], list[tuple], list[int], list[float]]:
+        tensors, pending, fresh = [], [], set()
+        for optimizer, group, parameter, keys in self._chosen:
+            kept = optimizer.state.get(parameter) or {}
+            made = {}
+            if keys == ("momentum_buffer",) and kept.get("momentum_buffer") is None:
+                made = {"momentum_buffer": torch.zeros_like(parameter)}
+                fresh.add(id(parameter))
+            elif keys and not kept:
+                dtype = _torch_optimizer._get_scalar_dtype(group.get("fused"))
+                made = {"step": torch.zeros((), dtype=dtype)}
+                made |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            if made:
+                pending.append((optimizer, parameter, made))
+            tensors += [made[key] if made else kept[key] for key in keys]
+        # A new momentum buffer is the gradient itself, undamped: from rows of their own.
+        rows = len(self._optimizers.groups)
+        settings = self._optimizers.settings
+        chosen = iter(self.parameters)
+        groups = [
+            g + rows if g >= 0 and id(next(chosen)) in fresh else g for g in self.groups
+        ]
+        return tensors, pending, groups, settings + (_undamped(settings, rows) if fresh else [])
+
+    @staticmethod
+    def commit(pending: list[tuple[Optimizer, Tensor, dict]]) -> None:
+        """Puts the state that was made where the optimizers look for it."""
+        for optimizer, parameter, made in pending:
+            optimizer.state[parameter].update(made)
