@@ -86,9 +86,7 @@ class DecoupledSequential(nn.Module):
                     f"boundaries between stages, got {len(given)}"
                 )
         if not 0 <= bp_lambda <= 1:
-            raise ValueError(
-                f"DecoupledSequential: bp_lambda must be from 0 to 1, got {bp_lambda}"
-            )
+            raise ValueError(f"DecoupledSequential: bp_lambda must be from 0 to 1, got {bp_lambda}")
         self.stages = nn.ModuleList(stages)
         self.synthesizers = nn.ModuleList(synthesizers)
         self.input_synthesizers = (

@@ -32,6 +32,9 @@ _NUMBERS = {
 }
 
 
+_params = itemgetter("params")
+
+
 def _rule(optimizer: Optimizer, group: dict) -> str:
     if type(optimizer) is SGD:
         return "sgd_momentum" if group["momentum"] != 0 else "sgd"
@@ -69,9 +72,8 @@ def _reason_unfused(optimizer: Optimizer) -> str | None:
     if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
         return f"the step of {name} was replaced"
     for group in optimizer.param_groups:
-        for option in _UNFUSED_OPTIONS:
-            if group.get(option):
-                return f"{name} has {option}=True"
+        if any(map(group.get, _UNFUSED_OPTIONS)):
+            return f"{name} has {next(o for o in _UNFUSED_OPTIONS if group.get(o))}=True"
     return None
 
 
@@ -109,28 +111,31 @@ class Optimizers:
                 "net.step: optimizer must hold parameters of the network alone, got "
                 f"{foreign} that are not; call net.backward(...) and the optimizers' own step()"
             )
-        self.reason = next(filter(None, map(_reason_unfused, self.all)), None)
+        self._reasons = [*map(_reason_unfused, self.all)]
+        self.reason = next(filter(None, self._reasons), None)
         self.group_of = {id(p): number for number, p in held}
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
         self._held = [p for _, p in held]
-        self._reasons = [_reason_unfused(o) for o in self.all]
+        self._lists = [group["params"] for _, group in self.groups]
+        self._numbers = [_NUMBERS.get(type(o)) for o, _ in self.groups]
         self._said: list | None = None
         self.settings: list[float] = []
         self.rules: list[str] = []
 
     def is_current(self, given: Optimizer | Sequence[Optimizer]) -> bool:
         """Whether it is these that are given, and they hold the same parameters in the same way."""
-        given = _as_list(given)
-        if len(given) != len(self.all) or not all(map(is_, given, self.all)):
-            return False
-        groups = [group for optimizer in self.all for group in optimizer.param_groups]
+        given = given if isinstance(given, list | tuple) else (given,)
+        groups = [group for optimizer in given for group in optimizer.param_groups]
         return (
-            len(groups) == len(self.groups)
-            and all(own[1] is group for own, group in zip(self.groups, groups, strict=True))
-            and sum(len(group["params"]) for group in groups) == len(self._held)
-            and all(map(is_, chain.from_iterable([g["params"] for g in groups]), self._held))
-            and self._reasons == [_reason_unfused(optimizer) for optimizer in self.all]
+            len(given) == len(self.all)
+            and all(map(is_, given, self.all))
+            and len(groups) == len(self.groups)
+            and all([own[1] is group for own, group in zip(self.groups, groups)])  # noqa: B905
+            and all(map(is_, map(_params, groups), self._lists))
+            and sum(map(len, self._lists)) == len(self._held)
+            and all(map(is_, chain.from_iterable(self._lists), self._held))
+            and [*map(_reason_unfused, given)] == self._reasons
         )
 
     def read(self) -> None:
@@ -139,7 +144,7 @@ class Optimizers:
         Raises:
             ValueError: a learning rate is not finite.
         """
-        said = [_NUMBERS[type(optimizer)](group) for optimizer, group in self.groups]
+        said = [read(group) for read, (_, group) in zip(self._numbers, self.groups)]  # noqa: B905
         if said == self._said:
             return
         self.check()
@@ -233,9 +238,7 @@ class Binding:
         rows = len(self._optimizers.groups)
         settings = self._optimizers.settings
         chosen = iter(self.parameters)
-        groups = [
-            g + rows if g >= 0 and id(next(chosen)) in fresh else g for g in self.groups
-        ]
+        groups = [g + rows if g >= 0 and id(next(chosen)) in fresh else g for g in self.groups]
         return tensors, pending, groups, settings + (_undamped(settings, rows) if fresh else [])
 
     @staticmethod

@@ -13,9 +13,9 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Ident
 FORM = "Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]"
 DTYPES = (torch.float32, torch.float64)
 
-_marks = attrgetter(
-    "requires_grad", "dtype", "device", "shape", "_backward_hooks", "_post_accumulate_grad_hooks"
-)
+# What a step may find changed of a parameter; `grad` is None between steps.
+_marks = attrgetter("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_layout = attrgetter("dtype", "device", "shape")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -111,14 +111,15 @@ def parse(
 class Watch:
     """Notices that modules are no longer what they were found to be.
 
-    The step asks at every call: a look takes some microseconds, because the loops are those of `map`
-    and `all`.
+    A step asks at every call, so a look takes a few microseconds: the loops are those of `map`, `all`
+    and `any`.
     """
 
     def __init__(self, roots: list[nn.Module]):
         modules = list({id(m): m for root in roots for m in root.modules()}.values())
         seen: list[tuple[dict, str]] = []
-        sized: list[dict] = []
+        containers: list[dict] = []
+        hooks: list[dict] = []
         for module in modules:
             own = vars(module)
             seen.append((own, "forward"))
@@ -126,27 +127,42 @@ class Watch:
                 seen += [(own, name) for name in ("training", "momentum", "eps")]
             for kind in ("_modules", "_parameters", "_buffers"):
                 seen += [(own[kind], name) for name in own[kind]]
-                sized.append(own[kind])
-            sized += [own[name] for name in _HOOKS]
+            if own["_modules"]:
+                containers.append(own["_modules"])
+            hooks += [own[name] for name in _HOOKS]
         self._dicts, self._names = [d for d, _ in seen], [name for _, name in seen]
         self._values = [d.get(name) for d, name in seen]
-        self._sized, self._sizes = sized, [*map(len, sized)]
+        self._containers, self._sizes = containers, [*map(len, containers)]
+        self._no_hooks = [h for h in hooks if not h]
+        self._hooks = [(h, len(h)) for h in hooks if h]
+        self._global_hooks = _has_any_global_hook()
         self.parameters = list(
             {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
         )
-        self._marks = self._marks_now()
+        self._marks = [(None, *_marks(p)[1:]) for p in self.parameters]
+        self._layouts = self._layouts_now()
 
-    def _marks_now(self) -> tuple:
-        return (
-            [*map(_marks, self.parameters)],
-            [*map(Tensor.is_contiguous, self.parameters)],
-            _has_any_global_hook(),
-        )
+    def _layouts_now(self) -> list:
+        tensors = self.parameters
+        return [*map(_layout, tensors), *map(Tensor.is_contiguous, tensors)]
 
     def unchanged(self) -> bool:
-        """Whether all is as it was when this was made."""
+        """Whether modules, hooks and parameters are the same, as far as a quick look shows."""
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
-            and self._sizes == [*map(len, self._sized)]
-            and self._marks == self._marks_now()
+            and [*map(len, self._containers)] == self._sizes
+            and not any(self._no_hooks)
+            and all([len(hooks) == count for hooks, count in self._hooks])
+            and _has_any_global_hook() == self._global_hooks
         )
+
+    def parameters_unchanged(self) -> bool:
+        """Whether no parameter was frozen, thawed or hooked; also sets `has_gradients`."""
+        marks = [*map(_marks, self.parameters)]
+        self.has_gradients = marks != self._marks
+        return not self.has_gradients or [m[1:] for m in marks] == [m[1:] for m in self._marks]
+
+    def layouts_unchanged(self) -> bool:
+        """Whether all parameters have the dtype, device and shape they had (a slower look, for when
+        something has failed)."""
+        return self._layouts_now() == self._layouts

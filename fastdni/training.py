@@ -7,6 +7,7 @@ runs the whole network, that is one call.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -28,9 +29,12 @@ _grad = attrgetter("grad")
 class _Step:
     """What the parts of one step have in common."""
 
-    def __init__(self, caller, x, target, criterion, context, active, optimizers):
+    __slots__ = ("caller", "x", "target", "criterion", "context", "active", "optimizers")
+
+    def __init__(self, caller, x, target, criterion, context, active):
         self.caller, self.x, self.target, self.criterion = caller, x, target, criterion
-        self.context, self.active, self.optimizers = context, active, optimizers
+        self.context, self.active = context, active
+        self.optimizers: Optimizers | None = None  # None: gradients go to p.grad
 
 
 class _FusedPart:
@@ -52,7 +56,7 @@ class _FusedPart:
         }
         self._plans: dict[int, ops.SweepPlan] = {}
         self._bindings: dict[tuple[int, ...], Binding] = {}
-        self._bound_to: tuple | None = None
+        self._rules: list[str] | None = None
 
     def plan(self, batch: int) -> ops.SweepPlan:
         """The plan of a batch size, made when it is first met."""
@@ -69,19 +73,17 @@ class _FusedPart:
     def binding(self, plan: ops.SweepPlan, step: _Step) -> "Binding | _GradientBinding":
         """Who updates which parameter."""
         active = self._active(step)
-        if step.optimizers is None:
+        optimizers = step.optimizers
+        if optimizers is None:
             updated = [bool(active[s]) for s in plan.parameter_stages]
             return _GradientBinding(plan.parameters, updated)
-        bound_to = (step.optimizers, step.optimizers.rules)
-        if self._bound_to is None or any(
-            own is not given for own, given in zip(self._bound_to, bound_to, strict=True)
-        ):
-            self._bindings, self._bound_to = {}, bound_to
+        if self._rules is not optimizers.rules:  # another list, another optimizer or another rule
+            self._bindings, self._rules = {}, optimizers.rules
         mask = tuple(active)
         binding = self._bindings.get(mask)
         if binding is None:
             updated = [bool(active[s]) for s in plan.parameter_stages]
-            binding = self._bindings[mask] = Binding(step.optimizers, plan.parameters, updated)
+            binding = self._bindings[mask] = Binding(optimizers, plan.parameters, updated)
         return binding
 
     def whole_step(self, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,10 +281,18 @@ class Trainer:
 
     # ---- what the network is ----
 
-    def look(self) -> None:
-        """Finds out again what changed since the last step."""
-        if self._watch is None or not self._watch.unchanged():
+    def look(self, closely: bool = True) -> None:
+        """Finds out again what changed since the last look; without `closely`, all but what a sweep
+        would refuse of itself: another dtype, device or shape of a parameter."""
+        watch = self._watch
+        if (
+            watch is None
+            or not watch.unchanged()
+            or not watch.parameters_unchanged()
+            or (closely and not watch.layouts_unchanged())
+        ):
             self._watch = Watch([self._net])
+            self._watch.parameters_unchanged()
             self._parts, self._optimizers = {}, None
             self._parse()
 
@@ -392,15 +402,36 @@ class Trainer:
         """
         caller = "net.backward" if optimizer is GRADIENTS else "net.step"
         active = self._check(caller, x, target, criterion, context, update_mask)
-        self.look()
-        optimizers = None if optimizer is GRADIENTS else self._optimizers_of(optimizer)
-        step = _Step(caller, x, target, criterion, context, active, optimizers)
+        step = _Step(caller, x, target, criterion, context, active)
+        try:
+            return self._run(step, optimizer, closely=False)
+        except Exception:
+            # Refused, perhaps, because the parameters are no longer those that the parts were made
+            # for: net.double(), p.data = ...
+            if self._watch is None or self._watch.layouts_unchanged():
+                raise
+        return self._run(step, optimizer, closely=True)
+
+    def _run(self, step: _Step, optimizer, closely: bool) -> tuple[Tensor, Tensor, Tensor]:
+        self.look(closely)
+        step.optimizers = None if optimizer is GRADIENTS else self._optimizers_of(optimizer)
         self._check_devices(step)
-        parts = self._parts_for(criterion, _autocast_dtype(x))
+        parts = self._parts_for(step.criterion, _autocast_dtype(step.x))
+        whole = len(parts) == 1 and type(parts[0]) is _FusedPart and step.x.dim() == 2
+        if not whole and not closely:
+            return self._run(step, optimizer, closely=True)
         with torch.no_grad():
-            if optimizers is None:
-                return self._gradients(parts, step)
-            return self._updates(parts, step)
+            run = parts[0].whole_step if whole else partial(self._run_parts, parts)
+            if step.optimizers is None:
+                return run(step)
+            if whole and step.optimizers.reason is None:
+                results = run(step)
+                step.optimizers.mark_called()
+            else:
+                results = self._through_gradients(run, step)
+            if self._watch.has_gradients:
+                _drop_gradients(self._watch.parameters)
+            return results
 
     def _check(self, caller, x, target, criterion, context, update_mask) -> list[int]:
         net = self._net
@@ -438,11 +469,8 @@ class Trainer:
 
     def _check_devices(self, step: _Step) -> None:
         parameters = self._watch.parameters
-        if not parameters:
-            return
-        device = parameters[0].device
-        for name in ("x", "target", "context"):
-            tensor = getattr(step, name)
+        device = parameters[0].device if parameters else step.x.device
+        for name, tensor in (("x", step.x), ("target", step.target), ("context", step.context)):
             if isinstance(tensor, Tensor) and tensor.device != device:
                 raise RuntimeError(
                     f"{step.caller}: {name} must be on the parameters' device {device}, got "
@@ -455,27 +483,15 @@ class Trainer:
         self._optimizers.check() if self._optimizers.reason else self._optimizers.read()
         return self._optimizers
 
-    def _gradients(self, parts: list, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
-        if len(parts) == 1 and isinstance(parts[0], _FusedPart) and step.x.dim() == 2:
-            return parts[0].whole_step(step)
-        return self._run(parts, step)
-
-    def _updates(self, parts: list, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
-        optimizers, parameters = step.optimizers, self._watch.parameters
-        whole = len(parts) == 1 and isinstance(parts[0], _FusedPart) and step.x.dim() == 2
-        if whole and optimizers.reason is None:
-            results = parts[0].whole_step(step)
-            optimizers.mark_called()
-            if [*map(_grad, parameters)] != [None] * len(parameters):
-                _drop_gradients(parameters)
-            return results
-        # Through p.grad, at least in part; what was there before is no part of this step.
-        before = [*map(_grad, parameters)]
+    def _through_gradients(self, run: Callable, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Updates by the optimizers' own `step`, of what no sweep updates."""
+        parameters, optimizers = self._watch.parameters, step.optimizers
+        before = [*map(_grad, parameters)]  # no part of this step
         _drop_gradients(parameters)
         try:
             if optimizers.reason is not None:
                 step.optimizers = None
-            results = self._gradients(parts, step)
+            results = run(step)
             optimizers.step()
         except BaseException:
             for parameter, grad in zip(parameters, before, strict=True):
@@ -484,7 +500,7 @@ class Trainer:
         _drop_gradients(parameters)
         return results
 
-    def _run(self, parts: list, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_parts(self, parts: list, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
         self._check_before_running(step)
         h = step.x
         left, done = list(parts), []

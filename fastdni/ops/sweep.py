@@ -214,7 +214,9 @@ def sweep_forward_(
             plan.handle, caller, x, target, context, plan.parameters, plan.statistics, active
         )
     if plan.criterion is not None and x.device.type == "cpu":
-        sweep_check_target(caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion)
+        sweep_check_target(
+            caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion
+        )
     with torch.autocast(x.device.type, enabled=False):
         done = reference.sweep(
             plan.stages,

@@ -13,6 +13,7 @@ from fastdni.reference.sweep import (
     SweepNorm,
     SweepResult,
     SweepStage,
+    one_hot,
     sweep,
 )
 from fastdni.reference.synthesizer import (
@@ -29,6 +30,7 @@ __all__ = [
     "SweepStage",
     "SynthesizerParameters",
     "accumulate_dtype",
+    "one_hot",
     "optimizer_update",
     "reduction_divisor",
     "regression_loss",

@@ -73,7 +73,9 @@ class SweepResult(NamedTuple):
 
     output: Tensor  # (B, N)
     loss: Tensor | None  # ()
-    synthesis_loss: Tensor  # (synthesizers,), or (2, synthesizers) in complete unlock; NaN if masked
+    synthesis_loss: (
+        Tensor  # (synthesizers,), or (2, synthesizers) in complete unlock; NaN if masked
+    )
     gradients: list[Tensor | None]
     input_gradient: Tensor | None  # (B, K), delta of the lowest stage
     regress_top: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None
@@ -117,7 +119,9 @@ def criterion(output: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor
     log_probability = output.log_softmax(1)
     count = counted.sum()
     loss = -log_probability.gather(1, labels).squeeze(1)[counted].sum() / count
-    gradient = log_probability.exp().scatter_add(1, labels, -torch.ones_like(labels, dtype=output.dtype))
+    gradient = log_probability.exp().scatter_add(
+        1, labels, -torch.ones_like(labels, dtype=output.dtype)
+    )
     return loss, gradient * counted.unsqueeze(1) / count.clamp(min=1)
 
 
