@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "ops/product.h"
 #include "ops/sweep_plan.h"
+#include "watch.h"
 #if defined(FASTDNI_CUDA)
 #include "cuda/regression_loss.h"
 #endif
@@ -115,6 +116,9 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("columns"), py::arg("depth"),
       "The library that a float32 (rows, depth) x (depth, columns) product goes to.");
+  py::class_<fastdni::Watch>(m, "Watch", "Notices that dicts and lists hold something else.")
+      .def(py::init<const py::list&, const py::list&>(), py::arg("items"), py::arg("sizes"))
+      .def("unchanged", &fastdni::Watch::unchanged, "Whether all of them hold what they held.");
   py::class_<PlanHandle>(m, "SweepPlan", "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
                     bool, bool>(),

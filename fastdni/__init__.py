@@ -15,6 +15,8 @@ except ImportError as error:
     ) from error
 
 from fastdni.backend import backends, set_backend, use_backend
+from fastdni.explain import explain
+from fastdni.graphs import make_graphed_step
 from fastdni.interfaces import (
     BackwardInterface,
     BidirectionalInterface,
@@ -40,6 +42,8 @@ __all__ = [
     "backward",
     "decouple",
     "defer_backward",
+    "explain",
+    "make_graphed_step",
     "regression_loss",
     "set_backend",
     "synthesizer_context",

@@ -6,7 +6,6 @@ checkpoints, schedulers and training without fusion go on from it.
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from operator import is_, itemgetter
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
 from fastdni.reference import RULES
+from fastdni.watch import OptimizerWatch, has_hooks
 
 # What a rule keeps of a parameter, in the order of the sweep.
 _KEPT = {
@@ -30,9 +30,6 @@ _NUMBERS = {
     Adam: itemgetter("lr", "weight_decay", "betas", "eps", "decoupled_weight_decay"),
     AdamW: itemgetter("lr", "weight_decay", "betas", "eps", "decoupled_weight_decay"),
 }
-
-
-_params = itemgetter("params")
 
 
 def _rule(optimizer: Optimizer, group: dict) -> str:
@@ -53,20 +50,11 @@ def _settings(rule: str, group: dict) -> list[float]:
     return [float(RULES.index(rule)), lr, decay, *rest]
 
 
-def _has_hooks(optimizer: Optimizer) -> bool:
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _torch_optimizer._global_optimizer_pre_hooks
-        or _torch_optimizer._global_optimizer_post_hooks
-    )
-
-
 def _reason_unfused(optimizer: Optimizer) -> str | None:
     name = type(optimizer).__name__
     if type(optimizer) not in _NUMBERS:
         return f"the optimizer {name} is not torch.optim's SGD, Adam or AdamW"
-    if _has_hooks(optimizer):
+    if has_hooks(optimizer):
         return f"the step of {name} has hooks"
     own_step = vars(optimizer).get("step")  # schedulers put one there, which only counts calls
     if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
@@ -111,13 +99,11 @@ class Optimizers:
                 "net.step: optimizer must hold parameters of the network alone, got "
                 f"{foreign} that are not; call net.backward(...) and the optimizers' own step()"
             )
-        self._reasons = [*map(_reason_unfused, self.all)]
-        self.reason = next(filter(None, self._reasons), None)
+        self.reason = next(filter(None, map(_reason_unfused, self.all)), None)
         self.group_of = {id(p): number for number, p in held}
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
-        self._held = [p for _, p in held]
-        self._lists = [group["params"] for _, group in self.groups]
+        self._watch = OptimizerWatch(self.all, _UNFUSED_OPTIONS)
         self._numbers = [_NUMBERS.get(type(o)) for o, _ in self.groups]
         self._said: list | None = None
         self.settings: list[float] = []
@@ -125,18 +111,9 @@ class Optimizers:
 
     def is_current(self, given: Optimizer | Sequence[Optimizer]) -> bool:
         """Whether it is these that are given, and they hold the same parameters in the same way."""
-        given = given if isinstance(given, list | tuple) else (given,)
-        groups = [group for optimizer in given for group in optimizer.param_groups]
-        return (
-            len(given) == len(self.all)
-            and all(map(is_, given, self.all))
-            and len(groups) == len(self.groups)
-            and all([own[1] is group for own, group in zip(self.groups, groups)])  # noqa: B905
-            and all(map(is_, map(_params, groups), self._lists))
-            and sum(map(len, self._lists)) == len(self._held)
-            and all(map(is_, chain.from_iterable(self._lists), self._held))
-            and [*map(_reason_unfused, given)] == self._reasons
-        )
+        given = _as_list(given)
+        same = len(given) == len(self.all) and all(map(is_, given, self.all))
+        return same and self._watch.unchanged()
 
     def read(self) -> None:
         """Reads the groups' numbers into `settings` and `rules`.

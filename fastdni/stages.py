@@ -1,10 +1,7 @@
 """Which stages a sweep can run, and what it has to know of them."""
 
-from operator import attrgetter, is_
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastdni.reference import SweepNorm, SweepStage
 from fastdni.synthesizers import BasicSynthesizer, is_changed, plain_parameters
@@ -12,11 +9,6 @@ from fastdni.synthesizers import BasicSynthesizer, is_changed, plain_parameters
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
 FORM = "Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]"
 DTYPES = (torch.float32, torch.float64)
-
-# What a step may find changed of a parameter; `grad` is None between steps.
-_marks = attrgetter("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-_layout = attrgetter("dtype", "device", "shape")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Unfused(Exception):
@@ -106,63 +98,3 @@ def parse(
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise Unfused("its running statistics have another dtype or device")
     return parsed
-
-
-class Watch:
-    """Notices that modules are no longer what they were found to be.
-
-    A step asks at every call, so a look takes a few microseconds: the loops are those of `map`, `all`
-    and `any`.
-    """
-
-    def __init__(self, roots: list[nn.Module]):
-        modules = list({id(m): m for root in roots for m in root.modules()}.values())
-        seen: list[tuple[dict, str]] = []
-        containers: list[dict] = []
-        hooks: list[dict] = []
-        for module in modules:
-            own = vars(module)
-            seen.append((own, "forward"))
-            if isinstance(module, nn.BatchNorm1d):
-                seen += [(own, name) for name in ("training", "momentum", "eps")]
-            for kind in ("_modules", "_parameters", "_buffers"):
-                seen += [(own[kind], name) for name in own[kind]]
-            if own["_modules"]:
-                containers.append(own["_modules"])
-            hooks += [own[name] for name in _HOOKS]
-        self._dicts, self._names = [d for d, _ in seen], [name for _, name in seen]
-        self._values = [d.get(name) for d, name in seen]
-        self._containers, self._sizes = containers, [*map(len, containers)]
-        self._no_hooks = [h for h in hooks if not h]
-        self._hooks = [(h, len(h)) for h in hooks if h]
-        self._global_hooks = _has_any_global_hook()
-        self.parameters = list(
-            {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
-        )
-        self._marks = [(None, *_marks(p)[1:]) for p in self.parameters]
-        self._layouts = self._layouts_now()
-
-    def _layouts_now(self) -> list:
-        tensors = self.parameters
-        return [*map(_layout, tensors), *map(Tensor.is_contiguous, tensors)]
-
-    def unchanged(self) -> bool:
-        """Whether modules, hooks and parameters are the same, as far as a quick look shows."""
-        return (
-            all(map(is_, map(dict.get, self._dicts, self._names), self._values))
-            and [*map(len, self._containers)] == self._sizes
-            and not any(self._no_hooks)
-            and all([len(hooks) == count for hooks, count in self._hooks])
-            and _has_any_global_hook() == self._global_hooks
-        )
-
-    def parameters_unchanged(self) -> bool:
-        """Whether no parameter was frozen, thawed or hooked; also sets `has_gradients`."""
-        marks = [*map(_marks, self.parameters)]
-        self.has_gradients = marks != self._marks
-        return not self.has_gradients or [m[1:] for m in marks] == [m[1:] for m in self._marks]
-
-    def layouts_unchanged(self) -> bool:
-        """Whether all parameters have the dtype, device and shape they had (a slower look, for when
-        something has failed)."""
-        return self._layouts_now() == self._layouts

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from fastdni import backend, ops, reference
 from fastdni.optimizers import Binding, Optimizers
 from fastdni.reference import SweepStage
-from fastdni.stages import Unfused, Watch, layers_of, parse
+from fastdni.stages import Unfused, layers_of, parse
+from fastdni.watch import ModuleWatch
 
 CRITERIA = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 GRADIENTS = object()  # in an optimizer's place: no update
@@ -275,7 +276,7 @@ class Trainer:
 
     def __init__(self, net: nn.Module):
         self._net = net
-        self._watch: Watch | None = None
+        self._watch: ModuleWatch | None = None
         self._parts: dict[tuple, list] = {}
         self._optimizers: Optimizers | None = None
 
@@ -291,7 +292,7 @@ class Trainer:
             or not watch.parameters_unchanged()
             or (closely and not watch.layouts_unchanged())
         ):
-            self._watch = Watch([self._net])
+            self._watch = ModuleWatch(self._net)
             self._watch.parameters_unchanged()
             self._parts, self._optimizers = {}, None
             self._parse()
@@ -384,6 +385,54 @@ class Trainer:
         self._parts[choice] = parts
         return parts
 
+    def explain(self, x: Tensor, optimizer, criterion) -> list[dict]:
+        """See `fastdni.explain`."""
+        self.look()
+        optimizers = self._optimizers_of(optimizer)
+        dims = self._input_dims(x)
+        fused = {
+            number: part.plan(len(x)).backend
+            for part in self._parts_for(criterion, _autocast_dtype(x))
+            if isinstance(part, _FusedPart)
+            for number in range(part.first, part.first + len(part.stages))
+            if dims[part.first] == 2
+        }
+        rows = []
+        for number, stage in enumerate(self._net.stages):
+            reason = self.reasons[number]
+            if number not in fused and reason is None:
+                top = number == len(self._net.stages) - 1
+                reason = "the criterion is a callable" if top else ""
+                if dims[number] != 2:
+                    reason = "the input of these stages is not (B, K)"
+            elif number in fused and optimizers.reason is not None:
+                reason = f"its gradients; the update is the optimizer's own: {optimizers.reason}"
+            rows.append(
+                {
+                    "stage": " -> ".join(type(layer).__name__ for layer in layers_of(stage)),
+                    "fused": number in fused,
+                    "backend": fused.get(number, "torch"),
+                    "kernel": "sweep" if number in fused else "autograd of the stage",
+                    "reason": reason or "",
+                }
+            )
+        return rows
+
+    def _input_dims(self, x: Tensor) -> list[int]:
+        """The number of dimensions of each stage's input."""
+        modes = [(module, module.training) for module in self._net.modules()]
+        dims = []
+        try:
+            self._net.eval()
+            with torch.no_grad():
+                for stage in self._net.stages:
+                    dims.append(x.dim())
+                    x = stage(x)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return dims
+
     # ---- a step ----
 
     def step(
@@ -420,18 +469,17 @@ class Trainer:
         whole = len(parts) == 1 and type(parts[0]) is _FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
-        with torch.no_grad():
-            run = parts[0].whole_step if whole else partial(self._run_parts, parts)
-            if step.optimizers is None:
-                return run(step)
-            if whole and step.optimizers.reason is None:
-                results = run(step)
-                step.optimizers.mark_called()
-            else:
-                results = self._through_gradients(run, step)
-            if self._watch.has_gradients:
-                _drop_gradients(self._watch.parameters)
-            return results
+        run = parts[0].whole_step if whole else partial(self._run_parts, parts)
+        if step.optimizers is None:
+            return run(step)
+        if whole and step.optimizers.reason is None:
+            results = run(step)
+            step.optimizers.mark_called()
+        else:
+            results = self._through_gradients(run, step)
+        if self._watch.has_gradients:
+            _drop_gradients(self._watch.parameters)
+        return results
 
     def _check(self, caller, x, target, criterion, context, update_mask) -> list[int]:
         net = self._net
@@ -544,7 +592,8 @@ class Trainer:
                     f"{step.caller}: target must have x's {batch} rows, got {tuple(target.shape)}"
                 )
             plain = linear is not None and x.dim() == 2 and target.device.type == "cpu"
-            if plain and (step.criterion == "mse" or not target.is_floating_point()):
+            probabilities = target.is_floating_point() and target.dim() == 2
+            if plain and (step.criterion == "mse" or not probabilities):
                 ops.sweep_check_target(
                     step.caller, target, batch, linear.out_features, step.criterion
                 )

@@ -26,7 +26,7 @@ struct Update {
   // sgd_momentum: momentum, 1 - dampening;  adam: 1 - beta1, beta2;  gradient: 1 to add, 0 to write
   T a, b;
   T one_minus_b;      // adam: 1 - beta2
-  T root_correction;  // adam: sqrt(1 - beta2^step)
+  T root_correction;  // adam: 1 / sqrt(1 - beta2^step)
   T eps;
   bool nesterov;
 };
@@ -58,7 +58,7 @@ FASTDNI_HOST_DEVICE void update_element(const Update<T>& u, T grad, T* parameter
     const T square = *second * u.b + u.one_minus_b * (grad * grad);
     *first = average;
     *second = square;
-    const T denominator = square_root(square) / u.root_correction + u.eps;
+    const T denominator = square_root(square) * u.root_correction + u.eps;
     *parameter = p - u.lr * (average / denominator);
   }
 }

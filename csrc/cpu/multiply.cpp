@@ -113,23 +113,24 @@ struct Block {
 template <Isa isa, class T>
 void pack(const Strided<T>& b, int64_t k, int64_t n, int64_t first, int64_t last, bool rounded,
           T* packed) {
-  constexpr int64_t kWidth = kPanelWidth<isa, T>;
+  constexpr int64_t kWidth = kPanelWidth<isa, T>, kSide = Block<T>::kSide;
+  if (b.column == 1) {
+    return pack_rows<isa, T>(b.data, b.row, k, n, first, last, 0, k, rounded, packed);
+  }
   for (int64_t p = first; p < last; ++p) {
     T* __restrict__ out = packed + p * kWidth * k;
     const int64_t begin = p * kWidth, columns = n - begin < kWidth ? n - begin : kWidth;
-    int64_t done = 0;  // rows
-    if (b.row == 1 && columns == kWidth) {
-      // A weight that is read transposed.
-      constexpr int64_t kSide = Block<T>::kSide;
-      for (; done + kSide <= k; done += kSide) {
-        for (int64_t j = 0; j < kWidth; j += kSide) {
-          Block<T>::transpose(b.data + done + (begin + j) * b.column, b.column,
-                              out + done * kWidth + j, kWidth);
-        }
+    const int64_t whole_rows = b.row == 1 ? k / kSide * kSide : 0;
+    const int64_t whole_columns = columns / kSide * kSide;
+    // A weight that is read transposed, block by block; then what is left over.
+    for (int64_t i = 0; i < whole_rows; i += kSide) {
+      for (int64_t j = 0; j < whole_columns; j += kSide) {
+        Block<T>::transpose(b.data + i + (begin + j) * b.column, b.column, out + i * kWidth + j,
+                            kWidth);
       }
     }
-    for (int64_t i = done; i < k; ++i) {
-      for (int64_t j = 0; j < kWidth; ++j) {
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = i < whole_rows ? whole_columns : 0; j < kWidth; ++j) {
         out[i * kWidth + j] = j < columns ? b.data[i * b.row + (begin + j) * b.column] : T(0);
       }
     }
@@ -141,18 +142,16 @@ void pack(const Strided<T>& b, int64_t k, int64_t n, int64_t first, int64_t last
 }
 
 template <Isa isa, class T>
-void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t begin, int64_t end,
-               bool rounded, T* packed) {
+void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t first, int64_t last,
+               int64_t begin, int64_t end, bool rounded, T* packed) {
   constexpr int64_t kWidth = kPanelWidth<isa, T>;
-  for (int64_t first = 0; first < n; first += kWidth) {
-    const int64_t columns = n - first < kWidth ? n - first : kWidth;
-    T* __restrict__ panel = packed + first * k;
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t columns = n - p * kWidth < kWidth ? n - p * kWidth : kWidth;
     for (int64_t i = begin; i < end; ++i) {
-      const T* __restrict__ from = b + i * stride + first;
-      T* __restrict__ out = panel + i * kWidth;
+      const T* __restrict__ from = b + i * stride + p * kWidth;
+      T* __restrict__ out = packed + (p * k + i) * kWidth;
       if (columns == kWidth) {
-#pragma omp simd
-        for (int64_t j = 0; j < kWidth; ++j) out[j] = from[j];
+        __builtin_memcpy(out, from, kWidth * sizeof(T));
       } else {
         for (int64_t j = 0; j < kWidth; ++j) out[j] = j < columns ? from[j] : T(0);
       }
@@ -203,8 +202,8 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
 
 #define INSTANTIATE(T)                                                                          \
   template void pack<kIsa, T>(const Strided<T>&, int64_t, int64_t, int64_t, int64_t, bool, T*); \
-  template void pack_rows<kIsa, T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, \
-                                   T*);                                                         \
+  template void pack_rows<kIsa, T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,       \
+                                   int64_t, int64_t, bool, T*);                                 \
   template void multiply<kIsa, T>(const Strided<T>&, const T*, int64_t, int64_t, int64_t,       \
                                   int64_t, bool, bool, T*, int64_t);
 INSTANTIATE(float)

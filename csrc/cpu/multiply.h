@@ -57,10 +57,10 @@ template <Isa isa, class T>
 void pack(const Strided<T>& b, int64_t k, int64_t n, int64_t first, int64_t last, bool rounded,
           T* packed);
 
-// Writes the rows [begin, end) of b (k, n), stored row by row, into all of its panels.
+// Writes the rows [begin, end) of b (k, n), stored row by row, into the panels [first, last).
 template <Isa isa, class T>
-void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t begin, int64_t end,
-               bool rounded, T* packed);
+void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t first, int64_t last,
+               int64_t begin, int64_t end, bool rounded, T* packed);
 
 // c = a b, or c + a b, for `m` rows and the panels [first, last); c's first column is that of the
 // panel `first`.

@@ -449,7 +449,7 @@ class CpuSweep final : public Sweep {
       u.b = static_cast<T>(1 - s.b);
     } else if (s.rule == Rule::adam || s.rule == Rule::adamw) {
       u.lr = static_cast<T>(s.lr / (1 - power(s.a, memory.step)));
-      u.root_correction = static_cast<T>(std::sqrt(1 - power(s.b, memory.step)));
+      u.root_correction = static_cast<T>(1 / std::sqrt(1 - power(s.b, memory.step)));
       u.a = static_cast<T>(1 - s.a);
       u.one_minus_b = static_cast<T>(1 - s.b);
       if (s.rule == Rule::adamw) u.weight_decay = static_cast<T>(1 - s.lr * s.weight_decay);
@@ -476,8 +476,10 @@ class CpuSweep final : public Sweep {
   }
 
   void pack_rows(const Activations& input, Rows rows) {
-    cpu::pack_rows<isa, T>(input.rows.data, input.rows.stride, batch_, input.rows.columns,
-                           rows.begin, rows.end, spec_.bfloat16, input.panels);
+    const int64_t columns = input.rows.columns;
+    cpu::pack_rows<isa, T>(input.rows.data, input.rows.stride, batch_, columns, 0,
+                           cpu::panels<isa, T>(columns), rows.begin, rows.end, spec_.bfloat16,
+                           input.panels);
   }
 
   static void copy_rows(const T* from, const Matrix<T>& to, Rows rows) {

@@ -19,6 +19,11 @@ _forward = torch.ops.fastdni.sweep_forward_.default
 _update = torch.ops.fastdni.sweep_update_.default
 # (caller, target, batch, outputs, criterion): raises unless the target fits.
 sweep_check_target = torch.ops.fastdni.sweep_check_target.default
+# Nothing here is differentiable: autograd looks past these ops, which saves a `no_grad` at each call.
+_library = torch.library.Library("fastdni", "IMPL")
+for _op in ("sweep_", "sweep_forward_", "sweep_update_"):
+    _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+
 _plans: "weakref.WeakValueDictionary[int, SweepPlan]" = weakref.WeakValueDictionary()
 
 
