@@ -83,10 +83,10 @@ def test_every_instruction_set_passes_the_tests_of_the_ops(isa):
     supported = {"DEFAULT": ["base"], "AVX2": ["base", "avx2"]}
     if isa not in supported.get(torch.backends.cpu.get_cpu_capability(), [isa]):
         pytest.skip(f"not on this processor: {isa}")
-    tests = ["test_regression_loss.py", "test_synthesizer.py", "test_build.py"]
+    tests = ["regression_loss", "synthesizer", "sweep", "build"]
     names = "forward_is_right or results_are_right or infinity or many_rows or cpu_capability"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({names}) and not cuda"]
-    done = in_process(isa, *command, *(f"tests/{test}" for test in tests))
+    done = in_process(isa, *command, *(f"tests/test_{test}.py" for test in tests))
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 100
 

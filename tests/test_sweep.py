@@ -1,0 +1,243 @@
+"""The sweep: the kernels against the equations, for every optimizer and everything a stage may be."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import sample
+from sweep_problem import CONTEXT, OPTIMIZERS, Problem, stages
+
+from fastdni import ops
+
+CASES = sample(
+    itertools.product(
+        [False, True],  # norm
+        ["identity", "relu", "tanh", "sigmoid"],
+        [0, 1, 2],  # n_hidden
+        [False, True],  # context
+        [False, True],  # unlocked
+        ["cross_entropy", "mse"],
+        OPTIMIZERS,
+        [True, False],  # bias
+        [3, 30, 61],  # rows: one block, two, three
+        [(), (1,), (0, 2)],  # masked
+    ),
+    every=37,
+)
+
+
+def problem(case, **how) -> Problem:
+    norm, activation, n_hidden, context, unlocked, criterion, settings, bias, rows, masked = case
+    given = stages(
+        (7, 9, 33, 5),
+        norm=norm,
+        activation=activation,
+        n_hidden=n_hidden,
+        context=context,
+        unlocked=unlocked,
+        bias=bias,
+    )
+    return Problem(given, rows, criterion, settings, masked=masked, **how)
+
+
+def assert_equal(found, wanted, tolerance):
+    """Within `tolerance` of each tensor's largest value (or of one)."""
+    for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        scale = max(b.abs().nan_to_num().max().item(), 1) if b.numel() else 1
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=tolerance * scale, equal_nan=True,
+            msg=lambda m, n=number: f"tensor {n} of {len(found)}: {m}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_results_are_right(case):
+    one = problem(case)
+    assert_equal(one.run("cpu", steps=2), one.run("reference", steps=2), 1e-10)
+
+
+# Without a bias in front of a BatchNorm, whose gradient is what rounding leaves of zero.
+PRECISE = [case for case in CASES[::3] if not (case[0] and case[7])]
+
+
+@pytest.mark.parametrize("case", PRECISE, ids=lambda case: "-".join(map(str, case)))
+def test_float32_results_are_right(case):
+    """One step to 1e-5 of each tensor's largest value; the longest sums have 61 terms."""
+    one = problem(case, dtype=torch.float32)
+    found, oracle = one.run("cpu"), one.run("reference", torch.float64)
+    assert {t.dtype for t in found} <= {torch.float32, torch.int64}
+    assert_equal([t.double() for t in found], [t.double() for t in oracle], 1e-5)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (7, 1, 33, 2), (65, 257, 130, 10), (3,) * 22])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rows", [2, 25, 100])
+def test_results_are_right_in_every_size(widths, norm, rows):
+    one = Problem(stages(widths, norm=norm, n_hidden=1, context=True), rows, settings="adam")
+    assert_equal(one.run("cpu"), one.run("reference"), 1e-10)
+
+
+def test_results_are_right_with_plain_averages_and_without_affine():
+    for norm in ({"momentum": None}, {"affine": False}):
+        one = Problem(stages(norm=True, **norm), 5, settings="adamw")
+        assert_equal(one.run("cpu", steps=3), one.run("reference", steps=3), 1e-11)
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_bfloat16_products_are_right(unlocked):
+    """Against the equations with the operands of products rounded, in float64 otherwise; in a network
+    small enough that no rounding happens to fall the other way."""
+    one = Problem(
+        stages((7, 9, 33, 5), n_hidden=1, context=True, unlocked=unlocked), 30, dtype=torch.float32
+    )
+    found = one.run("cpu", torch.float32, bfloat16=True)
+    oracle = one.run("reference", torch.float32, bfloat16=True)
+    exact = one.run("reference", torch.float32)
+    assert_equal(found, oracle, 2e-3)
+    rounded = max((a - b).abs().max().item() for a, b in zip(oracle, exact, strict=True))
+    assert rounded > 1e-3, "the rounding shows"
+
+
+@pytest.mark.parametrize("top", [False, True])
+def test_a_part_of_a_network_is_right(top):
+    """Stages with something above them: what comes back from there is the topmost target."""
+    given = stages((7, 9, 33), norm=True, n_hidden=1, top=True)
+    results = {}
+    for backend in ("cpu", "reference"):
+        from fastdni import use_backend
+        from sweep_problem import cast
+
+        own = cast(given, torch.float64)
+        with use_backend(backend):
+            plan = ops.SweepPlan(own, 8, None, input_gradient=True)
+        torch.manual_seed(5)
+        x, back = torch.randn(8, 7).double(), torch.randn(8, 33).double()
+        active = [1, 1, int(top)]
+        output, _, gradient = ops.sweep_forward_(plan, x, None, None, active)
+        groups = [0 if active[s] else -1 for s in plan.parameter_stages]
+        losses = ops.sweep_update_(
+            plan, back if top else None, [], groups, ops.flat([OPTIMIZERS["sgd"]]), active
+        )
+        assert losses.isnan().tolist() == [False, not top]
+        results[backend] = [output, gradient, losses, *plan.parameters, *plan.statistics]
+    assert_equal(results["cpu"], results["reference"], 1e-11)
+
+
+def bits(threads: int, dtype=torch.float32) -> list[torch.Tensor]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    given = stages((70, 300, 200, 10), norm=True, n_hidden=1, context=True)
+    return Problem(given, 300, settings="adam", dtype=dtype).run("cpu", steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_bits_again_and_with_any_number_of_threads(dtype):
+    first = bits(2, dtype)
+    for threads in (2, 1, 3):
+        assert all(map(torch.equal, first, bits(threads, dtype)))
+
+
+def test_nan_and_infinity_spread_as_in_the_reference():
+    one = Problem(stages(activation="relu"), 6)
+    one.x[2, 3], one.x[4, 1] = float("nan"), float("inf")
+    found, wanted = one.run("cpu"), one.run("reference")
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+def test_rows_that_are_ignored():
+    one = Problem(stages(context=True), 6)
+    one.target[1] = one.target[5] = -100
+    assert_equal(one.run("cpu"), one.run("reference"), 1e-11)
+    one.target.fill_(-100)
+    found = one.run("cpu")
+    assert found[1].isnan(), "as torch's cross_entropy"
+    assert_equal(found, one.run("reference"), 1e-11)
+
+
+def arguments(**how):
+    one = Problem(stages(context=True, norm=True), 6, settings="adam", **how)
+    plan = ops.SweepPlan(one.given, 6, one.criterion)
+    state = [
+        t for p in plan.parameters for t in (p.clone(), p.square(), torch.tensor(1.0))
+    ]  # fmt: skip
+    settings = ops.flat([one.settings])
+    groups = [0] * len(plan.parameters)
+    return one, plan, state, groups, settings
+
+
+def test_ops_are_registered_as_they_behave():
+    one, plan, state, groups, settings = arguments()
+    active = [1] * 4
+    lists = (plan.parameters, plan.statistics)
+    first = (plan.handle, "test", one.x, one.target, None, *lists)
+    names = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        torch.ops.fastdni.sweep_.default, (*first, state, groups, settings, active), test_utils=names
+    )
+    torch.library.opcheck(
+        torch.ops.fastdni.sweep_forward_.default, (*first, active), test_utils=names
+    )
+    torch.library.opcheck(
+        torch.ops.fastdni.sweep_update_.default,
+        (plan.handle, "test", None, plan.parameters, state, groups, settings, active),
+        test_utils=names,
+    )
+    torch.library.opcheck(
+        torch.ops.fastdni.sweep_check_target.default, ("test", one.target, 6, 5, "cross_entropy")
+    )
+
+
+def test_autograd_looks_past_the_ops():
+    one, plan, state, groups, settings = arguments()
+    for parameter in plan.parameters:
+        parameter.requires_grad_()
+    output, loss, _ = ops.sweep_(plan, one.x, one.target, None, state, groups, settings, [1] * 4)
+    assert not output.requires_grad and not loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(plan=10**9), "plan must be the handle of a live plan"),
+        (lambda a: a.update(groups=[0]), r"groups must hold \d+ numbers, got 1"),
+        (lambda a: a["groups"].__setitem__(0, 3), "groups must be below 1, got 3"),
+        (lambda a: a["settings"].pop(), "settings must be rows of 7"),
+        (lambda a: a["settings"].__setitem__(0, 9.0), "settings must begin with a rule"),
+        (lambda a: a["state"].pop(), "state holds too few tensors"),
+        (lambda a: a["state"].append(torch.ones(1)), "state holds too many tensors"),
+        (lambda a: a["state"].__setitem__(0, torch.ones(2)), "a parameter.s optimizer state .* must be a contig"),
+        (lambda a: a["state"].__setitem__(2, torch.ones(2)), "an optimizer.s step must be one float32 or float64"),
+        (lambda a: a.update(active=[1]), "active must hold 4 values, got 1"),
+        (lambda a: a.update(active=[1, 0, 1, 1]), "groups must be -1 for the parameters of a masked"),
+        (lambda a: a["parameters"].pop(), r"parameters must hold \d+ tensors"),
+        (lambda a: a["statistics"].pop(), r"statistics must hold \d+ tensors"),
+        (lambda a: a["statistics"].__setitem__(2, torch.ones(())), "a running statistic must be"),
+        (lambda a: a.update(x=torch.ones(6, 2)), r"x must be \(B, K\) = \(6, 7\), got \(6, 2\)"),
+        (lambda a: a.update(target=None), "target must be given, got None"),
+        (lambda a: a.update(context=torch.ones(6, 2)), r"context must be \(B, C\) = \(6, 5\)"),
+        (lambda a: a.update(context=torch.ones(6, CONTEXT)), "context must have x's dtype"),
+    ],
+)  # fmt: skip
+def test_raw_ops_refuse_what_does_not_fit(change, message):
+    one, plan, state, groups, settings = arguments()
+    given = {"plan": plan.handle, "caller": "sweep", "x": one.x, "target": one.target}
+    given |= {"context": None, "parameters": list(plan.parameters)}
+    given |= {"statistics": list(plan.statistics), "state": state, "groups": groups}
+    given |= {"settings": settings, "active": [1] * 4}
+    before = [t.clone() for t in (*plan.parameters, *plan.statistics, *state)]
+    changed = (*plan.parameters, *plan.statistics, *list(state))
+    change(given)
+    with pytest.raises(RuntimeError, match=f"sweep: {message}"):
+        torch.ops.fastdni.sweep_(**given)
+    assert all(map(torch.equal, before, changed))
+
+
+def test_a_plan_lives_as_long_as_its_object():
+    one, plan, state, groups, settings = arguments()
+    assert plan.workspace_bytes > 0
+    given = [one.x, one.target, None, plan.parameters, plan.statistics, state, groups, settings]
+    handle = plan.handle
+    del plan
+    with pytest.raises(RuntimeError, match="live plan"):
+        torch.ops.fastdni.sweep_(handle, "sweep", *given, [1] * 4)
