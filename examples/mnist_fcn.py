@@ -1,19 +1,22 @@
 """Trains a fully connected network on handwritten digits with and without synthetic gradients.
 
-    python examples/mnist_fcn.py [--methods backprop dni cdni] [--layers 3] [--data-dir MNIST]
+    python examples/mnist_fcn.py [--method backprop dni cdni unlocked] [--layers 3] [--data-dir MNIST]
+    python examples/mnist_fcn.py --table [--seeds 0 1 2] --data-dir MNIST
 
 The paper's network (Jaderberg et al. 2016, arXiv 1608.05343, section 3.1): `--layers` counts the
 output layer, so 3 layers are two hidden ones of Linear, BatchNorm, ReLU and a Linear output.
-`backprop` trains it as usual. `dni` puts an interface after each hidden layer, which then trains
-on the synthetic gradient of a linear synthesizer; in `cdni` the synthesizers also see the labels.
-All learning rates fall linearly to zero.
+`backprop` trains it as usual. In `dni` each hidden layer trains on the synthetic gradient that a small
+network predicts from its output; in `cdni` the synthesizers also see the labels, and are linear;
+`unlocked` predicts each layer's input as well, from the image, so that no layer waits for another.
 
-Prints a table of test errors and step times, the latter beside the same method in plain PyTorch,
-and draws both into a PNG. Without `--data-dir` (or the environment variable FASTDNI_DATA) the
-data are scikit-learn's 8x8 digits.
+Prints a table of test errors and step times, the latter beside the same method through the drop-in
+modules and in plain PyTorch, and draws both into a PNG. `--table` trains every method with 3, 4, 5 and
+6 layers and prints the test errors beside the paper's. Without `--data-dir` (or the environment
+variable FASTDNI_DATA) the data are scikit-learn's 8x8 digits.
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -23,113 +26,49 @@ from pathlib import Path
 
 import digits
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from methods import RECIPES, interface_step, make_network, make_optimizer, masks, train_step
 
-import fastdni as dni
 from fastdni import bench
-from fastdni.reference.interfaces import EagerBackwardInterface, EagerSynthesizer
 
 try:
-    import matplotlib
+    import plots
     import sklearn  # noqa: F401  (digits needs it)
     from tqdm import tqdm
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 except ImportError as error:
     print(f"{error}: pip install fastdni[examples]", file=sys.stderr)
     sys.exit(2)
 
-METHODS = {"backprop": "backprop", "dni": "DNI", "cdni": "cDNI (labels)"}
-CLASSES = 10
+# Test error in per cent (paper, table of the feed-forward experiments): layers -> method.
+PAPER = {
+    3: {"backprop": 2.0, "dni": 1.9, "cdni": 2.2},
+    4: {"backprop": 1.8, "dni": 2.2, "cdni": 1.9},
+    5: {"backprop": 1.8, "dni": 3.4, "cdni": 1.7},
+    6: {"backprop": 1.8, "dni": 4.3, "cdni": 1.6},
+}
 
 
-class Network(nn.Module):
-    """Hidden layers, each followed by what `make_interface` returns, and a linear output."""
-
-    def __init__(
-        self, inputs: int, width: int, layers: int, make_interface: Callable[[], nn.Module]
-    ):
-        super().__init__()
-        sizes = [inputs] + [width] * (layers - 1)
-        self.hidden = nn.ModuleList(
-            nn.Sequential(nn.Linear(below, above, bias=False), nn.BatchNorm1d(above), nn.ReLU())
-            for below, above in zip(sizes, sizes[1:], strict=False)
-        )
-        self.output = nn.Linear(width, CLASSES)
-        self.interfaces = nn.ModuleList(make_interface() for _ in self.hidden)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        with dni.synthesizer_context(context):
-            for hidden, interface in zip(self.hidden, self.interfaces, strict=True):
-                x = interface(hidden(x))
-        return self.output(x)
-
-
-class PlainNetwork(Network):
-    """The same with the interfaces of `fastdni.reference`, which take the context directly."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        for hidden, interface in zip(self.hidden, self.interfaces, strict=True):
-            x = interface(hidden(x), context)
-        return self.output(x)
-
-
-def make_network(method: str, inputs: int, options: argparse.Namespace, plain=False) -> Network:
-    """A network for one method, with fastdni's interfaces or those in plain PyTorch."""
-    interface = EagerBackwardInterface if plain else dni.BackwardInterface
-    synthesizer = EagerSynthesizer if plain else dni.BasicSynthesizer
-
-    def make_interface() -> nn.Module:
-        if method == "backprop":
-            return nn.Identity()
-        module = synthesizer(options.width, context_dim=CLASSES if method == "cdni" else None)
-        # As in the paper, training starts with synthetic gradients of zero.
-        for parameter in module.parameters():
-            nn.init.zeros_(parameter)
-        return interface(module)
-
-    torch.manual_seed(options.seed)
-    kind = PlainNetwork if plain else Network
-    return kind(inputs, options.width, options.layers, make_interface)
-
-
-def make_optimizer(
-    method: str, network: Network, options: argparse.Namespace
-) -> torch.optim.Optimizer:
-    """Adam with a lower learning rate for the synthesizers than for the layers."""
-    groups = [{"params": [*network.hidden.parameters(), *network.output.parameters()]}]
-    if method != "backprop":
-        groups.append({"params": network.interfaces.parameters(), "lr": options.synthesizer_lr})
-    return torch.optim.Adam(groups, lr=options.lr)
-
-
-def train_step(
-    method: str, network: Network, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
-) -> None:
-    """One training step on a batch."""
-    optimizer.zero_grad()
-    context = F.one_hot(y, CLASSES).float() if method == "cdni" else None
-    F.cross_entropy(network(x, context), y).backward()
-    optimizer.step()
-
-
-def train(method: str, data: digits.Digits, options: argparse.Namespace) -> list[float]:
+def train(
+    method: str, layers: int, seed: int, data: digits.Digits, options: argparse.Namespace
+) -> list[float]:
     """Trains with one method; returns the test error in per cent after each epoch."""
-    network = make_network(method, data.train_x.shape[1], options)
-    optimizer = make_optimizer(method, network, options)
-    shuffle = torch.Generator().manual_seed(options.seed)
+    network = make_network(method, data.train_x.shape[1], options.width, layers, seed)
+    optimizer = make_optimizer(method, network, options.lr)
+    shuffle = torch.Generator().manual_seed(seed)
     batches = len(data.train_x) // options.batch_size
     steps = options.epochs * batches
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    chosen = masks(layers, 1.0 if method == "backprop" else options.update_probability, seed)
     errors = []
-    with tqdm(total=steps, desc=METHODS[method], unit="step") as bar:
+    label = f"{RECIPES[method].name}, {layers} layers, seed {seed}"
+    with tqdm(total=steps, desc=label, unit="step") as bar:
         for _ in range(options.epochs):
             network.train()
             order = torch.randperm(len(data.train_x), generator=shuffle)
             for batch in order.split(options.batch_size)[:batches]:
-                train_step(method, network, optimizer, data.train_x[batch], data.train_y[batch])
+                x, y = data.train_x[batch], data.train_y[batch]
+                train_step(network, optimizer, x, y, next(chosen))
                 decay.step()
                 bar.update()
             network.eval()
@@ -140,17 +79,21 @@ def train(method: str, data: digits.Digits, options: argparse.Namespace) -> list
     return errors
 
 
+# ---- one depth: errors and step times ----
+
+
 def time_steps(data: digits.Digits, options: argparse.Namespace) -> dict[str, bench.Timing]:
-    """Step times of every method, and as `plain <method>` of its plain-PyTorch form, in turn."""
+    """Step times, in turn: each method's `net.step` (or plain training for backprop) under its own
+    name, and as `drop-in <method>` and `plain <method>` the same through interfaces."""
     x, y = data.train_x[: options.batch_size], data.train_y[: options.batch_size]
-    steps = {}
-    for method in options.methods:
-        for plain in (False, True):
-            if not (plain and method == "backprop"):
-                network = make_network(method, x.shape[1], options, plain)
-                optimizer = make_optimizer(method, network, options)
-                name = f"plain {method}" if plain else method
-                steps[name] = partial(train_step, method, network, optimizer, x, y)
+    shape = (x.shape[1], options.width, options.layers)
+    steps: dict[str, Callable[[], None]] = {}
+    for method in options.method:
+        network = make_network(method, *shape, seed=0)
+        steps[method] = partial(train_step, network, make_optimizer(method, network), x, y)
+        if method in ("dni", "cdni"):
+            for kind in ("drop-in", "plain"):
+                steps[f"{kind} {method}"] = interface_step(method, *shape, x, y, kind == "plain")
     return bench.interleave(
         steps, seconds=options.bench_seconds, burst=bench.BURST, warmup=10, progress=True
     )
@@ -160,53 +103,70 @@ def report(errors: dict[str, list[float]], timings: dict[str, bench.Timing]) -> 
     """The table: one line a method."""
     rows = []
     for method, curve in errors.items():
-        own, plain = timings[method].median, timings.get(f"plain {method}")
-        against = ["-", "-"]
-        if plain:
-            against = [f"{1e3 * plain.median:.2f}", f"{plain.median / own:.2f}x"]
-        rows.append([METHODS[method], f"{curve[-1]:.2f}", f"{1e3 * own:.2f}", *against])
-    return bench.table(rows, ["method", "test error %", "ms/step", "plain PyTorch ms", "speed"])
+        own = timings[method].median
+        others = [timings.get(f"{kind} {method}") for kind in ("drop-in", "plain")]
+        times = [f"{1e3 * other.median:.2f}" if other else "-" for other in others]
+        speed = f"{others[1].median / own:.2f}x" if others[1] else "-"
+        cells = [RECIPES[method].name, f"{curve[-1]:.2f}", f"{1e3 * own:.2f}"]
+        rows.append([*cells, *times, speed])
+    headers = ["method", "test error %", "net.step ms", "drop-in ms", "plain PyTorch ms", "speed"]
+    return bench.table(rows, headers)
 
 
-def draw(
-    errors: dict[str, list[float]], timings: dict[str, bench.Timing], title: str, path: Path
-) -> None:
-    """Test-error curves and step times, side by side, into a PNG."""
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
-    colours = {method: f"C{i}" for i, method in enumerate(METHODS)}
-    for method, curve in errors.items():
-        epochs = range(1, len(curve) + 1)
-        label = f"{METHODS[method]}: {curve[-1]:.2f} %"
-        curves.plot(
-            epochs,
-            curve,
-            label=label,
-            color=colours[method],
-            marker="." if len(curve) == 1 else None,
-        )
-    curves.set(xlabel="epoch", ylabel="test error (%)", title="Test error", yscale="log")
-    curves.yaxis.set_major_formatter("{x:g}")
-    curves.yaxis.set_minor_formatter("{x:g}")
-    curves.xaxis.get_major_locator().set_params(integer=True)
-    curves.grid(alpha=0.3, which="both")
-    curves.legend()
+def compare(data: digits.Digits, options: argparse.Namespace, title: str) -> None:
+    """Trains each method at one depth, times its step, prints and draws both."""
+    errors = {m: train(m, options.layers, options.seeds[0], data, options) for m in options.method}
+    timings = time_steps(data, options)
+    print("\n" + report(errors, timings))
+    print("speed: of net.step against plain PyTorch (backprop: an ordinary training step)")
+    plots.draw(errors, timings, title, options.out)
+    save(options, title, {m: {str(options.seeds[0]): curve} for m, curve in errors.items()})
 
-    names, middle, spread, shades = [], [], [], []
-    for name, timing in timings.items():
-        method = name.removeprefix("plain ")
-        library = "plain PyTorch" if name != method else "fastdni"
-        names.append(METHODS[method] + ("" if method == "backprop" else f"\n{library}"))
-        middle.append(1e3 * timing.median)
-        spread.append((1e3 * (timing.median - timing.p20), 1e3 * (timing.p80 - timing.median)))
-        shades.append((colours[method], 0.4 if name != method else 1.0))
-    drawn = bars.barh(names, middle, xerr=list(zip(*spread, strict=True)), color=shades, capsize=3)
-    bars.bar_label(drawn, labels=[f"{value:.2f} ms" for value in middle], padding=6)
-    bars.invert_yaxis()
-    bars.margins(x=0.2)
-    bars.set(xlabel="milliseconds per training step", title="Step time (median, 20-80 %)")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+# ---- every depth: the paper's table ----
+
+
+def table(data: digits.Digits, options: argparse.Namespace, title: str) -> None:
+    """Trains every method at every depth and prints the errors beside the paper's."""
+    curves: dict[int, dict[str, dict[str, list[float]]]] = {}
+    for layers in options.table_layers:
+        curves[layers] = {
+            method: {str(s): train(method, layers, s, data, options) for s in options.seeds}
+            for method in options.method
+        }
+    rows = []
+    for layers, of_layers in curves.items():
+        for method, of_method in of_layers.items():
+            last = [curve[-1] for curve in of_method.values()]
+            paper = PAPER.get(layers, {}).get(method)
+            rows.append(
+                [
+                    f"{layers} layers, {RECIPES[method].name}",
+                    f"{sum(last) / len(last):.2f}",
+                    f"{max(last):.2f}",
+                    "-" if paper is None else f"{paper:.1f}",
+                    ", ".join(f"{error:.2f}" for error in last),
+                ]
+            )
+    seeds = ", ".join(map(str, options.seeds))
+    print("\n" + bench.table(rows, ["test error %", "mean", "worst", "paper", f"seeds {seeds}"]))
+    plots.draw_table(curves, PAPER, title, options.out)
+    save(options, title, {str(layers): found for layers, found in curves.items()})
+
+
+def save(options: argparse.Namespace, title: str, curves: dict) -> None:
+    """Writes the curves, if asked to."""
+    if options.json:
+        settings = {
+            name: value
+            for name, value in vars(options).items()
+            if name not in ("out", "json", "data_dir")
+        }
+        found = {"title": title, "settings": settings, "test error %": curves}
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+# ---- arguments ----
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -243,39 +203,54 @@ def positive(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """Argument type: above zero, at most one."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, got {text!r}")
+    return value
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, digits.Digits]:
     """Reads the arguments and the data they name; ends the program when either is bad."""
     parser = OneLineParser(prog="mnist_fcn.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare")
+    add("--method", nargs="+", choices=RECIPES, default=list(RECIPES), help="what to train (all)")
     add("--layers", type=whole(2), default=3, help="layers, the output layer included (3)")
+    add("--table", action="store_true", help="train with 3, 4, 5 and 6 layers, beside the paper")
+    add("--table-layers", nargs="+", type=whole(2), default=list(PAPER), help="other depths for it")
     add("--width", type=whole(1), default=256, help="units in a hidden layer (256)")
     add("--batch-size", type=whole(2), help="256 on MNIST, 64 on the 8x8 digits")
-    add("--epochs", type=whole(1), help="5 on MNIST, 100 on the 8x8 digits")
-    add("--seed", type=whole(0), default=0, help="of parameters and shuffling (0)")
-    add("--lr", type=positive, default=1e-3, help="Adam's rate for the layers (1e-3)")
-    add("--synthesizer-lr", type=positive, help="and for the synthesizers (a tenth of --lr)")
+    add("--epochs", type=whole(1), help="20 on MNIST, 100 on the 8x8 digits")
+    add("--seed", "--seeds", dest="seeds", nargs="+", type=whole(0), default=[0],
+        help="of parameters and shuffling (0); --table takes several")  # fmt: skip
+    add("--lr", type=positive, help="of the layers; the synthesizers' keep their ratio to it")
+    add("--update-probability", type=probability, default=1.0, metavar="P",
+        help="update each layer with this probability in each step (1)")  # fmt: skip
     add("--bench-seconds", type=positive, default=15.0, help="time spent on step times (15)")
     add("--data-dir", default=os.environ.get("FASTDNI_DATA") or None, help="folder with MNIST")
     add("--out", type=Path, default=Path("out/mnist_fcn.png"), help="where the PNG goes")
+    add("--json", type=Path, metavar="FILE", help="also write the error curves here")
     options = parser.parse_args(arguments)
 
-    options.methods = list(dict.fromkeys(options.methods))
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
+    options.method = list(dict.fromkeys(options.method))
+    for path in filter(None, (options.out, options.json)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --out or --json: {error}")
     if options.out.suffix != ".png" or options.out.is_dir():
         parser.error(f"argument --out: must name a .png file, got {options.out}")
+    if len(options.seeds) > 1 and not options.table:
+        parser.error("argument --seed: several seeds are for --table")
     try:
         data = digits.load(options.data_dir)
     except digits.DataError as error:
         parser.error(f"--data-dir / FASTDNI_DATA: {error}")
     small = options.data_dir is None
     options.batch_size = options.batch_size or (64 if small else 256)
-    options.epochs = options.epochs or (100 if small else 5)
-    options.synthesizer_lr = options.synthesizer_lr or options.lr / 10
+    options.epochs = options.epochs or (100 if small else 20)
     if options.batch_size > len(data.train_x):
         parser.error(f"argument --batch-size: must be <= {len(data.train_x)}, the training images")
     return options, data
@@ -283,16 +258,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, digits.Digit
 
 def main(arguments: list[str] | None = None) -> int:
     options, data = parse(arguments)
+    depth = "every depth" if options.table else f"{options.layers} layers"
     subject = (
         f"{data.name}, {len(data.train_x)} training and {len(data.test_x)} test images; "
-        f"{options.layers} layers of width {options.width}, batch {options.batch_size}"
+        f"{depth} of width {options.width}, batch {options.batch_size}, {options.epochs} epochs"
     )
+    if options.update_probability < 1:
+        subject += f", layers updated with probability {options.update_probability}"
     machine = bench.header(bench.hardware())
     print(f"{subject}\n{machine}", flush=True)
-    errors = {method: train(method, data, options) for method in options.methods}
-    timings = time_steps(data, options)
-    print("\n" + report(errors, timings))
-    draw(errors, timings, f"{subject}\n{machine}", options.out)
+    (table if options.table else compare)(data, options, f"{subject}\n{machine}")
     print(f"\n{options.out}")
     return 0
 

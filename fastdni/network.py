@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdni.synthesizers import BasicSynthesizer
+from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 from fastdni.training import GRADIENTS, Trainer
 
 Criterion = str | Callable[[Tensor, Tensor], Tensor]
@@ -298,12 +298,6 @@ def _synthesizer_factory(
                 f'decouple: synthesizer "{synthesizer}" is for boundaries of shape (features,), got '
                 f"{tuple(shape)}; give a callable that makes one for it"
             )
-        module = BasicSynthesizer(shape[0], context_dim=context_dim, **hidden)
-        last = [module.layers[-1]] if hidden else [module.input_trigger, module.input_context]
-        for layer in last:
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        return module
+        return start_at_zero(BasicSynthesizer(shape[0], context_dim=context_dim, **hidden))
 
     return make

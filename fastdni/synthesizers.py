@@ -109,6 +109,23 @@ class BasicSynthesizer(nn.Module):
         return a
 
 
+def start_at_zero(synthesizer: BasicSynthesizer) -> BasicSynthesizer:
+    """Lets a synthesizer predict zero at first, as in the paper: also the last layer's bias is zero.
+
+    Args:
+        synthesizer: changed in place.
+
+    Returns:
+        The same.
+    """
+    last = synthesizer.layers[-1:] or [synthesizer.input_trigger, synthesizer.input_context]
+    for layer in last:
+        if layer is not None:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+    return synthesizer
+
+
 def _required(context: Tensor | None, context_weight: Tensor) -> Tensor:
     if context is None:
         raise RuntimeError(

@@ -104,8 +104,9 @@ def test_a_part_of_a_network_is_right(top):
     given = stages((7, 9, 33), norm=True, n_hidden=1, top=True)
     results = {}
     for backend in ("cpu", "reference"):
-        from fastdni import use_backend
         from sweep_problem import cast
+
+        from fastdni import use_backend
 
         own = cast(given, torch.float64)
         with use_backend(backend):
