@@ -78,8 +78,7 @@ struct PlanHandle {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
-    spec.dtype =
-        dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
+    spec.dtype = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
     spec.criterion = criterion == "mse"             ? fastdni::Criterion::mse
                      : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
                                                     : fastdni::Criterion::none;
@@ -119,7 +118,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fastdni::Watch>(m, "Watch", "Notices that dicts and lists hold something else.")
       .def(py::init<const py::list&, const py::list&>(), py::arg("items"), py::arg("sizes"))
       .def("unchanged", &fastdni::Watch::unchanged, "Whether all of them hold what they held.");
-  py::class_<PlanHandle>(m, "SweepPlan", "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
+  py::class_<PlanHandle>(m, "SweepPlan",
+                         "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
                     bool, bool>(),
            py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"),

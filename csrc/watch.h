@@ -1,7 +1,7 @@
 // Notices that dictionaries and lists no longer hold what they held.
 //
-// A training step asks at every call whether modules, hooks and optimizers are as they were; hundreds
-// of comparisons of pointers, which take Python tens of microseconds and this one.
+// A training step asks at every call whether modules, hooks and optimizers are as they were;
+// hundreds of comparisons of pointers, which take Python tens of microseconds and this one.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -9,12 +9,12 @@
 
 namespace fastdni {
 
-// The objects must be kept alive by whoever made the watch: it holds no references, so that it is no
-// part of a cycle that Python's garbage collector cannot see.
+// The objects must be kept alive by whoever made the watch: it holds no references, so that it is
+// no part of a cycle that Python's garbage collector cannot see.
 class Watch {
  public:
-  // items: (container, key, value): a dict has `value` at `key` (None where there is none), a list at
-  // that index. sizes: (container, number of its items).
+  // items: (container, key, value): a dict has `value` at `key` (None where there is none), a list
+  // at that index. sizes: (container, number of its items).
   Watch(const pybind11::list& items, const pybind11::list& sizes) {
     for (const auto& item : items) {
       const auto entry = pybind11::cast<pybind11::tuple>(item);

@@ -134,14 +134,16 @@ def train_step(
 class InterfaceNetwork(nn.Module):
     """The network with an interface after each hidden layer, as drop-in code is written."""
 
-    def __init__(self, stages: list[nn.Module], make_interface: Callable[[], nn.Module], plain: bool):
+    def __init__(
+        self, stages: list[nn.Module], make_interface: Callable[[], nn.Module], plain: bool
+    ):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.interfaces = nn.ModuleList(make_interface() for _ in stages[1:])
         self.plain = plain
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """fastdni's interfaces find the context around them, those in plain PyTorch are given it."""
+        """fastdni's interfaces find the context around them; the plain ones are given it."""
         with nullcontext() if self.plain else dni.synthesizer_context(context):
             for stage, interface in zip(self.stages, self.interfaces, strict=False):
                 h = stage(x)
@@ -149,9 +151,10 @@ class InterfaceNetwork(nn.Module):
         return self.stages[-1](x)
 
 
-def interface_step(method: str, inputs: int, width: int, layers: int, x: Tensor, y: Tensor, plain):
-    """A callable that makes one step of `method` through interfaces: fastdni's drop-in modules, or the
-    same in plain PyTorch."""
+def interface_step(
+    method: str, inputs: int, width: int, layers: int, x: Tensor, y: Tensor, plain: bool
+) -> Callable[[], None]:
+    """One step of `method` through interfaces: fastdni's drop-in modules, or plain PyTorch."""
     recipe = RECIPES[method]
     interface = EagerBackwardInterface if plain else dni.BackwardInterface
     kind = EagerSynthesizer if plain else dni.BasicSynthesizer

@@ -1,17 +1,18 @@
 """Trains a fully connected network on handwritten digits with and without synthetic gradients.
 
-    python examples/mnist_fcn.py [--method backprop dni cdni unlocked] [--layers 3] [--data-dir MNIST]
+    python examples/mnist_fcn.py [--method backprop dni cdni unlocked] [--layers 3] [--seed 0]
     python examples/mnist_fcn.py --table [--seeds 0 1 2] --data-dir MNIST
 
 The paper's network (Jaderberg et al. 2016, arXiv 1608.05343, section 3.1): `--layers` counts the
 output layer, so 3 layers are two hidden ones of Linear, BatchNorm, ReLU and a Linear output.
-`backprop` trains it as usual. In `dni` each hidden layer trains on the synthetic gradient that a small
-network predicts from its output; in `cdni` the synthesizers also see the labels, and are linear;
-`unlocked` predicts each layer's input as well, from the image, so that no layer waits for another.
+`backprop` trains it as usual. In `dni` each hidden layer trains on the synthetic gradient that a
+small network predicts from its output; in `cdni` the synthesizers also see the labels, and are
+linear; `unlocked` predicts each layer's input as well, from the image, so that no layer waits for
+another.
 
 Prints a table of test errors and step times, the latter beside the same method through the drop-in
-modules and in plain PyTorch, and draws both into a PNG. `--table` trains every method with 3, 4, 5 and
-6 layers and prints the test errors beside the paper's. Without `--data-dir` (or the environment
+modules and in plain PyTorch, and draws both into a PNG. `--table` trains every method with 3, 4, 5
+and 6 layers and prints the test errors beside the paper's. Without `--data-dir` (or the environment
 variable FASTDNI_DATA) the data are scikit-learn's 8x8 digits.
 """
 

@@ -9,6 +9,7 @@ from fastdni.bench import Timing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 COLOURS = {method: f"C{i}" for i, method in enumerate(RECIPES)}
 SHADES = {"": 1.0, "drop-in": 0.55, "plain": 0.25}
@@ -54,7 +55,7 @@ def draw_table(
     title: str,
     path: Path,
 ) -> None:
-    """Test-error curves (mean and range over seeds), a panel for each depth, with the paper's final
+    """Test-error curves (mean and range over seeds), a panel for each depth, with the paper's
     errors as marks at the right edge."""
     figure, panels = plt.subplots(
         1, len(curves), figsize=(4 * len(curves), 5), layout="constrained", sharey=True,
@@ -65,8 +66,8 @@ def draw_table(
             by_epoch = list(zip(*of_method.values(), strict=True))
             epochs = range(1, len(by_epoch) + 1)
             mean = [sum(errors) / len(errors) for errors in by_epoch]
-            colour = COLOURS[method]
-            panel.plot(epochs, mean, color=colour, label=f"{RECIPES[method].name}: {mean[-1]:.2f} %")
+            colour, label = COLOURS[method], f"{RECIPES[method].name}: {mean[-1]:.2f} %"
+            panel.plot(epochs, mean, color=colour, label=label)
             panel.fill_between(
                 epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.2
             )
@@ -80,8 +81,9 @@ def draw_table(
 
 def _error_axes(axes) -> None:
     axes.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")
 

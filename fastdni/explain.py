@@ -14,8 +14,8 @@ class Explanation:
     """A printable table.
 
     Attributes:
-        rows: one dict a stage: `stage` (its layers), `fused`, `backend`, `kernel`, and the `reason` why it
-            is not fused (or why its update is not), or "".
+        rows: one dict a stage: `stage` (its layers), `fused`, `backend`, `kernel`, and the `reason`
+            why it is not fused (or why its update is not), or "".
     """
 
     def __init__(self, rows: list[dict]):
@@ -44,7 +44,8 @@ def explain(
 
     Args:
         net: the network.
-        x: an input, (B, ...); it is taken through the network once, without gradients and in eval mode.
+        x: an input, (B, ...); it is taken through the network once, without gradients and in eval
+            mode.
         optimizer: as for `net.step`.
         criterion: as for `net.step`.
 
@@ -55,4 +56,3 @@ def explain(
         >>> print(fastdni.explain(net, x, optimizer))
     """
     return Explanation(net._trainer.explain(x, optimizer, criterion))
-

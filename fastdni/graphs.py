@@ -27,23 +27,23 @@ def make_graphed_step(
         arguments: further ones of `net.step`; tensors among them keep their memory.
 
     Returns:
-        step(x, target) -> StepResult. The result's tensors are the graph's own: the next call writes
-        over them.
+        step(x, target) -> StepResult. The result's tensors are the graph's own: the next call
+        writes over them.
 
     Raises:
         RuntimeError: the network is not on a CUDA device, or an optimizer is not capturable.
     """
     if x.device.type != "cuda":
         raise RuntimeError(
-            f"make_graphed_step: x must be on a CUDA device, got {x.device}; on the CPU net.step is "
-            "one call already"
+            f"make_graphed_step: x must be on a CUDA device, got {x.device}; on the CPU net.step "
+            "is one call already"
         )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     for each in optimizers:
         if not all(group.get("capturable") for group in each.param_groups):
             raise RuntimeError(
-                f"make_graphed_step: {type(each).__name__} must be made with capturable=True, so that "
-                "its step count and learning rate live on the device"
+                f"make_graphed_step: {type(each).__name__} must be made with capturable=True, so "
+                "that its step count and learning rate live on the device"
             )
     static_x, static_target = x.clone(), target.clone()
 

@@ -23,8 +23,8 @@ class StepResult(NamedTuple):
     Attributes:
         loss: the criterion's, ().
         output: of the topmost stage, (B, ...).
-        synthesis_loss: ||e||^2 / B of each synthesizer, (S,); in complete unlock (2, S): those of the
-            gradients, those of the inputs. NaN at the boundary below a masked stage.
+        synthesis_loss: ||e||^2 / B of each synthesizer, (S,); in complete unlock (2, S): those of
+            the gradients, those of the inputs. NaN at the boundary below a masked stage.
     """
 
     loss: Tensor
@@ -35,25 +35,29 @@ class StepResult(NamedTuple):
 class DecoupledSequential(nn.Module):
     """Stages one after the other, with a synthesizer of the gradient at each boundary between them.
 
-    `net(x)` is the ordinary forward pass. `net.step(x, target, optimizer)` is one decoupled training
-    step: stage l takes the output h of the stage below and the synthetic gradient M_l(h, ctx) of its
+    `net(x)` is the ordinary forward pass. `net.step(x, target, optimizer)` is one decoupled
+    training
+    step: stage l takes the output h of the stage below and the synthetic gradient M_l(h, ctx) of
+        its
     own output, and updates at once; M_l learns from the gradient that the stage above finds.
 
     Stages of the form `Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]` with a
-    `BasicSynthesizer`, under SGD, Adam or AdamW of torch.optim, run fused, in one call for all of them;
-    everything else takes local autograd, with the same result. `fastdni.explain` tells which and why.
+    `BasicSynthesizer`, under SGD, Adam or AdamW of torch.optim, run fused, in one call for all of
+    them; everything else takes local autograd, with the same result. `fastdni.explain` tells which
+    and why.
 
     Args:
         stages: S + 1 modules; the last one makes the output.
         synthesizers: S modules M_l(h, ctx) -> the gradient of h, for the boundaries from below.
-        input_synthesizers: S modules I_l(x, ctx) -> h_l, x being the network's input: complete unlock.
-            Stage l + 1 then trains on I_l(x, ctx) and waits for nothing at all.
-        bp_lambda: the gradient sent into stage l is (1 - bp_lambda) g^_l + bp_lambda delta_l, delta_l
-            coming from the (mixed) backward pass of the stage above; 1 is backpropagation. Above 0 all
-            stages take local autograd, from the top down.
+        input_synthesizers: S modules I_l(x, ctx) -> h_l, x being the network's input: complete
+            unlock. Stage l + 1 then trains on I_l(x, ctx) and waits for nothing at all.
+        bp_lambda: the gradient sent into stage l is (1 - bp_lambda) g^_l + bp_lambda delta_l,
+            delta_l coming from the (mixed) backward pass of the stage above; 1 is backpropagation.
+            Above 0 all stages take local autograd, from the top down.
 
     Raises:
-        ValueError: the numbers of stages and synthesizers do not fit, or bp_lambda is not in [0, 1].
+        ValueError: the numbers of stages and synthesizers do not fit, or bp_lambda is not in [0,
+            1].
 
     Example:
         >>> stages = [nn.Sequential(nn.Linear(784, 256), nn.ReLU()), nn.Linear(256, 10)]
@@ -141,8 +145,8 @@ class DecoupledSequential(nn.Module):
                 `state` is written as its own `step()` would write it.
             criterion: "cross_entropy" (mean over the batch), "mse" (mean over all elements), or a
                 callable (output, target) -> loss, which takes local autograd for the last stage.
-            context: ctx, (B, C), for the synthesizers that take one; None: one-hot labels of the width
-                that each of them takes.
+            context: ctx, (B, C), for the synthesizers that take one; None: one-hot labels of the
+                width that each of them takes.
             update_mask: S + 1 booleans. A masked stage runs its forward pass, running statistics
                 included, and no more: neither it nor the synthesizers of the boundary below it are
                 updated. None updates all.
@@ -199,9 +203,9 @@ def decouple(
 
     Args:
         model: an `nn.Sequential`; Sequentials within it are opened.
-        synthesizer: "linear"; "mlp", two hidden layers of 1024 units, as in the paper; or a callable
-            that is given the shape of one sample at a boundary, such as torch.Size([256]), and returns
-            the boundary's module.
+        synthesizer: "linear"; "mlp", two hidden layers of 1024 units, as in the paper; or a
+            callable that is given the shape of one sample at a boundary, such as torch.Size([256]),
+            and returns the boundary's module.
         context_dim: width of the context of "linear" and "mlp": the number of classes for labels.
         example_input: (B, ...), needed where a stage's output shape cannot be read off a Linear.
 
@@ -274,8 +278,8 @@ def _boundary_shapes(stages: list[nn.Module], example: Tensor | None) -> list[to
         features = [m.out_features for m in stage.modules() if isinstance(m, nn.Linear)]
         if len(features) != 1:
             raise ValueError(
-                f"decouple: example_input must be given, because the shape of stage {number}'s output "
-                "cannot be read off a Linear layer"
+                f"decouple: example_input must be given, because the shape of stage {number}'s "
+                "output cannot be read off a Linear layer"
             )
         shapes.append(torch.Size(features))
     return shapes
@@ -295,8 +299,8 @@ def _synthesizer_factory(
     def make(shape: torch.Size) -> nn.Module:
         if len(shape) != 1:
             raise ValueError(
-                f'decouple: synthesizer "{synthesizer}" is for boundaries of shape (features,), got '
-                f"{tuple(shape)}; give a callable that makes one for it"
+                f'decouple: synthesizer "{synthesizer}" is for boundaries of shape (features,), '
+                f"got {tuple(shape)}; give a callable that makes one for it"
             )
         return start_at_zero(BasicSynthesizer(shape[0], context_dim=context_dim, **hidden))
 

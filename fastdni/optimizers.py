@@ -186,7 +186,8 @@ class Binding:
         """The optimizer state of the parameters, found or made.
 
         Returns:
-            The tensors; what `commit` has to put in place once the step is done; groups and settings.
+            The tensors; what `commit` has to put in place once the step is done; groups and
+            settings.
         """
         settings = self._optimizers.settings
         try:

@@ -110,7 +110,8 @@ class BasicSynthesizer(nn.Module):
 
 
 def start_at_zero(synthesizer: BasicSynthesizer) -> BasicSynthesizer:
-    """Lets a synthesizer predict zero at first, as in the paper: also the last layer's bias is zero.
+    """Lets a synthesizer predict zero at first, as in the paper: also the last layer's bias is
+    zero.
 
     Args:
         synthesizer: changed in place.

@@ -1,9 +1,9 @@
 """One step of a decoupled network: which stages run fused, in what order all of them run.
 
 A network is a list of parts from the input on: a `_FusedPart` is consecutive stages that one sweep
-runs, a `_LocalPart` is a single stage that takes local autograd. `forward` of each part is called from
-below, `backward` from above, with the gradient that the part above found at its input. When the sweep
-runs the whole network, that is one call.
+runs, a `_LocalPart` is a single stage that takes local autograd. `forward` of each part is called
+from below, `backward` from above, with the gradient that the part above found at its input. When
+the sweep runs the whole network, that is one call.
 """
 
 from collections.abc import Callable, Iterable
@@ -566,14 +566,17 @@ class Trainer:
                 gradient = part.backward(gradient, step)
         losses = [loss for part in done for loss in getattr(part, "synthesis_losses", [])]
         wide = reference.accumulate_dtype(h.dtype)
-        synthesis_loss = torch.stack([l.to(wide) for l in losses]) if losses else h.new_empty(0)
+        synthesis_loss = (
+            torch.stack([loss.to(wide) for loss in losses]) if losses else h.new_empty(0)
+        )
         if self._net.input_synthesizers is not None:
             made = [part.input_loss.to(wide) for part in done if hasattr(part, "input_loss")]
             synthesis_loss = torch.stack([synthesis_loss, torch.stack(made)])
         return done[-1].loss, h, synthesis_loss
 
     def _check_before_running(self, step: _Step) -> None:
-        """What a sweep would find out first, for stages that no sweep runs: nothing is written yet."""
+        """What a sweep would find out first, for stages that no sweep runs: nothing is written
+        yet."""
         net, x, target, batch = self._net, step.x, step.target, len(step.x)
         first, last = layers_of(net.stages[0])[:1], layers_of(net.stages[-1])[-2:]
         if first and type(first[0]) is nn.Linear and x.shape[-1] != first[0].in_features:

@@ -34,8 +34,8 @@ def network(
 ) -> DecoupledSequential:
     """A network all of whose stages can be fused; no parameter starts at zero.
 
-    `bias`: of the layers in front of a BatchNorm. Its gradient is zero but for rounding, and Adam makes
-    steps of that noise: with Adam nothing can be compared then.
+    `bias`: of the layers in front of a BatchNorm. Its gradient is zero but for rounding, and Adam
+    makes steps of that noise: with Adam nothing can be compared then.
     """
     stages = []
     for index, (k, n) in enumerate(zip(widths, widths[1:], strict=False)):
@@ -101,7 +101,8 @@ def batch(net: DecoupledSequential, rows=6, criterion="cross_entropy", seed=0) -
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The optimizer's state, parameter by parameter."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    return [optimizer.state[p][k] for p in held if p in optimizer.state for k in sorted(optimizer.state[p])]  # fmt: skip
+    kept = [optimizer.state[p] for p in held if p in optimizer.state]
+    return [entry[key] for entry in kept for key in sorted(entry)]
 
 
 def train(net, optimizer, steps=20, backend="auto", masks=None, **how) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""`net.step` fused against the equations, against local autograd with torch.optim, and over time."""
+"""`net.step` fused against the equations, against local autograd with torch.optim, and over
+time."""
 
 import copy
 import itertools

@@ -1,4 +1,5 @@
-"""The sweep: the kernels against the equations, for every optimizer and everything a stage may be."""
+"""The sweep: the kernels against the equations, for every optimizer and everything a stage may
+be."""
 
 import itertools
 
@@ -85,8 +86,8 @@ def test_results_are_right_with_plain_averages_and_without_affine():
 
 @pytest.mark.parametrize("unlocked", [False, True])
 def test_bfloat16_products_are_right(unlocked):
-    """Against the equations with the operands of products rounded, in float64 otherwise; in a network
-    small enough that no rounding happens to fall the other way."""
+    """Against the equations with the operands of products rounded, in float64 otherwise; in a
+    network small enough that no rounding happens to fall the other way."""
     one = Problem(
         stages((7, 9, 33, 5), n_hidden=1, context=True, unlocked=unlocked), 30, dtype=torch.float32
     )
@@ -174,7 +175,9 @@ def test_ops_are_registered_as_they_behave():
     first = (plan.handle, "test", one.x, one.target, None, *lists)
     names = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.fastdni.sweep_.default, (*first, state, groups, settings, active), test_utils=names
+        torch.ops.fastdni.sweep_.default,
+        (*first, state, groups, settings, active),
+        test_utils=names,
     )
     torch.library.opcheck(
         torch.ops.fastdni.sweep_forward_.default, (*first, active), test_utils=names
@@ -207,10 +210,10 @@ def test_autograd_looks_past_the_ops():
         (lambda a: a["settings"].__setitem__(0, 9.0), "settings must begin with a rule"),
         (lambda a: a["state"].pop(), "state holds too few tensors"),
         (lambda a: a["state"].append(torch.ones(1)), "state holds too many tensors"),
-        (lambda a: a["state"].__setitem__(0, torch.ones(2)), "a parameter.s optimizer state .* must be a contig"),
-        (lambda a: a["state"].__setitem__(2, torch.ones(2)), "an optimizer.s step must be one float32 or float64"),
+        (lambda a: a["state"].__setitem__(0, torch.ones(2)), "a parameter.s optimizer state"),
+        (lambda a: a["state"].__setitem__(2, torch.ones(2)), "an optimizer.s step must be one"),
         (lambda a: a.update(active=[1]), "active must hold 4 values, got 1"),
-        (lambda a: a.update(active=[1, 0, 1, 1]), "groups must be -1 for the parameters of a masked"),
+        (lambda a: a.update(active=[1, 0, 1, 1]), "groups must be -1"),
         (lambda a: a["parameters"].pop(), r"parameters must hold \d+ tensors"),
         (lambda a: a["statistics"].pop(), r"statistics must hold \d+ tensors"),
         (lambda a: a["statistics"].__setitem__(2, torch.ones(())), "a running statistic must be"),

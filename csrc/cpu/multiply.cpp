@@ -200,12 +200,12 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
   }
 }
 
-#define INSTANTIATE(T)                                                                          \
-  template void pack<kIsa, T>(const Strided<T>&, int64_t, int64_t, int64_t, int64_t, bool, T*); \
-  template void pack_rows<kIsa, T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,       \
-                                   int64_t, int64_t, bool, T*);                                 \
-  template void multiply<kIsa, T>(const Strided<T>&, const T*, int64_t, int64_t, int64_t,       \
-                                  int64_t, bool, bool, T*, int64_t);
+#define INSTANTIATE(T)                                                                             \
+  template void pack<kIsa, T>(const Strided<T>&, int64_t, int64_t, int64_t, int64_t, bool, T*);    \
+  template void pack_rows<kIsa, T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                                   int64_t, bool, T*);                                             \
+  template void multiply<kIsa, T>(const Strided<T>&, const T*, int64_t, int64_t, int64_t, int64_t, \
+                                  bool, bool, T*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

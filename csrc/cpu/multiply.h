@@ -1,5 +1,5 @@
-// Matrix products of our own: small enough to be worth no library call, the same bits for any number
-// of threads, and in pieces that other work can be fused to.
+// Matrix products of our own: small enough to be worth no library call, the same bits for any
+// number of threads, and in pieces that other work can be fused to.
 //
 //   c (m, n) = a (m, k) b (k, n)
 //
@@ -13,9 +13,7 @@
 
 namespace fastdni::cpu {
 
-constexpr int vector_bytes(Isa isa) {
-  return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16;
-}
+constexpr int vector_bytes(Isa isa) { return isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16; }
 
 // Two vectors: with kTileRows rows the accumulators, a row of b and one element of a fill the
 // registers.

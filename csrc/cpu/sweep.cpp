@@ -259,25 +259,23 @@ void update(const Update<T>& rule, const T* grad, T* parameter, T* first, T* sec
   }
 }
 
-#define INSTANTIATE(T)                                                                           \
-  template void finish_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, const T*, Activation,      \
-                                                 Rows);                                          \
-  template void activation_gradient_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>,  \
-                                                              Activation, Matrix<T>, Rows);      \
-  template void column_moments<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, Rows, T*, T*);          \
-  template void normalize_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const BatchNorm<T>&, Activation,  \
-                                                    Matrix<T>, Rows);                            \
-  template void column_products<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, Rows, T*, \
-                                                     T*);                                        \
-  template void normalize_gradient_rows<Isa::FASTDNI_ISA, T>(                                    \
-      Matrix<T>, Matrix<const T>, const BatchNorm<T>&, const T*, const T*, T, Rows);             \
-  template double error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<T>, T, Rows);          \
-  template double squared_error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const T*, T,          \
-                                                          Matrix<T>, Rows);                      \
-  template double cross_entropy_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const int64_t*, T,    \
-                                                          Matrix<T>, Rows);                      \
-  template void sum_columns<Isa::FASTDNI_ISA, T>(Matrix<const T>, int64_t, int64_t, int64_t,     \
-                                                 T*);                                            \
+#define INSTANTIATE(T)                                                                             \
+  template void finish_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, const T*, Activation, Rows); \
+  template void activation_gradient_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>,    \
+                                                              Activation, Matrix<T>, Rows);        \
+  template void column_moments<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, Rows, T*, T*);            \
+  template void normalize_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const BatchNorm<T>&, Activation,    \
+                                                    Matrix<T>, Rows);                              \
+  template void column_products<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, Rows, T*,   \
+                                                     T*);                                          \
+  template void normalize_gradient_rows<Isa::FASTDNI_ISA, T>(                                      \
+      Matrix<T>, Matrix<const T>, const BatchNorm<T>&, const T*, const T*, T, Rows);               \
+  template double error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<T>, T, Rows);            \
+  template double squared_error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const T*, T, Matrix<T>, \
+                                                          Rows);                                   \
+  template double cross_entropy_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const int64_t*, T,      \
+                                                          Matrix<T>, Rows);                        \
+  template void sum_columns<Isa::FASTDNI_ISA, T>(Matrix<const T>, int64_t, int64_t, int64_t, T*);  \
   template void update<Isa::FASTDNI_ISA, T>(const Update<T>&, const T*, T*, T*, T*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -1,8 +1,8 @@
 // What a step does between its matrix products: one pass over a block of rows each.
 //
-// Letters are those of fastdni/reference/sweep.py. A matrix has `columns` columns and lies in rows of
-// `stride` elements. Sums over the batch are left per block of rows, for whoever adds the blocks up in
-// their order: no result depends on the number of threads.
+// Letters are those of fastdni/reference/sweep.py. A matrix has `columns` columns and lies in rows
+// of `stride` elements. Sums over the batch are left per block of rows, for whoever adds the blocks
+// up in their order: no result depends on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -62,8 +62,8 @@ template <Isa isa, class T>
 void normalize_gradient_rows(Matrix<T> du, Matrix<const T> z, const BatchNorm<T>& norm,
                              const T* sums, const T* products, T batch, Rows rows);
 
-// delta = scale * (prediction - delta), in place, `scale` being that of the loss's gradient; returns
-// the sum of the unscaled squares.
+// delta = scale * (prediction - delta), in place, `scale` being that of the loss's gradient;
+// returns the sum of the unscaled squares.
 template <Isa isa, class T>
 double error_rows(Matrix<const T> prediction, Matrix<T> delta, T scale, Rows rows);
 
@@ -72,8 +72,8 @@ template <Isa isa, class T>
 double squared_error_rows(Matrix<const T> output, const T* target, T scale, Matrix<T> grad,
                           Rows rows);
 
-// grad = (softmax(output) - onehot(target)) * scale; returns the sum of -log softmax at the targets.
-// Rows whose target is kIgnoreIndex have neither.
+// grad = (softmax(output) - onehot(target)) * scale; returns the sum of -log softmax at the
+// targets. Rows whose target is kIgnoreIndex have neither.
 constexpr int64_t kIgnoreIndex = -100;
 template <Isa isa, class T>
 double cross_entropy_rows(Matrix<const T> output, const int64_t* target, T scale, Matrix<T> grad,

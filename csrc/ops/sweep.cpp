@@ -1,5 +1,5 @@
-// sweep: one training step of consecutive decoupled stages, `Linear [BatchNorm1d] [activation]` with
-// their synthesizers. The equations are in fastdni/reference/sweep.py.
+// sweep: one training step of consecutive decoupled stages, `Linear [BatchNorm1d] [activation]`
+// with their synthesizers. The equations are in fastdni/reference/sweep.py.
 //
 //   sweep_           the whole step of a whole network
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
@@ -27,8 +27,9 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
   const std::string rows = std::to_string(batch);
   if (criterion == "mse") {
     const Shape wanted{batch, outputs};
-    FASTDNI_CHECK(shape_of(target) == wanted, caller, ": target must be (B, N) = ",
-                  to_string(wanted), ", got ", to_string(shape_of(target)));
+    FASTDNI_CHECK(shape_of(target) == wanted, caller,
+                  ": target must be (B, N) = ", to_string(wanted), ", got ",
+                  to_string(shape_of(target)));
     return;
   }
   FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
@@ -47,11 +48,10 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
 
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
                   const Shape& shape, ScalarType dtype) {
-  FASTDNI_CHECK(tensor.scalar_type() == dtype && shape_of(tensor) == shape &&
-                    tensor.is_contiguous(),
-                caller, ": ", name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
-                to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
-                to_string(shape_of(tensor)));
+  FASTDNI_CHECK(
+      tensor.scalar_type() == dtype && shape_of(tensor) == shape && tensor.is_contiguous(), caller,
+      ": ", name, " must be a contiguous ", to_string(dtype), " tensor of shape ", to_string(shape),
+      ", got ", to_string(tensor.scalar_type()), " ", to_string(shape_of(tensor)));
 }
 
 // The context's width, where all of the plan's synthesizers that take one agree.
@@ -63,8 +63,9 @@ void check_context(const std::string& caller, const NetworkSpec& spec,
       if (width == 0) continue;
       const Shape wanted{spec.batch, width};
       if (context.has_value()) {
-        FASTDNI_CHECK(shape_of(*context) == wanted, caller, ": context must be (B, C) = ",
-                      to_string(wanted), ", got ", to_string(shape_of(*context)));
+        FASTDNI_CHECK(shape_of(*context) == wanted, caller,
+                      ": context must be (B, C) = ", to_string(wanted), ", got ",
+                      to_string(shape_of(*context)));
         FASTDNI_CHECK(context->scalar_type() == spec.dtype, caller,
                       ": context must have x's dtype ", to_string(spec.dtype), ", got ",
                       to_string(context->scalar_type()));
@@ -93,8 +94,8 @@ struct Inputs {
 Inputs check_inputs(const std::string& caller, const NetworkSpec& spec, const Tensor& x,
                     const OptionalTensor& target, const OptionalTensor& context) {
   const Shape wanted{spec.batch, spec.stages[0].inputs};
-  FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted),
-                ", got ", to_string(shape_of(x)));
+  FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted), ", got ",
+                to_string(shape_of(x)));
   FASTDNI_CHECK(x.scalar_type() == spec.dtype, caller, ": x must have the parameters' dtype ",
                 to_string(spec.dtype), ", got ", to_string(x.scalar_type()));
   for (const StageSpec& stage : spec.stages) {
@@ -205,9 +206,10 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
         memory.second = take_values();
         const Tensor& step = take();
         const ScalarType dtype = step.scalar_type();
-        FASTDNI_CHECK(step.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                      caller, ": an optimizer's step must be one float32 or float64 number, got ",
-                      to_string(dtype), " ", to_string(shape_of(step)));
+        FASTDNI_CHECK(
+            step.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+            caller, ": an optimizer's step must be one float32 or float64 number, got ",
+            to_string(dtype), " ", to_string(shape_of(step)));
         memory.step = 1 + (dtype == ScalarType::Float ? *data<float>(step) : *data<double>(step));
         steps.push_back(&step);
         break;
@@ -250,11 +252,13 @@ Tensor make_synthesis_loss(Plan& plan, const Tensor& like) {
   return loss;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sweep_cpu(
-    int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
-    const OptionalTensor& context, const Tensors& parameters, const Tensors& statistics,
-    const Tensors& state, const Integers& groups, const std::vector<double>& settings,
-    const Integers& active) {
+std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& caller,
+                                             const Tensor& x, const OptionalTensor& target,
+                                             const OptionalTensor& context,
+                                             const Tensors& parameters, const Tensors& statistics,
+                                             const Tensors& state, const Integers& groups,
+                                             const std::vector<double>& settings,
+                                             const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   FASTDNI_CHECK(plan->spec.criterion != Criterion::none, caller,
                 ": plan must be one of a whole network");
@@ -274,18 +278,19 @@ std::tuple<Tensor, Tensor, Tensor> sweep_cpu(
   return {output, loss, synthesis_loss};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
-    int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
-    const OptionalTensor& context, const Tensors& parameters, const Tensors& statistics,
-    const Integers& active) {
+std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(int64_t handle, const std::string& caller,
+                                                     const Tensor& x, const OptionalTensor& target,
+                                                     const OptionalTensor& context,
+                                                     const Tensors& parameters,
+                                                     const Tensors& statistics,
+                                                     const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
   bind_inputs(*plan, inputs);
   bind_parameters(caller, *plan, parameters, active);
   bind_statistics(caller, *plan, statistics);
   Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
-  Tensor input_gradient =
-      empty(x, plan->spec.input_gradient ? shape_of(x) : Shape{0});
+  Tensor input_gradient = empty(x, plan->spec.input_gradient ? shape_of(x) : Shape{0});
   plan->memory.input_gradient = input_gradient.data_ptr();
   plan->sweep->forward(plan->memory);
   return {output, loss, input_gradient};

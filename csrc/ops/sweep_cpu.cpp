@@ -1,6 +1,7 @@
-// The sweep on the CPU: one program of passes over blocks of rows (F, S and D of every stage), and one
-// list of tasks (every weight gradient with its optimizer). Nothing here depends on the number of
-// threads: blocks and tasks follow from the shapes, and sums over the batch from the blocks in order.
+// The sweep on the CPU: one program of passes over blocks of rows (F, S and D of every stage), and
+// one list of tasks (every weight gradient with its optimizer). Nothing here depends on the number
+// of threads: blocks and tasks follow from the shapes, and sums over the batch from the blocks in
+// order.
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -91,8 +92,8 @@ class CpuSweep final : public Sweep {
     size_t stage = 0;  // the one above its boundary, whose mask it shares
   };
 
-  // A synthesizer at one trigger. `grads` are those of its layers' outputs; the last holds the target
-  // first, then (2 / B) e.
+  // A synthesizer at one trigger. `grads` are those of its layers' outputs; the last holds the
+  // target first, then (2 / B) e.
   struct Evaluation {
     Synthesizer* synthesizer = nullptr;
     Activations* trigger = nullptr;
@@ -116,8 +117,8 @@ class CpuSweep final : public Sweep {
     T* block_products = nullptr;  // (blocks, outputs): squares, then sums of du * z
     T* sums = nullptr;            // (outputs,): BatchNorm's bias gradient
     T* products = nullptr;        // (outputs,): BatchNorm's weight gradient
-    Evaluation* sent = nullptr;     // M at h
-    Evaluation* made = nullptr;     // I at x (complete unlock), whose prediction the next stage gets
+    Evaluation* sent = nullptr;   // M at h
+    Evaluation* made = nullptr;   // I at x (complete unlock), whose prediction the next stage gets
   };
 
   // ---- programs: passes over blocks of rows, and what has to wait for all of them ----
@@ -245,8 +246,7 @@ class CpuSweep final : public Sweep {
     evaluation.trigger = trigger;
     for (const Weight& weight : synthesizer->weights) {
       const bool last = &weight == &synthesizer->weights.back();
-      Activations* out =
-          activations(weight.outputs, true, last ? prediction_panels : regressed);
+      Activations* out = activations(weight.outputs, true, last ? prediction_panels : regressed);
       if (last) {
         evaluation.prediction = out;
       } else {
@@ -255,7 +255,8 @@ class CpuSweep final : public Sweep {
       if (regressed) evaluation.grads.push_back(matrix(weight.outputs));
     }
     evaluation.squares.assign(blocks_, 0);
-    program.push_back({[this, &evaluation](Rows rows, int64_t) { evaluate(evaluation, rows); }, {}});
+    program.push_back(
+        {[this, &evaluation](Rows rows, int64_t) { evaluate(evaluation, rows); }, {}});
     if (regressed) {
       add_job(evaluation.grads[0], trigger, synthesizer->weights[0].parameter,
               synthesizer->biases[0], synthesizer->context_bias, synthesizer->stage);
@@ -272,10 +273,7 @@ class CpuSweep final : public Sweep {
   }
 
   void pack_later(Activations* input, Program& program) {
-    program.push_back({[this, input](Rows rows, int64_t) {
-                         pack_rows(*input, rows);
-                       },
-                       {}});
+    program.push_back({[this, input](Rows rows, int64_t) { pack_rows(*input, rows); }, {}});
   }
 
   void build() {
@@ -287,8 +285,8 @@ class CpuSweep final : public Sweep {
       stages_.emplace_back();
       Stage& stage = stages_.back();
       stage.spec = spec_.stages[s];
-      stage.weight = take_weight(stage.spec.outputs, stage.spec.inputs,
-                                 s > 0 || spec_.input_gradient);
+      stage.weight =
+          take_weight(stage.spec.outputs, stage.spec.inputs, s > 0 || spec_.input_gradient);
       if (stage.spec.bias) stage.bias = take_parameter();
       if (stage.spec.batch_norm && stage.spec.affine) {
         stage.norm_weight = take_parameter();
@@ -311,8 +309,8 @@ class CpuSweep final : public Sweep {
     for (size_t s = 0; s < stages_.size(); ++s) {
       Stage& stage = stages_[s];
       stage.x = s == 0 ? x_ : unlocked ? stages_[s - 1].made->prediction : stages_[s - 1].h;
-      stage.h = activations(stage.spec.outputs, true,
-                            gradient_synthesizers[s] != nullptr && !unlocked);
+      stage.h =
+          activations(stage.spec.outputs, true, gradient_synthesizers[s] != nullptr && !unlocked);
       stage.z = stage.spec.batch_norm ? matrix(stage.spec.outputs) : stage.h->rows;
       stage.dz = matrix(stage.spec.outputs);
       if (unlocked && input_synthesizers[s] != nullptr) {
@@ -349,8 +347,7 @@ class CpuSweep final : public Sweep {
       }
       if (stage.h->panels != nullptr) pack_later(stage.h, program);
       if (gradient_synthesizers[s] != nullptr) {
-        stage.sent =
-            evaluate_later(gradient_synthesizers[s], stage.h, !unlocked, false, program);
+        stage.sent = evaluate_later(gradient_synthesizers[s], stage.h, !unlocked, false, program);
         Evaluation* regressed = stage.sent;
         if (unlocked) {
           regressed = evaluate_later(gradient_synthesizers[s], stage.made->prediction, true, false,
@@ -358,8 +355,8 @@ class CpuSweep final : public Sweep {
         }
         regressions_.push_back(regressed);
       }
-      program.push_back({[this, &stage, s](Rows rows, int64_t b) { gradient(stage, s, rows, b); },
-                         {}});
+      program.push_back(
+          {[this, &stage, s](Rows rows, int64_t b) { gradient(stage, s, rows, b); }, {}});
       if (stage.spec.batch_norm) {
         waiting.push_back(s);
       } else {
@@ -384,7 +381,8 @@ class CpuSweep final : public Sweep {
       for (int64_t first = 0; first < outputs; first += kBlockRows) {
         tasks_.push_back({j, first, std::min(first + kBlockRows, outputs)});
       }
-      update_work_ += batch_ * outputs * (jobs_[j].input == nullptr ? 1 : jobs_[j].input->rows.columns);
+      update_work_ +=
+          batch_ * outputs * (jobs_[j].input == nullptr ? 1 : jobs_[j].input->rows.columns);
     }
   }
 
@@ -580,9 +578,8 @@ class CpuSweep final : public Sweep {
     const Synthesizer& synthesizer = *evaluation.synthesizer;
     if (!memory_->active[synthesizer.stage]) return;
     auto& grads = evaluation.grads;
-    evaluation.squares[b] =
-        cpu::error_rows<isa, T>(evaluation.prediction->rows, grads.back(),
-                                static_cast<T>(2.0 / batch_), rows);
+    evaluation.squares[b] = cpu::error_rows<isa, T>(evaluation.prediction->rows, grads.back(),
+                                                    static_cast<T>(2.0 / batch_), rows);
     for (size_t i = grads.size() - 1; i > 0; --i) {
       multiply_rows(grads[i], synthesizer.weights[i].backward, rows, false, grads[i - 1]);
       cpu::activation_gradient_rows<isa, T>(grads[i - 1], evaluation.hidden[i - 1]->rows,
@@ -602,8 +599,8 @@ class CpuSweep final : public Sweep {
     }
     if (stage.sent == nullptr) criterion(stage, rows, b);
     if (!memory_->active[s]) return;
-    const Matrix<const T> grad = stage.sent == nullptr ? Matrix<const T>(stage.dz)
-                                                       : stage.sent->prediction->rows;
+    const Matrix<const T> grad =
+        stage.sent == nullptr ? Matrix<const T>(stage.dz) : stage.sent->prediction->rows;
     cpu::activation_gradient_rows<isa, T>(grad, h, stage.spec.activation, stage.dz, rows);
     if (stage.spec.batch_norm) {
       const int64_t at = b * stage.spec.outputs;
@@ -694,8 +691,8 @@ class CpuSweep final : public Sweep {
 
   // ---- U ----
 
-  // grad^T input -> the weight's gradient, the columns' sums of grad -> those of the biases. Without an
-  // input grad is a vector, and the gradient itself.
+  // grad^T input -> the weight's gradient, the columns' sums of grad -> those of the biases.
+  // Without an input grad is a vector, and the gradient itself.
   struct Job {
     Matrix<T> grad;
     const Activations* input;
@@ -732,7 +729,9 @@ class CpuSweep final : public Sweep {
   void apply(size_t parameter, const T* grad, int64_t at, int64_t count) {
     const ParameterMemory& memory = memory_->parameters[parameter];
     T* target = values_[parameter] + at;
-    const auto beside = [&](void* kept) { return kept == nullptr ? target : static_cast<T*>(kept) + at; };
+    const auto beside = [&](void* kept) {
+      return kept == nullptr ? target : static_cast<T*>(kept) + at;
+    };
     cpu::update<isa, T>(rules_[parameter], grad, target, beside(memory.first),
                         beside(memory.second), count);
   }

@@ -1,5 +1,5 @@
-// What a sweep runs over: the stages, their synthesizers, the batch. A plan owns the memory that the
-// step needs besides its arguments, so that a step allocates nothing but its results.
+// What a sweep runs over: the stages, their synthesizers, the batch. A plan owns the memory that
+// the step needs besides its arguments, so that a step allocates nothing but its results.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -21,8 +21,8 @@ struct SynthesizerSpec {
   bool present() const { return !widths.empty(); }
 };
 
-// Linear [BatchNorm1d] [activation], the synthesizer M of the gradient of its output, and in complete
-// unlock the synthesizer I of the output itself.
+// Linear [BatchNorm1d] [activation], the synthesizer M of the gradient of its output, and in
+// complete unlock the synthesizer I of the output itself.
 struct StageSpec {
   int64_t inputs = 0, outputs = 0;
   bool bias = true;
@@ -56,8 +56,8 @@ struct Signature {
 };
 Signature signature(const NetworkSpec& spec);
 
-// One parameter's optimizer, before the step count is known. `a`, `b`: momentum, dampening; or beta1,
-// beta2; or, of Rule::gradient, whether to add (1) or to write (0).
+// One parameter's optimizer, before the step count is known. `a`, `b`: momentum, dampening; or
+// beta1, beta2; or, of Rule::gradient, whether to add (1) or to write (0).
 struct OptimizerSettings {
   Rule rule = Rule::none;
   double lr = 0, weight_decay = 0, a = 0, b = 0, eps = 0;
@@ -80,7 +80,7 @@ struct StepMemory {
   const void* context = nullptr;  // (batch, C); without one the labels, as one-hot vectors
   std::vector<ParameterMemory> parameters;
   std::vector<void*> statistics;
-  std::vector<bool> active;  // by stage
+  std::vector<bool> active;        // by stage
   void* output = nullptr;          // (batch, outputs)
   void* loss = nullptr;            // ()
   void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'

@@ -19,7 +19,8 @@ _forward = torch.ops.fastdni.sweep_forward_.default
 _update = torch.ops.fastdni.sweep_update_.default
 # (caller, target, batch, outputs, criterion): raises unless the target fits.
 sweep_check_target = torch.ops.fastdni.sweep_check_target.default
-# Nothing here is differentiable: autograd looks past these ops, which saves a `no_grad` at each call.
+# Nothing here is differentiable: autograd looks past these ops, which saves a `no_grad` at each
+# call.
 _library = torch.library.Library("fastdni", "IMPL")
 for _op in ("sweep_", "sweep_forward_", "sweep_update_"):
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
@@ -173,8 +174,8 @@ def sweep_(
         caller: whom error messages name.
 
     Returns:
-        The output (B, N), the loss (), and the synthesis losses (S,) or, in complete unlock, (2, S):
-        gradients, inputs; NaN at the boundary below a masked stage.
+        The output (B, N), the loss (), and the synthesis losses (S,) or, in complete unlock, (2,
+        S): gradients, inputs; NaN at the boundary below a masked stage.
 
     Raises:
         RuntimeError: a shape, dtype, label or state does not fit; nothing has been written then.

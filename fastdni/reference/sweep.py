@@ -10,12 +10,12 @@ Jaderberg et al. 2016 (arXiv 1608.05343), sections 2 and 3. Stage l of L, batch 
     U   dW = dz^T x, db = sum dz, dgamma = sum du z~, dbeta = sum du (z~ the normalised z);
         those of M as in `fastdni.reference.synthesizer_bwd`
 
-A stage's input x is the output of the stage below. In complete unlock (section 2.3) it is I(x_0, ctx),
-which a second synthesizer predicts from the network's input x_0 and regresses on the output h that the
-stage below really makes: e = I(x_0, ctx) - h. M is then regressed at I(x_0, ctx) as well.
+A stage's input x is the output of the stage below. In complete unlock (section 2.3) it is I(x_0,
+ctx), which a second synthesizer predicts from the network's input x_0 and regresses on the output h
+that the stage below really makes: e = I(x_0, ctx) - h. M is then regressed at I(x_0, ctx) as well.
 
-No gradient passes from one stage to another, or through M, I or ctx. All are taken with the parameters
-as they were before the step.
+No gradient passes from one stage to another, or through M, I or ctx. All are taken with the
+parameters as they were before the step.
 """
 
 from collections.abc import Callable
@@ -66,9 +66,10 @@ class SweepStage(NamedTuple):
 class SweepResult(NamedTuple):
     """What a step makes.
 
-    `gradients` are in the order of the stages' parameters, None where masked. Where the network goes on
-    above, those of the topmost synthesizer come from `regress_top`, which takes what the stage above
-    sends back and gives the loss and the gradients; until then they are None and the loss is NaN.
+    `gradients` are in the order of the stages' parameters, None where masked. Where the network
+    goes on above, those of the topmost synthesizer come from `regress_top`, which takes what the
+    stage above sends back and gives the loss and the gradients; until then they are None and the
+    loss is NaN.
     """
 
     output: Tensor  # (B, N)
