@@ -579,10 +579,17 @@ class Trainer:
         yet."""
         net, x, target, batch = self._net, step.x, step.target, len(step.x)
         first, last = layers_of(net.stages[0])[:1], layers_of(net.stages[-1])[-2:]
-        if first and type(first[0]) is nn.Linear and x.shape[-1] != first[0].in_features:
-            raise RuntimeError(
-                f"{step.caller}: x must be (..., {first[0].in_features}), got {tuple(x.shape)}"
-            )
+        if first and type(first[0]) is nn.Linear:
+            linear = first[0]
+            if x.shape[-1] != linear.in_features:
+                raise RuntimeError(
+                    f"{step.caller}: x must be (..., {linear.in_features}), got {tuple(x.shape)}"
+                )
+            if x.dtype != linear.weight.dtype and _autocast_dtype(x) is None:
+                raise RuntimeError(
+                    f"{step.caller}: x must have the parameters' dtype {linear.weight.dtype}, got "
+                    f"{x.dtype}"
+                )
         norms = [m for m in net.stages.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
         if batch == 1 and x.dim() == 2 and norms:
             raise RuntimeError(
