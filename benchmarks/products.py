@@ -50,6 +50,15 @@ def onednn_linear() -> Callable | None:
     return lambda x, w, b: linear(x, w, b, "none", [], "")
 
 
+def _can(linear: Callable, x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether oneDNN has this product for the dtype: without AVX-512 it has none in bfloat16."""
+    try:
+        linear(x, w, None)
+    except RuntimeError:
+        return False
+    return True
+
+
 def calls(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Callable]:
     """`product library` -> callable, for the libraries there are."""
     batch, inputs, outputs = shape
@@ -70,7 +79,7 @@ def calls(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Callable
         "input MKL": lambda: torch.mm(dz, w),
     }
     linear = onednn_linear()
-    if linear is not None:
+    if linear is not None and _can(linear, x, w):
         found |= {
             "forward oneDNN": lambda: linear(x, w, b),
             "weight oneDNN": lambda: linear(dz.t(), x.t(), None),
@@ -116,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, dtype in DTYPES.items():
             for shape in SHAPES:
                 taken = measure(shape, dtype, seconds=0.1 if options.quick else 0.5)
-                times = [f"{1e6 * taken[column]:.1f}" for column in columns]
+                times = [f"{1e6 * taken[c]:.1f}" if c in taken else "-" for c in columns]
                 rows.append([name, threads, ", ".join(map(str, shape)), *times])
     print("median microseconds a call\n")
     print(bench.table(rows, ["dtype", "threads", "B, K, N", *columns], options.markdown))

@@ -207,7 +207,10 @@ def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
     assert ("weight oneDNN" in out) == onednn
     assert ("only MKL is measured" in out) != onednn
     (line, *_) = [line for line in out.splitlines() if line.startswith("bf16")]
-    assert all(float(time) > 0 for time in line.split()[5:])
+    times = line.split()[5:]
+    assert len(times) == (6 if onednn else 3)
+    # Some processors have no bfloat16 product in oneDNN.
+    assert all(time == "-" or float(time) > 0 for time in times) and times[0] != "-"
 
 
 def test_a_burst_times_all_but_its_first_call():

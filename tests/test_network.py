@@ -104,7 +104,9 @@ def test_the_result_is_fresh_and_detached():
 
 def test_the_loss_falls():
     torch.manual_seed(0)
-    net = network((7, 32, 32, 5), norm=True, context=True, dtype=torch.float32)
+    layers = [nn.Linear(7, 32), nn.BatchNorm1d(32), nn.ReLU()]
+    layers += [nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5)]
+    net = fastdni.decouple(nn.Sequential(*layers), context_dim=5)
     groups = [
         {"params": net.stage_parameters(), "lr": 3e-3},
         {"params": net.synthesizer_parameters(), "lr": 3e-5},
@@ -322,7 +324,7 @@ def test_hooks_of_the_optimizers_step_are_called():
 
 
 def changes(net):
-    """Ways to change a network; each is called between steps of the network and of its local twin."""
+    """Ways to change a network; called between steps of the network and of its local twin."""
 
     def freeze(n):
         n.stages[1][0].weight.requires_grad_(False)
