@@ -168,7 +168,8 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
               int64_t last, bool rounded, bool add, T* c, int64_t c_stride) {
   constexpr int64_t kWidth = kPanelWidth<isa, T>, kRows = kTileRows<isa>;
   const int64_t tiles = (m + kRows - 1) / kRows;
-  T copy[kRows * kDepth];
+  constexpr int64_t kLanes = Vectors<T>::kLanes, kCopied = (kRows + kLanes - 1) / kLanes * kLanes;
+  T copy[kRows * kDepth + kLanes];
   for (int64_t depth = 0; depth == 0 || depth < k; depth += kDepth) {
     const int64_t ks = k - depth < kDepth ? k - depth : kDepth;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -182,13 +183,11 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
           }
         }
         from = {copy, 1, kRows};
-      } else if (from.column != 1 && ks >= kWorthCopying && rows == kRows) {
-        // Rows far apart share few lines of the cache: read once, not once a panel.
+      } else if (from.row == 1 && ks >= kWorthCopying && rows == kRows) {
+        // Transposed, its rows are columns that share few lines of the cache: read once, not once a
+        // panel; in whole vectors, each of which writes over what the last one had too much.
         for (int64_t i = 0; i < ks; ++i) {
-#pragma GCC unroll 12
-          for (int64_t r = 0; r < kRows; ++r) {
-            copy[i * kRows + r] = from.data[r * from.row + i * from.column];
-          }
+          __builtin_memcpy(copy + i * kRows, from.data + i * from.column, kCopied * sizeof(T));
         }
         from = {copy, 1, kRows};
       }

@@ -169,7 +169,7 @@ class CpuSweep final : public Sweep {
 
   T* allocate(int64_t count) {
     constexpr size_t kLine = 64;
-    const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
+    const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine + cpu::kOverread;
     bytes_ += bytes;
     memory_blocks_.emplace_back(static_cast<T*>(std::aligned_alloc(kLine, std::max(bytes, kLine))));
     FASTDNI_CHECK(memory_blocks_.back() != nullptr, "sweep: out of memory for ", bytes, " bytes");
