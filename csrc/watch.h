@@ -21,8 +21,10 @@ class Watch {
       PyObject* container = entry[0].ptr();
       if (PyDict_Check(container)) {
         in_dicts_.push_back({container, entry[1].ptr(), entry[2].ptr()});
-      } else {
+      } else if (PyList_Check(container)) {
         in_lists_.push_back({container, pybind11::cast<Py_ssize_t>(entry[1]), entry[2].ptr()});
+      } else {
+        attributes_.push_back({container, entry[1].ptr(), entry[2].ptr()});
       }
     }
     for (const auto& size : sizes) {
@@ -49,6 +51,13 @@ class Watch {
       if (item.index >= PyList_GET_SIZE(item.list)) return false;
       if (PyList_GET_ITEM(item.list, item.index) != item.value) return false;
     }
+    for (const Attribute& attribute : attributes_) {
+      PyObject* now = PyObject_GetAttr(attribute.object, attribute.name);
+      if (now == nullptr) throw pybind11::error_already_set();
+      const bool same = now == attribute.value;
+      Py_DECREF(now);
+      if (!same) return false;
+    }
     return true;
   }
 
@@ -61,12 +70,16 @@ class Watch {
     Py_ssize_t index;
     PyObject* value;
   };
+  struct Attribute {
+    PyObject *object, *name, *value;
+  };
   struct Size {
     PyObject* container;
     Py_ssize_t count;
   };
   std::vector<InDict> in_dicts_;
   std::vector<InList> in_lists_;
+  std::vector<Attribute> attributes_;
   std::vector<Size> sizes_;
 };
 

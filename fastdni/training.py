@@ -286,14 +286,8 @@ class Trainer:
         """Finds out again what changed since the last look; without `closely`, all but what a sweep
         would refuse of itself: another dtype, device or shape of a parameter."""
         watch = self._watch
-        if (
-            watch is None
-            or not watch.unchanged()
-            or not watch.parameters_unchanged()
-            or (closely and not watch.layouts_unchanged())
-        ):
+        if watch is None or not watch.unchanged() or (closely and not watch.layouts_unchanged()):
             self._watch = ModuleWatch(self._net)
-            self._watch.parameters_unchanged()
             self._parts, self._optimizers = {}, None
             self._parse()
 
@@ -477,7 +471,7 @@ class Trainer:
             step.optimizers.mark_called()
         else:
             results = self._through_gradients(run, step)
-        if self._watch.has_gradients:
+        if not self._watch.no_gradients():
             _drop_gradients(self._watch.parameters)
         return results
 

@@ -23,29 +23,48 @@ GLOBAL_OPTIMIZER_HOOKS = (
     _optimizer._global_optimizer_pre_hooks,
     _optimizer._global_optimizer_post_hooks,
 )
-# What a step may find changed of a parameter; `grad` is None between steps.
-_marks = attrgetter("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _layout = attrgetter("dtype", "device", "shape")
 
 
 class _Watch:
-    """Whether containers hold the same objects: those at given keys, and as many as there were."""
+    """Whether dicts, lists and other objects hold given objects at keys, indices and attributes,
+    and containers as many as there were.
 
-    def __init__(self, entries: list[tuple[dict | list, object]], sized: Iterable[dict | list]):
-        items = [
-            (box, key, box.get(key) if isinstance(box, dict) else box[key]) for box, key in entries
-        ]
-        sizes = [(box, len(box)) for box in sized]
+    Args:
+        items: (container, key, what it holds).
+        sized: containers.
+    """
+
+    def __init__(self, items: list[tuple], sized: Iterable[dict | list] = ()):
+        sizes = [(container, len(container)) for container in sized]
         self._kept = items, sizes  # the compiled watch holds no references of its own
         self.unchanged = _C.Watch(items, sizes).unchanged
 
 
+def _now(container: object, key: object) -> tuple:
+    """An item of a watch: what the container holds at the moment."""
+    if isinstance(container, dict):
+        return container, key, container.get(key)
+    return (
+        container,
+        key,
+        container[key] if isinstance(container, list) else getattr(container, key),
+    )
+
+
 class ModuleWatch:
-    """Modules, down to their parameters, as they were when this was made."""
+    """Modules, down to their parameters, as they were when this was made.
+
+    Attributes:
+        unchanged: () -> whether modules, hooks, buffers and parameters are the same, and no
+            parameter was frozen, thawed or hooked.
+        no_gradients: () -> whether every `p.grad` is None.
+    """
 
     def __init__(self, root: nn.Module):
         modules = list(root.modules())
-        entries: list[tuple[dict | list, object]] = []
+        entries: list[tuple[object, object]] = []
         sized = list(_GLOBAL_MODULE_HOOKS)
         for module in modules:
             own = vars(module)
@@ -55,19 +74,17 @@ class ModuleWatch:
             for kind in ("_modules", "_parameters", "_buffers"):
                 entries += [(own[kind], name) for name in own[kind]]
             sized += [own["_modules"], *(own[name] for name in _MODULE_HOOKS)]
-        self.unchanged = _Watch(entries, sized).unchanged
         self.parameters = list(
             {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
         )
-        self._marks = [(None, *_marks(p)[1:]) for p in self.parameters]
+        entries += [(p, name) for p in self.parameters for name in _PARAMETER_MARKS]
+        hooks = [getattr(p, name) for p in self.parameters for name in _PARAMETER_MARKS[1:]]
+        sized += [found for found in hooks if found is not None]
+        self._watch = _Watch([_now(*entry) for entry in entries], sized)
+        self.unchanged = self._watch.unchanged
+        self._no_gradients = _Watch([(p, "grad", None) for p in self.parameters])
+        self.no_gradients = self._no_gradients.unchanged
         self._layouts = self._layouts_now()
-        self.has_gradients = False
-
-    def parameters_unchanged(self) -> bool:
-        """Whether no parameter was frozen, thawed or hooked; also sets `has_gradients`."""
-        marks = [*map(_marks, self.parameters)]
-        self.has_gradients = marks != self._marks
-        return not self.has_gradients or [m[1:] for m in marks] == [m[1:] for m in self._marks]
 
     def layouts_unchanged(self) -> bool:
         """Whether all parameters have the dtype, device and shape they had (a slower look, for when
@@ -82,13 +99,16 @@ class ModuleWatch:
 class OptimizerWatch:
     """Optimizers: their groups, the parameters in them, hooks and options named.
 
+    Attributes:
+        unchanged: () -> whether all that is the same.
+
     Args:
         optimizers: to be watched.
         options: keys of the groups.
     """
 
     def __init__(self, optimizers: list[Optimizer], options: tuple[str, ...]):
-        entries: list[tuple[dict | list, object]] = []
+        entries: list[tuple[object, object]] = []
         sized = list(GLOBAL_OPTIMIZER_HOOKS)
         for optimizer in optimizers:
             own, groups = vars(optimizer), optimizer.param_groups
@@ -99,7 +119,8 @@ class OptimizerWatch:
                 entries += [(group, name) for name in ("params", *options)]
                 entries += [(group["params"], i) for i in range(len(group["params"]))]
                 sized.append(group["params"])
-        self.unchanged = _Watch(entries, sized).unchanged
+        self._watch = _Watch([_now(*entry) for entry in entries], sized)
+        self.unchanged = self._watch.unchanged
 
 
 def has_hooks(optimizer: Optimizer) -> bool:
