@@ -1,6 +1,6 @@
 # make demo    a decoupled network trained on handwritten digits, with a table and a picture
 # make test    the test suite            make test-all   with every combination
-# make bench   the drop-in benchmark     make lint       ruff, clang-format
+# make bench   the CPU benchmarks        make lint       ruff, clang-format
 #
 # PYTHON=python3.12   the interpreter that .venv is made from
 # SYSTEM_TORCH=1      no .venv and no network: PYTHON's own packages (torch 2.11 or later, cmake,
@@ -32,6 +32,7 @@ test-all: build
 	$(RUN) -m pytest --all
 
 bench: build
+	$(RUN) -m benchmarks.network
 	$(RUN) -m benchmarks.dropin
 
 build: $(BUILT)
