@@ -74,7 +74,8 @@ struct PlanHandle {
   int64_t workspace_bytes;
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
-             const std::string& criterion, bool input_gradient, bool bfloat16) {
+             const std::string& criterion, bool input_gradient, bool bfloat16,
+             bool separate_input) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
@@ -84,6 +85,7 @@ struct PlanHandle {
                                                     : fastdni::Criterion::none;
     spec.input_gradient = input_gradient;
     spec.bfloat16 = bfloat16;
+    spec.separate_input = separate_input;
     auto plan = fastdni::make_plan(std::move(spec));
     workspace_bytes = plan->sweep->workspace_bytes();
     handle = fastdni::register_plan(std::move(plan));
@@ -121,9 +123,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
-                    bool, bool>(),
+                    bool, bool, bool>(),
            py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"),
-           py::arg("criterion"), py::arg("input_gradient"), py::arg("bfloat16"))
+           py::arg("criterion"), py::arg("input_gradient"), py::arg("bfloat16"),
+           py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)

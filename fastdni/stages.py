@@ -82,7 +82,7 @@ def parse(
         _norm_of(norm, outputs),
         activation,
         _synthesizer_of(synthesizer, outputs, outputs),
-        _synthesizer_of(input_synthesizer, network_inputs or inputs, outputs),
+        _synthesizer_of(input_synthesizer, network_inputs, outputs),
     )
     first = parsed.weight
     for tensor in parsed.parameters():

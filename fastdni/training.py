@@ -18,6 +18,7 @@ from fastdni import backend, ops, reference
 from fastdni.optimizers import Binding, Optimizers
 from fastdni.reference import SweepStage
 from fastdni.stages import Unfused, layers_of, parse
+from fastdni.synthesizers import BasicSynthesizer
 from fastdni.watch import ModuleWatch
 
 CRITERIA = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
@@ -53,6 +54,7 @@ class _FusedPart:
         self._how = {
             "criterion": criterion,
             "input_gradient": first > 0,
+            "separate_input": first > 0 and stages[0].input_synthesizer is not None,
             "bfloat16": bfloat16,
         }
         self._plans: dict[int, ops.SweepPlan] = {}
@@ -113,13 +115,18 @@ class _FusedPart:
         if pending:
             binding.commit(pending)
 
+    def takes(self, x: Tensor, step: _Step) -> bool:
+        """Whether a sweep can run on this input."""
+        return x.dim() == 2 and (not self._how["separate_input"] or step.x.dim() == 2)
+
     @torch.no_grad()
     def forward(self, x: Tensor, step: _Step) -> Tensor:
-        """The output of the topmost stage."""
+        """The output of the topmost stage; in complete unlock what the next one gets instead."""
         self._plan = self.plan(len(x))
         target = step.target if isinstance(step.target, Tensor) else None
+        network_input = step.x if self._plan.separate_input else None
         output, self.loss, self._input_gradient = ops.sweep_forward_(
-            self._plan, x, target, step.context, self._active(step), step.caller
+            self._plan, x, target, step.context, self._active(step), step.caller, network_input
         )
         return output
 
@@ -133,7 +140,9 @@ class _FusedPart:
         state, pending, groups, settings = binding.state()
         losses = ops.sweep_update_(plan, gradient, state, groups, settings, active, step.caller)
         self._finish(plan, binding, state, pending)
-        self.synthesis_losses = list(losses)
+        unlocked = losses.dim() == 2
+        self.synthesis_losses = list(losses[0] if unlocked else losses)
+        self.input_losses = list(losses[1]) if unlocked else []
         return self._input_gradient if active[0] else None
 
 
@@ -181,6 +190,8 @@ class _LocalPart:
     """
 
     def __init__(self, net: nn.Module, number: int):
+        self.synthesis_losses: list[Tensor] = []
+        self.input_losses: list[Tensor] = []
         self._net, self._number = net, number
         self._stage = net.stages[number]
         top = number == len(net.stages) - 1
@@ -209,7 +220,7 @@ class _LocalPart:
         if self._input_synthesizer is None:
             return h
         made = self._evaluate(self._input_synthesizer, step.x, step, above)
-        self.input_loss = self._regress(made, h, above)
+        self.input_losses = [self._regress(made, h, above)]
         made = made.detach().to(h.dtype)
         self._regressed = self._evaluate(self._synthesizer, made, step, above)
         return made
@@ -295,7 +306,9 @@ class Trainer:
         net = self._net
         self.parsed: list[SweepStage | None] = []
         self.reasons: list[str | None] = []
-        inputs = None
+        # What every input synthesizer predicts from; another width would be another tensor.
+        made = [m for m in net.input_synthesizers or [] if type(m) is BasicSynthesizer]
+        inputs = made[0].input_trigger.in_features if made else None
         for number, stage in enumerate(net.stages):
             top = number == len(net.stages) - 1
             made = None if net.input_synthesizers is None or top else net.input_synthesizers[number]
@@ -303,11 +316,12 @@ class Trainer:
                 parsed = parse(stage, None if top else net.synthesizers[number], made, inputs)
                 self.parsed.append(parsed)
                 self.reasons.append(None)
-                inputs = inputs or parsed.weight.shape[1]
             except Unfused as reason:
                 self.parsed.append(None)
                 self.reasons.append(str(reason))
-                inputs = inputs or -1
+        lowest = self.parsed[0]
+        if inputs is not None and lowest is not None and lowest.weight.shape[1] != inputs:
+            self._refuse(0, "its input is not what the input synthesizers take")
         self._refuse_shared()
         for number in range(1, len(self.parsed)):
             below, own = self.parsed[number - 1], self.parsed[number]
@@ -319,9 +333,6 @@ class Trainer:
                 self._refuse(number, "its parameters differ in dtype or device from those below")
         if net.bp_lambda > 0:
             self._refuse_all("bp_lambda above 0 needs the order of backpropagation")
-        if net.input_synthesizers is not None and any(self.reasons):
-            first = next(i for i, reason in enumerate(self.reasons) if reason)
-            self._refuse_all(f"complete unlock, and stage {first} is not fused")
 
     def _refuse(self, number: int, reason: str) -> None:
         if self.reasons[number] is None:
@@ -549,7 +560,7 @@ class Trainer:
         with torch.enable_grad():
             while left:
                 part = left.pop(0)
-                if isinstance(part, _FusedPart) and h.dim() != 2:  # (B, T, K), for example
+                if isinstance(part, _FusedPart) and not part.takes(h, step):  # (B, T, K), say
                     numbers = range(part.first, part.first + len(part.stages))
                     left = [_LocalPart(self._net, number) for number in numbers] + left
                     continue
@@ -558,13 +569,13 @@ class Trainer:
             gradient = None
             for part in reversed(done):
                 gradient = part.backward(gradient, step)
-        losses = [loss for part in done for loss in getattr(part, "synthesis_losses", [])]
+        losses = [loss for part in done for loss in part.synthesis_losses]
         wide = reference.accumulate_dtype(h.dtype)
         synthesis_loss = (
             torch.stack([loss.to(wide) for loss in losses]) if losses else h.new_empty(0)
         )
         if self._net.input_synthesizers is not None:
-            made = [part.input_loss.to(wide) for part in done if hasattr(part, "input_loss")]
+            made = [loss.to(wide) for part in done for loss in part.input_losses]
             synthesis_loss = torch.stack([synthesis_loss, torch.stack(made)])
         return done[-1].loss, h, synthesis_loss
 

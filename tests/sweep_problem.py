@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdni import ops, reference
+from fastdni import ops, use_backend
 from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
 
 CONTEXT = 5
@@ -132,8 +132,6 @@ class Problem:
             cast(cast(t, self.dtype), dtype) if t is not None else None
             for t in (self.x, self.target, self.context)
         )
-        from fastdni import use_backend
-
         with use_backend(backend):
             plan = ops.SweepPlan(own, self.batch, self.criterion, **how)
         groups = [0 if self.active[s] else -1 for s in plan.parameter_stages]
@@ -144,6 +142,3 @@ class Problem:
                 plan, x, target, context, state, groups, ops.flat([self.settings]), self.active
             )
         return [*results, *plan.parameters, *state, *plan.statistics]
-
-
-__all__ = ["Problem", "cast", "reference", "stages"]

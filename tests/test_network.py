@@ -418,7 +418,8 @@ class Doubler(nn.Module):
         return 2 * x
 
 
-def test_one_local_stage_leaves_the_others_fused():
+@pytest.mark.parametrize("unlocked", [False, True], ids=["update unlock", "complete unlock"])
+def test_one_local_stage_leaves_the_others_fused(unlocked):
     def make():
         torch.manual_seed(3)
         stages = [
@@ -430,8 +431,11 @@ def test_one_local_stage_leaves_the_others_fused():
             nn.Linear(6, 5),
         ]
         widths = (9, 8, 8, 6, 6)
+        made = [BasicSynthesizer(n, n_hidden=1, trigger_dim=7) for n in widths]
         net = DecoupledSequential(
-            *stages, synthesizers=[BasicSynthesizer(n, n_hidden=1, context_dim=5) for n in widths]
+            *stages,
+            synthesizers=[BasicSynthesizer(n, n_hidden=1, context_dim=5) for n in widths],
+            input_synthesizers=made if unlocked else None,
         ).double()
         with torch.no_grad():
             for parameter in net.parameters():

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 from conftest import sample
-from sweep_problem import CONTEXT, OPTIMIZERS, Problem, stages
+from sweep_problem import CONTEXT, OPTIMIZERS, Problem, cast, stages
 
-from fastdni import ops
+from fastdni import ops, use_backend
 
 CASES = sample(
     itertools.product(
@@ -99,30 +99,67 @@ def test_bfloat16_products_are_right(unlocked):
     assert rounded > 1e-3, "the rounding shows"
 
 
-@pytest.mark.parametrize("top", [False, True])
-def test_a_part_of_a_network_is_right(top):
-    """Stages with something above them: what comes back from there is the topmost target."""
-    given = stages((7, 9, 33), norm=True, n_hidden=1, top=True)
-    results = {}
+@pytest.mark.parametrize("above", [False, True], ids=["masked above", "updated above"])
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_a_part_of_a_network_is_right(above, unlocked):
+    """Stages with something above them: what comes back is the topmost target. In complete
+    unlock the part has two inputs, and hands up what the topmost I predicts."""
+    given = stages((7, 9, 33), norm=True, n_hidden=1, top=True, unlocked=unlocked)
+    torch.manual_seed(5)
+    x, back = torch.randn(8, 7).double(), torch.randn(8, 33).double()
+    network_input = torch.randn(8, 7).double() if unlocked else None
+    active = [1, 1, int(above)]
+    found = {}
     for backend in ("cpu", "reference"):
-        from sweep_problem import cast
-
-        from fastdni import use_backend
-
-        own = cast(given, torch.float64)
         with use_backend(backend):
-            plan = ops.SweepPlan(own, 8, None, input_gradient=True)
-        torch.manual_seed(5)
-        x, back = torch.randn(8, 7).double(), torch.randn(8, 33).double()
-        active = [1, 1, int(top)]
-        output, _, gradient = ops.sweep_forward_(plan, x, None, None, active)
+            plan = ops.SweepPlan(
+                cast(given, torch.float64), 8, None, input_gradient=True, separate_input=unlocked
+            )
+        output, _, gradient = ops.sweep_forward_(
+            plan, x, None, None, active, network_input=network_input
+        )
         groups = [0 if active[s] else -1 for s in plan.parameter_stages]
         losses = ops.sweep_update_(
-            plan, back if top else None, [], groups, ops.flat([OPTIMIZERS["sgd"]]), active
+            plan, back if above else None, [], groups, ops.flat([OPTIMIZERS["sgd"]]), active
         )
-        assert losses.isnan().tolist() == [False, not top]
-        results[backend] = [output, gradient, losses, *plan.parameters, *plan.statistics]
-    assert_equal(results["cpu"], results["reference"], 1e-11)
+        assert losses.reshape(-1, 2).isnan().tolist() == [[False, not above]] * (1 + unlocked)
+        found[backend] = [output, gradient, losses, *plan.parameters, *plan.statistics]
+    assert_equal(found["cpu"], found["reference"], 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("widths", "how", "message"),
+    [
+        ((7, 9, 5), {"criterion": None}, "stage 1 must have a synthesizer above it"),
+        ((7, 9, 5), {"batch": 0}, "at least one stage and one row"),
+        ((7, 9, 5), {"separate_input": True}, "a separate input is for complete unlock"),
+    ],
+)
+def test_plans_that_make_no_sense(widths, how, message):
+    how = {"batch": 4, "criterion": "mse"} | how
+    with pytest.raises(RuntimeError, match=f"sweep: .*{message}"):
+        ops.SweepPlan(stages(widths), **how)
+
+
+def test_plans_of_widths_that_do_not_fit():
+    below, top = stages((7, 9, 5))
+    cases = {
+        "stage 1 must take what the one below gives: 9, got 8": [
+            below,
+            top._replace(weight=torch.ones(5, 8).double()),
+        ],
+        "the synthesizer of stage 0 must map its output to its gradient": [
+            below._replace(synthesizer=stages((7, 8, 5))[0].synthesizer),
+            top,
+        ],
+        "the input synthesizer of stage 0 must map the network's input": [
+            below._replace(input_synthesizer=below.synthesizer),
+            top,
+        ],
+    }
+    for message, given in cases.items():
+        with pytest.raises(RuntimeError, match=f"sweep: {message}"):
+            ops.SweepPlan(given, 4, "mse")
 
 
 def bits(threads: int, dtype=torch.float32) -> list[torch.Tensor]:
@@ -180,7 +217,9 @@ def test_ops_are_registered_as_they_behave():
         test_utils=names,
     )
     torch.library.opcheck(
-        torch.ops.fastdni.sweep_forward_.default, (*first, active), test_utils=names
+        torch.ops.fastdni.sweep_forward_.default,
+        (plan.handle, "test", one.x, one.target, None, None, *lists, active),
+        test_utils=names,
     )
     torch.library.opcheck(
         torch.ops.fastdni.sweep_update_.default,

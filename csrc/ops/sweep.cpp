@@ -88,7 +88,7 @@ void check_context(const std::string& caller, const NetworkSpec& spec,
 // Holds what was made contiguous until the step is over.
 struct Inputs {
   Tensor x;
-  OptionalTensor target, context;
+  OptionalTensor target, context, network_input;
 };
 
 Inputs check_inputs(const std::string& caller, const NetworkSpec& spec, const Tensor& x,
@@ -102,7 +102,7 @@ Inputs check_inputs(const std::string& caller, const NetworkSpec& spec, const Te
     FASTDNI_CHECK(!stage.batch_norm || spec.batch > 1, caller,
                   ": x must have at least 2 rows for BatchNorm in training, got 1");
   }
-  Inputs inputs{as_contiguous(x), {}, {}};
+  Inputs inputs{as_contiguous(x), {}, {}, {}};
   if (target.has_value()) inputs.target = as_contiguous(*target);
   if (spec.criterion != Criterion::none) {
     FASTDNI_CHECK(target.has_value(), caller, ": target must be given, got None");
@@ -122,6 +122,7 @@ void bind_inputs(Plan& plan, const Inputs& inputs) {
   plan.memory.x = inputs.x.data_ptr();
   plan.memory.target = inputs.target ? inputs.target->data_ptr() : nullptr;
   plan.memory.context = inputs.context ? inputs.context->data_ptr() : nullptr;
+  plan.memory.network_input = inputs.network_input ? inputs.network_input->data_ptr() : nullptr;
 }
 
 void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
@@ -260,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& 
                                              const std::vector<double>& settings,
                                              const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
-  FASTDNI_CHECK(plan->spec.criterion != Criterion::none, caller,
+  FASTDNI_CHECK(plan->spec.criterion != Criterion::none && !plan->spec.separate_input, caller,
                 ": plan must be one of a whole network");
   const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
   bind_inputs(*plan, inputs);
@@ -278,14 +279,20 @@ std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& 
   return {output, loss, synthesis_loss};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(int64_t handle, const std::string& caller,
-                                                     const Tensor& x, const OptionalTensor& target,
-                                                     const OptionalTensor& context,
-                                                     const Tensors& parameters,
-                                                     const Tensors& statistics,
-                                                     const Integers& active) {
+std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
+    int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
+    const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& parameters,
+    const Tensors& statistics, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
-  const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
+  Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
+  FASTDNI_CHECK(network_input.has_value() == plan->spec.separate_input, caller,
+                ": network_input must be given to plans with a separate input, and to no others");
+  if (network_input.has_value()) {
+    inputs.network_input = as_contiguous(*network_input);
+    check_values(caller, "network_input", *inputs.network_input,
+                 {plan->spec.batch, plan->spec.stages[0].input_synthesizer.widths.front()},
+                 plan->spec.dtype);
+  }
   bind_inputs(*plan, inputs);
   bind_parameters(caller, *plan, parameters, active);
   bind_statistics(caller, *plan, statistics);
@@ -326,7 +333,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "float[] settings, int[] active) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
       "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
-      "Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "
+      "Tensor? network_input, Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "
       "(Tensor output, Tensor loss, Tensor input_gradient)");
   m.def(
       "sweep_update_(int plan, str caller, Tensor? gradient, Tensor(a!)[] parameters, "

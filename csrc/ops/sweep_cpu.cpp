@@ -304,6 +304,12 @@ class CpuSweep final : public Sweep {
 
     x_ = activations(spec_.stages[0].inputs, false, true);
     pack_later(x_, program);
+    network_input_ = x_;
+    if (spec_.separate_input) {
+      const int64_t width = spec_.stages[0].input_synthesizer.widths.front();
+      network_input_ = activations(width, false, true);
+      pack_later(network_input_, program);
+    }
     for (const auto& [width, context] : contexts_) pack_later(context, program);
 
     for (size_t s = 0; s < stages_.size(); ++s) {
@@ -314,7 +320,7 @@ class CpuSweep final : public Sweep {
       stage.z = stage.spec.batch_norm ? matrix(stage.spec.outputs) : stage.h->rows;
       stage.dz = matrix(stage.spec.outputs);
       if (unlocked && input_synthesizers[s] != nullptr) {
-        stage.made = evaluate_later(input_synthesizers[s], x_, true, true, program);
+        stage.made = evaluate_later(input_synthesizers[s], network_input_, true, true, program);
       }
       add_job(stage.dz, stage.x, stage.weight.parameter, stage.bias, kNone, s);
       if (stage.spec.batch_norm) build_norm(stage, s);
@@ -411,6 +417,9 @@ class CpuSweep final : public Sweep {
   void bind_inputs(const StepMemory& memory) {
     // Only ever read.
     x_->rows.data = const_cast<T*>(static_cast<const T*>(memory.x));
+    if (spec_.separate_input) {
+      network_input_->rows.data = const_cast<T*>(static_cast<const T*>(memory.network_input));
+    }
     for (auto& [width, context] : contexts_) {
       if (memory.context != nullptr) {
         context->rows = {const_cast<T*>(static_cast<const T*>(memory.context)), width, width};
@@ -548,7 +557,7 @@ class CpuSweep final : public Sweep {
 
   void write_output(const Stage& stage, Rows rows) {
     auto* output = static_cast<T*>(memory_->output);
-    const Matrix<T>& h = stage.h->rows;
+    const Matrix<T>& h = stage.made == nullptr ? stage.h->rows : stage.made->prediction->rows;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       std::memcpy(output + r * h.columns, h.row(r), h.columns * sizeof(T));
     }
@@ -790,6 +799,7 @@ class CpuSweep final : public Sweep {
   std::deque<Evaluation> evaluations_;
   std::deque<Stage> stages_;
   Activations* x_ = nullptr;
+  Activations* network_input_ = nullptr;      // what input synthesizers predict from
   std::map<int64_t, Activations*> contexts_;  // by width
   std::map<int64_t, Matrix<T>> own_contexts_;
   std::vector<Evaluation*> regressions_;  // of M, by boundary

@@ -21,6 +21,36 @@ void add_synthesizer(const SynthesizerSpec& spec, int64_t stage, Signature& sign
   }
 }
 
+// Widths that do not fit together would be read out of bounds.
+void check_spec(const NetworkSpec& spec) {
+  FASTDNI_CHECK(!spec.stages.empty() && spec.batch > 0,
+                "sweep: a plan must have at least one stage and one row");
+  FASTDNI_CHECK(!spec.separate_input || spec.unlocked(),
+                "sweep: a separate input is for complete unlock");
+  for (size_t s = 0; s < spec.stages.size(); ++s) {
+    const StageSpec& stage = spec.stages[s];
+    const bool top = s + 1 == spec.stages.size();
+    const SynthesizerSpec& m = stage.synthesizer;
+    const SynthesizerSpec& i = stage.input_synthesizer;
+    FASTDNI_CHECK(s == 0 || stage.inputs == spec.stages[s - 1].outputs, "sweep: stage ", s,
+                  " must take what the one below gives: ", spec.stages[s - 1].outputs, ", got ",
+                  stage.inputs);
+    FASTDNI_CHECK(m.present() == !(top && spec.criterion != Criterion::none), "sweep: stage ", s,
+                  " must have a synthesizer above it, the one with the criterion none");
+    FASTDNI_CHECK(!m.present() || (m.widths.front() == stage.outputs &&
+                                   m.widths.back() == stage.outputs && m.widths.size() > 1),
+                  "sweep: the synthesizer of stage ", s, " must map its output to its gradient");
+    FASTDNI_CHECK(i.present() == (m.present() && spec.unlocked()), "sweep: stage ", s,
+                  " must have an input synthesizer as every boundary, or as none");
+    const int64_t input = spec.separate_input ? spec.stages[0].input_synthesizer.widths.front()
+                                              : spec.stages[0].inputs;
+    FASTDNI_CHECK(
+        !i.present() ||
+            (i.widths.front() == input && i.widths.back() == stage.outputs && i.widths.size() > 1),
+        "sweep: the input synthesizer of stage ", s, " must map the network's input to its output");
+  }
+}
+
 std::mutex mutex;
 std::map<int64_t, std::shared_ptr<Plan>> plans;
 int64_t next_handle = 1;
@@ -53,6 +83,7 @@ Signature signature(const NetworkSpec& spec) {
 }
 
 std::shared_ptr<Plan> make_plan(NetworkSpec spec) {
+  check_spec(spec);
   auto plan = std::make_shared<Plan>();
   plan->expected = signature(spec);
   plan->sweep = make_cpu_sweep(spec);

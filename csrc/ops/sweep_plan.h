@@ -44,7 +44,9 @@ struct NetworkSpec {
   bool input_gradient = false;            // delta of the first stage's input is wanted
   bool bfloat16 = false;                  // operands of products are rounded to bfloat16
 
-  bool unlocked() const { return stages.size() > 1 && stages[0].input_synthesizer.present(); }
+  bool separate_input = false;  // I predicts from another tensor than the first stage's x
+
+  bool unlocked() const { return stages[0].input_synthesizer.present(); }
 };
 
 // The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
@@ -75,13 +77,16 @@ struct ParameterMemory {
 
 // What one step is given, checked. Null where there is none.
 struct StepMemory {
-  const void* x = nullptr;        // (batch, inputs)
-  const void* target = nullptr;   // (batch,) int64 or (batch, outputs)
-  const void* context = nullptr;  // (batch, C); without one the labels, as one-hot vectors
+  const void* x = nullptr;              // (batch, inputs)
+  const void* network_input = nullptr;  // (batch, K) what I predicts from, where that is not x
+  const void* target = nullptr;         // (batch,) int64 or (batch, outputs)
+  const void* context = nullptr;        // (batch, C); without one the labels, as one-hot vectors
   std::vector<ParameterMemory> parameters;
   std::vector<void*> statistics;
-  std::vector<bool> active;        // by stage
-  void* output = nullptr;          // (batch, outputs)
+  std::vector<bool> active;  // by stage
+  // (batch, outputs): of the topmost stage; in complete unlock with more stages above what they get
+  // in its place
+  void* output = nullptr;
   void* loss = nullptr;            // ()
   void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'
   void* input_gradient = nullptr;  // (batch, inputs)

@@ -43,7 +43,7 @@ def _(plan, caller, x, target, context, parameters, statistics, state, groups, s
 
 
 @torch.library.register_fake("fastdni::sweep_forward_")
-def _(plan, caller, x, target, context, parameters, statistics, active):
+def _(plan, caller, x, target, context, network_input, parameters, statistics, active):
     output, loss, _ = _fake_results(plan, x)
     return output, loss, x.new_empty(x.shape if _plans[plan].input_gradient else (0,))
 
@@ -98,6 +98,8 @@ class SweepPlan:
         batch: number of rows B.
         criterion: "cross_entropy" or "mse"; None when the network goes on above the last stage.
         input_gradient: whether the gradient of the lowest stage's input is wanted.
+        separate_input: whether the input synthesizers predict from another tensor than the lowest
+            stage's x: a part of a completely unlocked network.
         bfloat16: whether the operands of products are rounded to bfloat16 (autocast); sums, errors,
             losses, parameters and optimizer state keep the parameters' dtype.
     """
@@ -108,10 +110,12 @@ class SweepPlan:
         batch: int,
         criterion: str | None = None,
         input_gradient: bool = False,
+        separate_input: bool = False,
         bfloat16: bool = False,
     ):
         self.stages, self.batch, self.criterion = stages, batch, criterion
         self.input_gradient, self.bfloat16 = input_gradient, bfloat16
+        self.separate_input = separate_input
         self.parameters = [p for stage in stages for p in stage.parameters()]
         self.statistics = [t for stage in stages for t in stage.statistics()]
         # For each parameter the stage whose mask it shares; a synthesizer shares that above it.
@@ -133,6 +137,7 @@ class SweepPlan:
                 criterion=criterion or "none",
                 input_gradient=input_gradient,
                 bfloat16=bfloat16,
+                separate_input=separate_input,
             )
             self.handle = self._memory.handle
             _plans[self.handle] = self
@@ -205,19 +210,31 @@ def sweep_forward_(
     context: Tensor | None,
     active: list[int],
     caller: str = "sweep",
+    network_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The part of a step that needs nothing from above: F, S and D of every stage.
 
     Args:
-        As `sweep_`.
+        network_input: (B, K), what the input synthesizers predict from, where the plan has a
+            separate input.
+        Others as `sweep_`.
 
     Returns:
-        The output (B, N), the loss () where the plan has a criterion, and the gradient of x (B, K)
-        where the plan wants it.
+        The output (B, N), or in a completely unlocked network that goes on above what it goes on
+        with; the loss () where the plan has a criterion; the gradient of x (B, K) where the plan
+        wants it.
     """
     if plan.handle:
         return _forward(
-            plan.handle, caller, x, target, context, plan.parameters, plan.statistics, active
+            plan.handle,
+            caller,
+            x,
+            target,
+            context,
+            network_input,
+            plan.parameters,
+            plan.statistics,
+            active,
         )
     if plan.criterion is not None and x.device.type == "cpu":
         sweep_check_target(
@@ -232,6 +249,7 @@ def sweep_forward_(
             plan.criterion,
             list(map(bool, active)),
             plan.bfloat16,
+            network_input,
         )
     plan._pending = done
     return done.output, done.loss, done.input_gradient

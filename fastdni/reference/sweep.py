@@ -172,6 +172,7 @@ def sweep(
     criterion_name: str | None,
     active: list[bool],
     bfloat16: bool = False,
+    network_input: Tensor | None = None,
 ) -> SweepResult:
     """Losses and gradients of a step; moves the running statistics and nothing else.
 
@@ -184,6 +185,8 @@ def sweep(
         active: for each stage and the one above whether it is updated; a masked stage only runs F.
             The synthesizers of the boundary below a masked stage are not updated either.
         bfloat16: round the operands of every product to bfloat16.
+        network_input: what input synthesizers predict from, where that is not x: these stages are
+            then a part of a network.
     """
     product = _rounded_product if bfloat16 else torch.matmul
 
@@ -192,7 +195,7 @@ def sweep(
 
     unlocked = stages[0].input_synthesizer is not None
     made = [
-        evaluate(stage.input_synthesizer, x)
+        evaluate(stage.input_synthesizer, x if network_input is None else network_input)
         for stage in stages
         if stage.input_synthesizer is not None
     ]
@@ -272,6 +275,8 @@ def sweep(
     synthesis_loss = torch.stack(losses) if losses else x.new_empty(0)
     if unlocked:
         synthesis_loss = torch.stack([synthesis_loss, torch.stack(input_losses)])
+    if unlocked and criterion_name is None:
+        h = made[-1].prediction  # what the stage above trains on
     return SweepResult(h, loss, synthesis_loss, gradients, deltas[0], regress_top)
 
 
