@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -87,13 +88,13 @@ RATIOS = {
     "fastdni/backprop compiled": ("fastdni", "backprop compiled"),
     "fastdni/products": ("fastdni", "products"),
 }
-# So little that thousands of steps on one batch leave the network where it began: a loss near zero
-# would bring denormal numbers, which are slow.
-LEARNING_RATE = 1e-5
+# So low that thousands of steps on one batch leave the network where it began (a loss near zero
+# would bring denormal numbers, which are slow), and yet one step shows in float32.
+LEARNING_RATES = {"adam": 1e-5, "sgd": 1e-2}
 # Norm of the difference to eager float64 after a step, relative to that of the change itself. In
-# float32 a ReLU may open in one and stay shut in the other; a wrong equation is off by 0.1 and more.
+# float32 a ReLU may open in one and stay shut in the other; a wrong equation is off by 0.1 or more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}
-COMPILE_SECONDS = 240  # from then on sizes go without the compiled forms: the run ends in 6 minutes
+COMPILE_SECONDS = 240  # from then on nothing is compiled: the run ends in 6 minutes
 MEMORY_STEPS = 200
 
 _numbers = itertools.count()
@@ -139,7 +140,7 @@ def build(size: Size, dtype: torch.dtype = torch.float32) -> dni.DecoupledSequen
 def make_optimizer(size: Size, parameters: list[Tensor], fused: bool | None) -> Optimizer:
     """torch's; None is its default, which is not the fused form."""
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[size.optimizer]
-    return kind(parameters, lr=LEARNING_RATE, fused=fused)
+    return kind(parameters, lr=LEARNING_RATES[size.optimizer], fused=fused)
 
 
 def eager_step(net: dni.DecoupledSequential, optimizer: Optimizer, x: Tensor, y: Tensor) -> None:
@@ -250,9 +251,10 @@ def update(
     kind: str, parameters: list[Tensor], found: list[Tensor], state: list[dict[str, Tensor]]
 ) -> None:
     """What torch.optim's SGD and Adam do with their defaults, for torch.compile."""
+    rate = LEARNING_RATES[kind]
     if kind == "sgd":
         for parameter, gradient in zip(parameters, found, strict=True):
-            parameter.sub_(LEARNING_RATE * gradient)
+            parameter.sub_(rate * gradient)
         return
     step = state[0]["step"].add_(1)  # all parameters share it
     first, second = 1 - 0.9**step, (1 - 0.999**step).sqrt()
@@ -260,7 +262,7 @@ def update(
         of["exp_avg"].lerp_(gradient, 1 - 0.9)
         of["exp_avg_sq"].mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
         denominator = of["exp_avg_sq"].sqrt() / second + 1e-8
-        parameter.sub_(LEARNING_RATE / first * (of["exp_avg"] / denominator))
+        parameter.sub_(rate / first * (of["exp_avg"] / denominator))
 
 
 def compiled(function: Callable) -> Callable:
@@ -278,9 +280,8 @@ def compiled(function: Callable) -> Callable:
 def prepare_compiled(size: Size, backprop: bool) -> Candidate:
     """A step through `gradients`, compiled."""
     net, (x, y) = build(size), data(size)
-    stages = parse_all(net)
-    if backprop:
-        stages = [stage._replace(synthesizer=None) for stage in stages]
+    synthesizers = [None] * len(net.stages) if backprop else [*net.synthesizers, None]
+    stages = [parse(*pair, None, None) for pair in zip(net.stages, synthesizers, strict=True)]
     parameters = [parameter for stage in stages for parameter in stage.parameters()]
     optimizer = make_optimizer(size, parameters, fused=True)
     if size.update_in_graph:
@@ -297,7 +298,7 @@ def prepare_compiled(size: Size, backprop: bool) -> Candidate:
             return results
 
         run = compiled(whole)
-        step = torch.no_grad()(lambda: run(stages, parameters, state, x, y))
+        step = torch.no_grad()(partial(run, stages, parameters, state, x, y))
         return Candidate(net, optimizer, step)
 
     run = compiled(gradients)
@@ -311,15 +312,6 @@ def prepare_compiled(size: Size, backprop: bool) -> Candidate:
         return results
 
     return Candidate(net, optimizer, step)
-
-
-def parse_all(net: dni.DecoupledSequential) -> list[SweepStage]:
-    """The network as `gradients` takes it."""
-    stages, inputs = [], None
-    for stage, synthesizer in zip(net.stages, [*net.synthesizers, None], strict=True):
-        stages.append(parse(stage, synthesizer, None, inputs))
-        inputs = inputs or stages[0].weight.shape[1]
-    return stages
 
 
 def prepare(column: str, size: Size, dtype: torch.dtype = torch.float32) -> Candidate:
@@ -362,8 +354,8 @@ def error(
     for name, want in expected.items():
         change = (want - start[name] if name in start else want).norm().clamp(min=1e-30)
         errors[name] = ((found[name] - want).norm() / change).item()
-    # A NaN is the largest of all.
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else 1e30)
+    # max alone would step over a NaN.
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     return errors[worst], worst
 
 
@@ -421,24 +413,19 @@ def products(size: Size, seconds: float = 0.02) -> Callable[[], None]:
 def product_calls(batch: int, product: str, inputs: int, outputs: int) -> dict[str, Callable]:
     """`library` -> one product of a layer, with tensors of its own."""
     x, w, dz = torch.rand(batch, inputs), torch.rand(outputs, inputs), torch.rand(batch, outputs)
-    b = torch.rand(outputs)
-    linear = onednn_linear()
-    if product == "forward":
-        out = torch.empty(batch, outputs)
-        found = {"MKL": lambda: torch.addmm(b, x, w.t(), out=out)}
-        onednn = lambda: linear(x, w, b)  # noqa: E731
-    elif product == "weight":
-        out, turned = torch.empty(outputs, inputs), torch.empty(inputs, outputs)
+    b = torch.rand(outputs) if product == "forward" else None
+    left, right = {"forward": (x, w.t()), "weight": (dz.t(), x), "input": (dz, w)}[product]
+    out = left @ right
+    turned = out.t().contiguous()
+    if b is None:
         found = {
-            "MKL": lambda: torch.mm(dz.t(), x, out=out),
-            "MKL transposed": lambda: torch.mm(x.t(), dz, out=turned),
+            "MKL": lambda: torch.mm(left, right, out=out),
+            "MKL transposed": lambda: torch.mm(right.t(), left.t(), out=turned),
         }
-        onednn = lambda: linear(dz.t(), x.t(), None)  # noqa: E731
     else:
-        out = torch.empty(batch, inputs)
-        found = {"MKL": lambda: torch.mm(dz, w, out=out)}
-        onednn = lambda: linear(dz, w.t(), None)  # noqa: E731
-    return found if linear is None else found | {"oneDNN": onednn}
+        found = {"MKL": lambda: torch.addmm(b, left, right, out=out)}
+    linear = onednn_linear()
+    return found if linear is None else found | {"oneDNN": lambda: linear(left, right.t(), b)}
 
 
 def measure(
@@ -482,26 +469,24 @@ def memory(size: Size) -> dict[str, int]:
 
 def tables(results: list[dict], markdown: bool) -> str:
     """Ratios, then times in microseconds as `median [p20 p80]`; `-` where nothing was measured."""
-    columns = list(COLUMNS)
+
+    def time(seconds: dict[str, float]) -> str:
+        return "{:.0f} [{:.0f} {:.0f}]".format(
+            *(1e6 * seconds[k] for k in ("median", "p20", "p80"))
+        )
+
     quotients, times = [], []
     for result in results:
-        case = list(map(str, result["case"].values()))
-        found, seconds = result["ratios"], result["seconds"]
-        quotients.append(case + [f"{found[n]:.2f}" if n in found else "-" for n in RATIOS])
-        cells = [
-            "{median:.0f} [{p20:.0f} {p80:.0f}]".format(
-                **{key: 1e6 * value for key, value in seconds[c].items()}
-            )
-            if c in seconds
-            else "-"
-            for c in columns
-        ]
-        times.append([*case[:2], *cells, str(seconds["fastdni"]["count"])])
-    case = list(results[0]["case"])
+        case, found, seconds = result["case"], result["ratios"], result["seconds"]
+        quotients.append(
+            [*case.values(), *(f"{found[n]:.2f}" if n in found else "-" for n in RATIOS)]
+        )
+        cells = [time(seconds[c]) if c in seconds else "-" for c in COLUMNS]
+        times.append([case["size"], *cells, seconds["fastdni"]["count"]])
     return "\n\n".join(
         [
-            bench.table(quotients, [*case, *RATIOS], markdown),
-            bench.table(times, [*case[:2], *columns, "steps"], markdown),
+            bench.table(quotients, [*results[0]["case"], *RATIOS], markdown),
+            bench.table(times, ["size", *COLUMNS, "steps"], markdown),
         ]
     )
 
@@ -538,8 +523,7 @@ def main(arguments: list[str] | None = None) -> int:
         fast = options.quick or perf_counter() - start > COMPILE_SECONDS
         columns = tuple(c for c in COLUMNS if not (fast and c in COMPILED))
         timings = measure(name, size, columns, **limits)
-        widths = "-".join(map(str, size.widths))
-        case = {"size": name, "B": size.batch, "widths": widths, "threads": options.threads}
+        case = {"size": name, "B": size.batch, "threads": options.threads}
         seconds = {column: dataclasses.asdict(timing) for column, timing in timings.items()}
         results.append({"case": case, "ratios": ratios(timings), "seconds": seconds})
     print("\r" + " " * 12 + "\r", end="", file=sys.stderr)
@@ -552,10 +536,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {name}: {statistics.median(values):.2f}")
     of = "paper3" if "paper3" in names else names[0]
     used = {"size": of, **memory(SIZES[of])}
-    print(
-        f"\nmemory at {of}: the plan holds {used['workspace_bytes'] / 1024:.0f} KiB; {MEMORY_STEPS} "
-        f"steps grew the process by {used['growth_bytes'] / 1024:.0f} KiB"
-    )
+    held, grown = used["workspace_bytes"] / 1024, used["growth_bytes"] / 1024
+    print(f"\nmemory at {of}: the plan holds {held:.0f} KiB; ", end="")
+    print(f"{MEMORY_STEPS} steps grew the process by {grown:.0f} KiB")
     if options.json:
         written = {"hardware": info, "results": results, "memory": used}
         options.json.write_text(json.dumps(written, indent=1))

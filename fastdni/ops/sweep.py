@@ -281,8 +281,11 @@ def sweep_update_(
     gradients, losses = done.gradients, done.synthesis_loss
     if done.regress_top is not None and gradient is not None:
         loss, of_top = done.regress_top(gradient)
-        gradients = gradients[: len(gradients) - len(of_top)] + of_top
-        losses = torch.cat([losses[:-1], loss.reshape(1)])
+        made = plan.stages[-1].input_synthesizer  # whose gradients come last
+        end = len(gradients) - (0 if made is None else len(made.tensors()))
+        gradients = gradients[: end - len(of_top)] + of_top + gradients[end:]
+        losses = losses.clone()
+        losses.view(-1, len(plan.stages))[0, -1] = loss
     left = list(state)
     width = len(OptimizerSettings._fields)
     with torch.no_grad():
