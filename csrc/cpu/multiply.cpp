@@ -163,36 +163,60 @@ void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t first, 
   }
 }
 
+namespace {
+
+// Rows of a that lie near each other: tile t's rows r and depths i at (t kDepth + i) kTileRows + r.
+// A transposed a has its rows in columns that share few lines of the cache: read once, not once a
+// panel. Copied in whole vectors, each of which writes over what the last one had too much.
+template <Isa isa, class T>
+struct TileCopies {
+  static constexpr int64_t kRows = kTileRows<isa>, kLanes = Vectors<T>::kLanes;
+  static constexpr int64_t kCopied = (kRows + kLanes - 1) / kLanes * kLanes;
+  T data[(kMultiplyRows / kRows + 1) * kRows * kDepth + kLanes];
+
+  T* of(int64_t tile) { return data + tile * kRows * kDepth; }
+
+  void fill(int64_t tile, const Strided<T>& from, int64_t rows, int64_t depth, bool rounded) {
+    T* to = of(tile);
+    if (!rounded) {
+      for (int64_t i = 0; i < depth; ++i) {
+        __builtin_memcpy(to + i * kRows, from.data + i * from.column, kCopied * sizeof(T));
+      }
+      return;
+    }
+    for (int64_t i = 0; i < depth; ++i) {
+      for (int64_t r = 0; r < rows; ++r) {
+        to[i * kRows + r] = round_to_bfloat16(from.data[r * from.row + i * from.column]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
 template <Isa isa, class T>
 void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_t first,
               int64_t last, bool rounded, bool add, T* c, int64_t c_stride) {
   constexpr int64_t kWidth = kPanelWidth<isa, T>, kRows = kTileRows<isa>;
   const int64_t tiles = (m + kRows - 1) / kRows;
-  constexpr int64_t kLanes = Vectors<T>::kLanes, kCopied = (kRows + kLanes - 1) / kLanes * kLanes;
-  T copy[kRows * kDepth + kLanes];
+  // Tiles of like size: 10 rows are 5 + 5, not 6 + 4.
+  const auto tile_begin = [=](int64_t t) { return m * t / tiles; };
+  TileCopies<isa, T> copies;
   for (int64_t depth = 0; depth == 0 || depth < k; depth += kDepth) {
     const int64_t ks = k - depth < kDepth ? k - depth : kDepth;
-    for (int64_t t = 0; t < tiles; ++t) {
-      // Tiles of like size: 10 rows are 5 + 5, not 6 + 4.
-      const int64_t begin = m * t / tiles, rows = m * (t + 1) / tiles - begin;
-      Strided<T> from = a.from(begin, depth);
-      if (rounded) {
-        for (int64_t i = 0; i < ks; ++i) {
-          for (int64_t r = 0; r < rows; ++r) {
-            copy[i * kRows + r] = round_to_bfloat16(from.data[r * from.row + i * from.column]);
-          }
-        }
-        from = {copy, 1, kRows};
-      } else if (from.row == 1 && ks >= kWorthCopying && rows == kRows) {
-        // Transposed, its rows are columns that share few lines of the cache: read once, not once a
-        // panel; in whole vectors, each of which writes over what the last one had too much.
-        for (int64_t i = 0; i < ks; ++i) {
-          __builtin_memcpy(copy + i * kRows, from.data + i * from.column, kCopied * sizeof(T));
-        }
-        from = {copy, 1, kRows};
-      }
-      for (int64_t p = first; p < last; ++p) {
-        tile_of<kRows>(rows, from, packed + (p * k + depth) * kWidth, ks, add || depth > 0,
+    const bool copied = rounded || (a.row == 1 && ks >= kWorthCopying);
+    for (int64_t t = 0; copied && t < tiles; ++t) {
+      const int64_t begin = tile_begin(t), rows = tile_begin(t + 1) - begin;
+      copies.fill(t, a.from(begin, depth), rows, ks, rounded);
+    }
+    // A panel's part stays in the first-level cache for all of the tiles.
+    for (int64_t p = first; p < last; ++p) {
+      const T* panel = packed + (p * k + depth) * kWidth;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t begin = tile_begin(t), rows = tile_begin(t + 1) - begin;
+        const Strided<T> from =
+            copied ? Strided<T>{copies.of(t), 1, kRows} : a.from(begin, depth);
+        tile_of<kRows>(rows, from, panel, ks, add || depth > 0,
                        c + begin * c_stride + (p - first) * kWidth, c_stride);
       }
     }

@@ -23,21 +23,39 @@ using cpu::Isa;
 using cpu::Matrix;
 using cpu::Rows;
 
-// A multiple of every instruction set's tile; small enough that a block's activations stay near.
-constexpr int64_t kBlockRows = 24;
+// Rows of a block. Few, so that there is something for every thread and a block's activations stay
+// near; but every block reads all weights, so more where these are too large for a core's own cache.
+constexpr int64_t kBlockRows = 24, kLargeBlockRows = 64;
+constexpr int64_t kLargeBytes = 512 << 10;
+static_assert(kLargeBlockRows <= cpu::kMultiplyRows);
 // Multiply-adds worth waking a thread for: about 20 us.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
-// Columns of a weight gradient that are worked out before its optimizer takes them, in panels.
-constexpr int64_t kUpdatePanels = 8;
+// Columns of a weight gradient that are worked out before its optimizer takes them.
+constexpr int64_t kUpdateColumns = 512;
 
 template <Isa isa, class T>
 class CpuSweep final : public Sweep {
  public:
   explicit CpuSweep(const NetworkSpec& spec)
-      : spec_(spec), batch_(spec.batch), blocks_((spec.batch + kBlockRows - 1) / kBlockRows) {
+      : spec_(spec), batch_(spec.batch), blocks_(pieces(spec.batch, largest_weight(spec))) {
     build();
     values_.resize(next_parameter_);
     rules_.resize(next_parameter_);
+  }
+
+  // How many pieces `rows` rows are cut into that each read `elements` elements.
+  static int64_t pieces(int64_t rows, int64_t elements) {
+    const bool large = elements * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
+    const int64_t most = large ? kLargeBlockRows : kBlockRows;
+    return (rows + most - 1) / most;
+  }
+
+  static int64_t largest_weight(const NetworkSpec& spec) {
+    int64_t largest = 0;
+    for (const StageSpec& stage : spec.stages) {
+      largest = std::max(largest, stage.inputs * stage.outputs);
+    }
+    return largest;
   }
 
   int64_t workspace_bytes() const override { return bytes_; }
@@ -384,8 +402,10 @@ class CpuSweep final : public Sweep {
     }
     for (size_t j = 0; j < jobs_.size(); ++j) {
       const int64_t outputs = jobs_[j].grad.columns;
-      for (int64_t first = 0; first < outputs; first += kBlockRows) {
-        tasks_.push_back({j, first, std::min(first + kBlockRows, outputs)});
+      const Activations* input = jobs_[j].input;
+      const int64_t count = pieces(outputs, input == nullptr ? 0 : batch_ * input->rows.columns);
+      for (int64_t i = 0; i < count; ++i) {
+        tasks_.push_back({j, outputs * i / count, outputs * (i + 1) / count});
       }
       update_work_ +=
           batch_ * outputs * (jobs_[j].input == nullptr ? 1 : jobs_[j].input->rows.columns);
@@ -759,7 +779,7 @@ class CpuSweep final : public Sweep {
     }
     if (updated(job.weight)) update_weight(job, task.first, outputs);
     if (updated(job.bias) || updated(job.second_bias)) {
-      T sums[kBlockRows];
+      T sums[kLargeBlockRows];
       cpu::sum_columns<isa, T>(job.grad, batch_, task.first, task.last, sums);
       for (size_t bias : {job.bias, job.second_bias}) {
         if (updated(bias)) apply(bias, sums, task.first, outputs);
@@ -769,7 +789,8 @@ class CpuSweep final : public Sweep {
 
   void update_weight(const Job& job, int64_t first, int64_t outputs) {
     constexpr int64_t kWidth = cpu::kPanelWidth<isa, T>;
-    alignas(64) T grad[kBlockRows * kUpdatePanels * kWidth];
+    constexpr int64_t kUpdatePanels = kUpdateColumns / kWidth;
+    alignas(64) T grad[kLargeBlockRows * kUpdateColumns];
     const int64_t inputs = job.input->rows.columns, panels = cpu::panels<isa, T>(inputs);
     const cpu::Strided<T> left{job.grad.data + first, 1, job.grad.stride};
     for (int64_t p = 0; p < panels; p += kUpdatePanels) {
