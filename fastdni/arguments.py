@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdni import ops
 from fastdni.parts import CRITERIA, Step
-from fastdni.stages import layers_of
+from fastdni.stages import ACTIVATIONS, layers_of
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -28,6 +28,8 @@ def check_arguments(net, caller, x, target, criterion, context, update_mask) -> 
     """
     if not net.training:
         raise RuntimeError(f"{caller}: the network must be in training mode; call net.train()")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{caller}: training is not possible in torch.inference_mode()")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise RuntimeError(f"{caller}: x must be a tensor of at least one row, got {got}")
@@ -50,11 +52,14 @@ def check_arguments(net, caller, x, target, criterion, context, update_mask) -> 
     count = len(net.stages)
     if update_mask is None:
         return [1] * (count + 1)
-    mask = list(map(bool, update_mask))
+    try:
+        mask = [] if isinstance(update_mask, str) else [*map(bool, update_mask)]
+    except (TypeError, RuntimeError):
+        mask = []
     if len(mask) != count:
         raise ValueError(
             f"{caller}: update_mask must be one boolean for each of the {count} stages, got "
-            f"{len(mask)}"
+            f"{len(mask) or type(update_mask).__name__}"
         )
     return [*map(int, mask), 1]
 
@@ -69,57 +74,84 @@ def check_devices(step: Step, device: torch.device) -> None:
             )
 
 
-def check_for_local_parts(net: nn.Module, step: Step) -> None:
-    """What a sweep would find out before it writes, for stages that no sweep runs."""
-    x, target, batch = step.x, step.target, len(step.x)
-    first, last = layers_of(net.stages[0])[:1], layers_of(net.stages[-1])[-2:]
+def check_inputs(net: nn.Module, step: Step) -> None:
+    """What the CPU's sweep would find out before it writes, for all that runs otherwise."""
+    caller, x, batch = step.caller, step.x, len(step.x)
+    first = layers_of(net.stages[0])[:1]
     if first and type(first[0]) is nn.Linear:
-        linear = first[0]
-        if x.shape[-1] != linear.in_features:
+        inputs, dtype = first[0].in_features, first[0].weight.dtype
+        if x.dim() < 2 or x.shape[-1] != inputs:
+            raise RuntimeError(f"{caller}: x must be (B, {inputs}), got {tuple(x.shape)}")
+        if x.dtype != dtype and autocast_dtype(x) is None:
             raise RuntimeError(
-                f"{step.caller}: x must be (..., {linear.in_features}), got {tuple(x.shape)}"
+                f"{caller}: x must have the parameters' dtype {dtype}, got {x.dtype}"
             )
-        if x.dtype != linear.weight.dtype and autocast_dtype(x) is None:
-            raise RuntimeError(
-                f"{step.caller}: x must have the parameters' dtype {linear.weight.dtype}, got "
-                f"{x.dtype}"
-            )
-    norms = [m for m in net.stages.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-    if batch == 1 and x.dim() == 2 and norms:
+    if batch == 1 and x.dim() == 2 and any(map(_has_norm, net.stages)):
         raise RuntimeError(
-            f"{step.caller}: x must have at least 2 rows for BatchNorm in training, got 1"
+            f"{caller}: x must have at least 2 rows for BatchNorm in training, got 1"
         )
-    linear = next((m for m in reversed(last) if type(m) is nn.Linear), None)
     if isinstance(step.criterion, str):
-        if target.dim() == 0 or len(target) != batch:
-            raise RuntimeError(
-                f"{step.caller}: target must have x's {batch} rows, got {tuple(target.shape)}"
-            )
-        plain = linear is not None and x.dim() == 2 and target.device.type == "cpu"
-        probabilities = target.is_floating_point() and target.dim() == 2
-        if plain and (step.criterion == "mse" or not probabilities):
-            ops.sweep_check_target(step.caller, target, batch, linear.out_features, step.criterion)
+        _check_target(net, step)
     for synthesizer in (*net.synthesizers, *(net.input_synthesizers or [])):
         taken = getattr(synthesizer, "input_context", None)
         if isinstance(taken, nn.Linear):
-            _check_context(step, taken.in_features)
+            _check_context(step, taken)
 
 
-def _check_context(step: Step, width: int) -> None:
-    context, target = step.context, step.target
+def _has_norm(stage: nn.Module) -> bool:
+    """Whether a BatchNorm1d in training follows a Linear at once."""
+    layers = layers_of(stage)
+    return any(
+        type(below) is nn.Linear and isinstance(norm, nn.BatchNorm1d) and norm.training
+        for below, norm in zip(layers, layers[1:], strict=False)
+    )
+
+
+def _check_target(net: nn.Module, step: Step) -> None:
+    caller, x, target = step.caller, step.x, step.target
+    if target.dim() == 0 or len(target) != len(x):
+        raise RuntimeError(
+            f"{caller}: target must have x's {len(x)} rows, got {tuple(target.shape)}"
+        )
+    floating = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+    if step.criterion == "cross_entropy" and target.dtype != torch.int64:
+        raise RuntimeError(
+            f"{caller}: target must be int64 labels for cross_entropy, got {target.dtype}"
+        )
+    if step.criterion == "mse" and floating is not None and target.dtype != floating:
+        raise RuntimeError(
+            f"{caller}: target must have the parameters' dtype {floating}, got {target.dtype}"
+        )
+    layers = layers_of(net.stages[-1])
+    plain = layers and type(layers[0]) is nn.Linear
+    plain = plain and all(type(layer) in (nn.BatchNorm1d, *ACTIVATIONS) for layer in layers[1:])
+    if plain and x.dim() == 2 and target.device.type == "cpu":
+        outputs = layers[0].out_features
+        ops.sweep_check_target(caller, target, len(x), outputs, step.criterion)
+
+
+def _check_context(step: Step, taken: nn.Linear) -> None:
+    caller, x, context, target = step.caller, step.x, step.context, step.target
+    width = taken.in_features
     if context is not None:
-        if context.shape[-1] != width:
+        fits = context.dim() > 0 and context.shape[-1] == width
+        if not fits or (x.dim() == 2 and context.shape != (len(x), width)):
             raise RuntimeError(
-                f"{step.caller}: context must be (B, C) = ({len(step.x)}, {width}), got "
+                f"{caller}: context must be (B, C) = ({len(x)}, {width}), got "
                 f"{tuple(context.shape)}"
+            )
+        if context.dtype != taken.weight.dtype and autocast_dtype(context) is None:
+            raise RuntimeError(
+                f"{caller}: context must have the parameters' dtype {taken.weight.dtype}, got "
+                f"{context.dtype}"
             )
     elif not isinstance(target, Tensor) or target.dtype != torch.int64:
         raise RuntimeError(
-            f"{step.caller}: context must be (B, C) = ({len(step.x)}, {width}), got None, and "
-            "target holds no labels to make it from"
+            f"{caller}: context must be (B, C) = ({len(x)}, {width}), got None, and target holds "
+            "no labels to make it from"
         )
     elif target.numel() and target.device.type == "cpu" and target.max() >= width:
         raise RuntimeError(
-            f"{step.caller}: context must be given, because the label {target.max()} has no "
-            f"place in a one-hot context of width {width}"
+            f"{caller}: context must be given, because the label {target.max()} has no place in a "
+            f"one-hot context of width {width}"
         )

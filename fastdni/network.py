@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastdni.stages import layers_of
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 from fastdni.training import GRADIENTS, Trainer
 
@@ -93,9 +94,7 @@ class DecoupledSequential(nn.Module):
             raise ValueError(f"DecoupledSequential: bp_lambda must be from 0 to 1, got {bp_lambda}")
         self.stages = nn.ModuleList(stages)
         self.synthesizers = nn.ModuleList(synthesizers)
-        self.input_synthesizers = (
-            None if input_synthesizers is None else nn.ModuleList(input_synthesizers)
-        )
+        self.input_synthesizers = nn.ModuleList(input_synthesizers) if input_synthesizers else None
         self.bp_lambda = bp_lambda
         self._trainer = Trainer(self)
 
@@ -161,8 +160,8 @@ class DecoupledSequential(nn.Module):
 
         Note:
             Under `torch.autocast` the operands of products are rounded to bfloat16; sums, errors,
-            losses, parameters and optimizer state stay float32. Results do not depend on the number
-            of threads.
+            losses, parameters and optimizer state stay float32. What runs fused does not depend on
+            the number of threads.
         """
         return StepResult(
             *self._trainer.step(x, target, optimizer, criterion, context, update_mask)
@@ -231,11 +230,22 @@ def decouple(
     return DecoupledSequential(*stages, synthesizers=synthesizers)
 
 
-_NORMALISATIONS = (
+# Layers with parameters that belong to the stage before them.
+_WITHIN_A_STAGE = (
+    nn.PReLU,
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,
+)
+
+
+# Layers whose output has the shape of their input.
+_KEEP_SHAPES = (
+    *_WITHIN_A_STAGE,
+    nn.modules.dropout._DropoutNd,
+    *(nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.Mish),
+    *(nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Softplus, nn.Softsign, nn.CELU),
 )
 
 
@@ -244,7 +254,7 @@ def _split(model: nn.Sequential) -> list[nn.Module]:
     groups: list[list[nn.Module]] = [[]]
     begun = False
     for layer in layers:
-        begins = any(True for _ in layer.parameters()) and not isinstance(layer, _NORMALISATIONS)
+        begins = any(True for _ in layer.parameters()) and not isinstance(layer, _WITHIN_A_STAGE)
         if begins and begun:
             groups.append([])
         begun = begun or begins
@@ -275,8 +285,12 @@ def _boundary_shapes(stages: list[nn.Module], example: Tensor | None) -> list[to
         return shapes
     shapes = []
     for number, stage in enumerate(stages[:-1]):
-        features = [m.out_features for m in stage.modules() if isinstance(m, nn.Linear)]
-        if len(features) != 1:
+        layers = layers_of(stage)
+        linear = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+        features = [layers[i].out_features for i in linear]
+        if len(linear) != 1 or not all(
+            isinstance(m, _KEEP_SHAPES) for m in layers[linear[0] + 1 :]
+        ):
             raise ValueError(
                 f"decouple: example_input must be given, because the shape of stage {number}'s "
                 "output cannot be read off a Linear layer"

@@ -6,6 +6,7 @@ checkpoints, schedulers and training without fusion go on from it.
 
 import math
 from collections.abc import Sequence
+from inspect import Parameter, signature
 from operator import is_, itemgetter
 
 import torch
@@ -35,8 +36,7 @@ _NUMBERS = {
 def _rule(optimizer: Optimizer, group: dict) -> str:
     if type(optimizer) is SGD:
         return "sgd_momentum" if group["momentum"] != 0 else "sgd"
-    decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
-    return "adamw" if decoupled else "adam"
+    return "adamw" if group["decoupled_weight_decay"] else "adam"
 
 
 def _settings(rule: str, group: dict) -> list[float]:
@@ -48,6 +48,27 @@ def _settings(rule: str, group: dict) -> list[float]:
     else:
         rest = [float(group["momentum"]), float(group["dampening"]), 0.0, float(group["nesterov"])]
     return [float(RULES.index(rule)), lr, decay, *rest]
+
+
+def _numbers(group: dict) -> list:
+    """A group's numbers, of any of the optimizers."""
+    names = ("lr", "weight_decay", "momentum", "dampening", "eps")
+    return [group.get(name) for name in names] + list(group.get("betas", ()))
+
+
+def _check_step(optimizer: Optimizer) -> None:
+    """Refuses optimizers whose own step could not be taken."""
+    name = type(optimizer).__name__
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"net.step: optimizer must need no closure, got {name}; call net.backward(...) in one"
+        )
+    for group in optimizer.param_groups:
+        if group.get("capturable") and any(p.device.type == "cpu" for p in group["params"]):
+            raise ValueError(
+                f"net.step: optimizer must not be capturable for parameters on the CPU, got {name}"
+            )
 
 
 def _reason_unfused(optimizer: Optimizer) -> str | None:
@@ -62,6 +83,8 @@ def _reason_unfused(optimizer: Optimizer) -> str | None:
     for group in optimizer.param_groups:
         if any(map(group.get, _UNFUSED_OPTIONS)):
             return f"{name} has {next(o for o in _UNFUSED_OPTIONS if group.get(o))}=True"
+        if any(isinstance(number, Tensor) for number in _numbers(group)):
+            return f"{name} has a tensor among its numbers"
     return None
 
 
@@ -99,11 +122,14 @@ class Optimizers:
                 "net.step: optimizer must hold parameters of the network alone, got "
                 f"{foreign} that are not; call net.backward(...) and the optimizers' own step()"
             )
+        for optimizer in self.all:
+            _check_step(optimizer)
         self.reason = next(filter(None, map(_reason_unfused, self.all)), None)
+        self.order = {id(p): position for position, (_, p) in enumerate(held)}
         self.group_of = {id(p): number for number, p in held}
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
-        self._watch = OptimizerWatch(self.all, _UNFUSED_OPTIONS)
+        self._watch = OptimizerWatch(self.all, (*_UNFUSED_OPTIONS, "betas"))
         self._numbers = [_NUMBERS.get(type(o)) for o, _ in self.groups]
         self._said: list | None = None
         self.settings: list[float] = []
@@ -129,16 +155,16 @@ class Optimizers:
         self.settings = [
             x for rule, (_, g) in zip(rules, self.groups, strict=True) for x in _settings(rule, g)
         ]
-        # A tensor may change without being another one.
-        constant = not any(isinstance(group["lr"], Tensor) for _, group in self.groups)
-        self._said = said if constant else None
+        self._said = said
+        if any(isinstance(group["lr"], Tensor) for _, group in self.groups):
+            self.reason = "a learning rate is a tensor"  # which may change without being another
         if rules != self.rules:  # the same list as long as nothing else is said
             self.rules = rules
 
     def check(self) -> None:
         """Refuses learning rates that are not finite."""
         for _, group in self.groups:
-            if not math.isfinite(group["lr"]):
+            if not isinstance(group["lr"], float | int | Tensor) or not math.isfinite(group["lr"]):
                 raise ValueError(
                     f"net.step: optimizer must have finite learning rates, got {group['lr']}"
                 )
@@ -211,13 +237,34 @@ class Binding:
                 made |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             if made:
                 pending.append((optimizer, parameter, made))
-            tensors += [made[key] if made else kept[key] for key in keys]
+            found = made or kept
+            if not all(key in found for key in keys):
+                raise RuntimeError(
+                    f"net.step: optimizer state must hold {', '.join(keys)}, got "
+                    f"{', '.join(kept) or 'nothing'}"
+                )
+            tensors += [found[key] for key in keys]
+        order = self._optimizers.order
+        pending.sort(key=lambda entry: order[id(entry[1])])  # as their own step would add them
         # A new momentum buffer is the gradient itself, undamped: from rows of their own.
         rows = len(self._optimizers.groups)
         settings = self._optimizers.settings
         chosen = iter(self.parameters)
         groups = [g + rows if g >= 0 and id(next(chosen)) in fresh else g for g in self.groups]
         return tensors, pending, groups, settings + (_undamped(settings, rows) if fresh else [])
+
+    def check(self, tensors: list[Tensor], caller: str) -> None:
+        """Refuses state of another shape or dtype than the parameter's."""
+        left = iter(tensors)
+        for _, _, parameter, keys in self._chosen:
+            for key in keys:
+                tensor = next(left)
+                fits = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
+                if tensor.numel() != 1 if key == "step" else not fits:
+                    raise RuntimeError(
+                        f"{caller}: a parameter's optimizer state {key} must be {parameter.dtype} "
+                        f"{tuple(parameter.shape)}, got {tensor.dtype} {tuple(tensor.shape)}"
+                    )
 
     @staticmethod
     def commit(pending: list[tuple[Optimizer, Tensor, dict]]) -> None:

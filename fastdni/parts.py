@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from fastdni import ops, reference
 from fastdni.optimizers import Binding, Optimizers
 from fastdni.reference import SweepStage
+from fastdni.stages import layers_of
 
 CRITERIA = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
-_MAX_PLANS = 8  # of one part, by batch size: an epoch has one or two
+# Of one part: plans by batch size (an epoch has one or two), bindings by update mask.
+_MAX_PLANS, _MAX_BINDINGS = 8, 64
 
 
 class Step:
@@ -74,6 +76,8 @@ class FusedPart:
         mask = tuple(active)
         binding = self._bindings.get(mask)
         if binding is None:
+            if len(self._bindings) == _MAX_BINDINGS:
+                self._bindings.clear()
             updated = [bool(active[s]) for s in plan.parameter_stages]
             binding = self._bindings[mask] = Binding(optimizers, plan.parameters, updated)
         return binding
@@ -85,7 +89,7 @@ class FusedPart:
         state, pending, groups, settings = binding.state()
         output, loss, synthesis_loss = ops.sweep_(
             plan,
-            step.x,
+            self._input(step.x),
             step.target,
             step.context,
             state,
@@ -104,6 +108,19 @@ class FusedPart:
         if pending:
             binding.commit(pending)
 
+    def _input(self, x: Tensor) -> Tensor:
+        """x in the parameters' dtype, where a stage below or autocast gave it another one."""
+        dtype = self.stages[0].weight.dtype
+        cast = x.dtype != dtype and (self.first > 0 or self._how["bfloat16"])
+        return x.to(dtype) if cast else x
+
+    def check_state(self, step: Step) -> None:
+        """Refuses optimizer state that does not fit, before anything runs."""
+        if step.optimizers is not None:
+            binding = self.binding(self.plan(len(step.x)), step)
+            tensors, *_ = binding.state()
+            binding.check(tensors, step.caller)
+
     def takes(self, x: Tensor, step: Step) -> bool:
         """Whether a sweep can run on this input."""
         return x.dim() == 2 and (not self._how["separate_input"] or step.x.dim() == 2)
@@ -113,11 +130,20 @@ class FusedPart:
         """The output of the topmost stage; in complete unlock what the next one gets instead."""
         self._plan = self.plan(len(x))
         target = step.target if isinstance(step.target, Tensor) else None
-        network_input = step.x if self._plan.separate_input else None
+        network_input = self._input(step.x) if self._plan.separate_input else None
         output, self.loss, self._input_gradient = ops.sweep_forward_(
-            self._plan, x, target, step.context, self._active(step), step.caller, network_input
+            self._plan,
+            self._input(x),
+            target,
+            step.context,
+            self._active(step),
+            step.caller,
+            network_input,
         )
         return output
+
+    def forget(self) -> None:
+        """Nothing is kept but the plan's memory."""
 
     @torch.no_grad()
     def backward(self, gradient: Tensor | None, step: Step) -> Tensor | None:
@@ -193,8 +219,10 @@ class LocalPart:
         """The stage's output; in complete unlock what the next stage gets in its place."""
         active, above = step.active[self._number], step.active[self._number + 1]
         self._x = x.detach().requires_grad_(self._number > 0 and x.is_floating_point())
+        # A stage may begin with a layer that works in place, which a leaf must not be given to.
+        inplace = any(getattr(layer, "inplace", False) for layer in layers_of(self._stage)[:1])
         with torch.set_grad_enabled(bool(active)):
-            self._output = self._stage(self._x)
+            self._output = self._stage(self._x.clone() if inplace else self._x)
         h = self._output.detach()
         if self._synthesizer is None:
             with torch.set_grad_enabled(bool(active)):
@@ -209,7 +237,7 @@ class LocalPart:
         if self._input_synthesizer is None:
             return h
         made = self._evaluate(self._input_synthesizer, step.x, step, above)
-        self.input_losses = [self._regress(made, h, above)]
+        self.input_losses = [self._regress(made, h, above, step.caller)]
         made = made.detach().to(h.dtype)
         self._regressed = self._evaluate(self._synthesizer, made, step, above)
         return made
@@ -224,13 +252,13 @@ class LocalPart:
             return synthesizer(trigger.detach(), context)
 
     @staticmethod
-    def _regress(prediction: Tensor, target: Tensor, active: int) -> Tensor:
+    def _regress(prediction: Tensor, target: Tensor, active: int, caller: str) -> Tensor:
         wide = reference.accumulate_dtype(prediction.dtype)
         if not active:
             return prediction.new_full((), float("nan"), dtype=wide)
         if prediction.shape != target.shape:
             raise RuntimeError(
-                f"net.step: a synthesizer must predict the shape {tuple(target.shape)}, got "
+                f"{caller}: a synthesizer must predict the shape {tuple(target.shape)}, got "
                 f"{tuple(prediction.shape)}"
             )
         with torch.enable_grad():
@@ -246,7 +274,7 @@ class LocalPart:
             above = step.active[self._number + 1]
             if gradient is None and above:  # nothing above depends on this output
                 gradient = torch.zeros_like(self._output)
-            loss = self._regress(self._regressed, gradient, above)
+            loss = self._regress(self._regressed, gradient, above, step.caller)
             self.synthesis_losses = [loss]
         if not step.active[self._number]:
             return None
@@ -261,3 +289,7 @@ class LocalPart:
             self._output.backward(sent.to(self._output.dtype))
         found = self._x.grad
         return torch.zeros_like(self._x) if found is None and self._number > 0 else found
+
+    def forget(self) -> None:
+        """Lets go of the step's activations and graphs."""
+        self._x = self._output = self._loss = self._prediction = self._regressed = None

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastdni.reference import SweepNorm, SweepStage
 from fastdni.synthesizers import BasicSynthesizer, is_changed, plain_parameters
@@ -40,8 +41,14 @@ def _norm_of(norm: nn.BatchNorm1d | None, width: int) -> SweepNorm | None:
         raise Unfused("its BatchNorm1d is in eval mode")
     if norm.num_features != width:
         raise Unfused("its BatchNorm1d is not as wide as its Linear")
+    if (norm.weight is None) != (norm.bias is None):
+        raise Unfused("its BatchNorm1d has a weight or a bias alone")
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    if any(t is None for t in running):
+    if len({t is None for t in running} | {not norm.track_running_stats}) > 1:
+        raise Unfused("its BatchNorm1d keeps a part of the running statistics")
+    if norm.momentum is not None and norm.momentum < 0:
+        raise Unfused("its BatchNorm1d has a negative momentum")
+    if running[0] is None:
         running = None
     return SweepNorm(norm.weight, norm.bias, running, norm.momentum, norm.eps)
 
@@ -71,6 +78,8 @@ def parse(
     Raises:
         Unfused: no sweep can run it; the message says why.
     """
+    if _has_any_global_hook():
+        raise Unfused("there are hooks on all modules")
     linear, norm, activation = _parse_layers(stage)
     for module in stage.modules():
         if is_changed(module):

@@ -17,7 +17,7 @@ from fastdni.arguments import (
     autocast_dtype,
     check_arguments,
     check_devices,
-    check_for_local_parts,
+    check_inputs,
 )
 from fastdni.optimizers import Optimizers
 from fastdni.parts import FusedPart, LocalPart, Step
@@ -143,10 +143,10 @@ class Trainer:
         """See `fastdni.explain`."""
         self.look()
         optimizers = self._optimizers_of(optimizer)
-        dims = self._input_dims(x)
+        dims, dtype = self._input_dims(x), autocast_dtype(x)
         fused = {
             number: part.plan(len(x)).backend
-            for part in self._parts_for(criterion, autocast_dtype(x))
+            for part in self._parts_for(criterion, dtype)
             if isinstance(part, FusedPart)
             for number in range(part.first, part.first + len(part.stages))
             if dims[part.first] == 2
@@ -154,18 +154,22 @@ class Trainer:
         rows = []
         for number, stage in enumerate(self._net.stages):
             reason = self.reasons[number]
+            served_by = fused.get(number, "torch")
             if number not in fused and reason is None:
-                top = number == len(self._net.stages) - 1
-                reason = "the criterion is a callable" if top else ""
+                reason = "the criterion is a callable"
                 if dims[number] != 2:
                     reason = "the input of these stages is not (B, K)"
+                elif dtype not in (None, torch.bfloat16):
+                    reason = f"autocast to {dtype}"
+            elif served_by == "reference":
+                reason = 'plain PyTorch: the backend has no kernel here, or is "reference"'
             elif number in fused and optimizers.reason is not None:
                 reason = f"its gradients; the update is the optimizer's own: {optimizers.reason}"
             rows.append(
                 {
                     "stage": " -> ".join(type(layer).__name__ for layer in layers_of(stage)),
-                    "fused": number in fused,
-                    "backend": fused.get(number, "torch"),
+                    "fused": served_by not in ("torch", "reference"),
+                    "backend": served_by,
                     "kernel": "sweep" if number in fused else "autograd of the stage",
                     "reason": reason or "",
                 }
@@ -224,6 +228,8 @@ class Trainer:
         whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
+        if not whole or parts[0].plan(len(step.x)).backend == "reference":
+            check_inputs(self._net, step)
         run = parts[0].whole_step if whole else partial(self._run_parts, parts)
         if step.optimizers is None:
             return run(step)
@@ -260,7 +266,9 @@ class Trainer:
         return results
 
     def _run_parts(self, parts: list, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        check_for_local_parts(self._net, step)
+        for part in parts:
+            if isinstance(part, FusedPart):
+                part.check_state(step)
         h = step.x
         left, done = list(parts), []
         with torch.enable_grad():
@@ -275,6 +283,8 @@ class Trainer:
             gradient = None
             for part in reversed(done):
                 gradient = part.backward(gradient, step)
+        for part in done:
+            part.forget()
         losses = [loss for part in done for loss in part.synthesis_losses]
         wide = reference.accumulate_dtype(h.dtype)
         synthesis_loss = (

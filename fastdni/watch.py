@@ -12,6 +12,7 @@ from torch.optim import optimizer as _optimizer
 from fastdni import _C
 
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NORM_OPTIONS = ("training", "momentum", "eps", "track_running_stats")
 _GLOBAL_MODULE_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
@@ -64,19 +65,19 @@ class ModuleWatch:
 
     def __init__(self, root: nn.Module):
         modules = list(root.modules())
-        entries: list[tuple[object, object]] = []
+        entries: list[tuple[object, object]] = [(vars(root), "bp_lambda")]
         sized = list(_GLOBAL_MODULE_HOOKS)
         for module in modules:
             own = vars(module)
+            if not isinstance(own.get("_modules"), dict):  # a scripted module
+                continue
             entries.append((own, "forward"))
             if isinstance(module, nn.BatchNorm1d):
-                entries += [(own, name) for name in ("training", "momentum", "eps")]
+                entries += [(own, name) for name in _NORM_OPTIONS]
             for kind in ("_modules", "_parameters", "_buffers"):
                 entries += [(own[kind], name) for name in own[kind]]
             sized += [own["_modules"], *(own[name] for name in _MODULE_HOOKS)]
-        self.parameters = list(
-            {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
-        )
+        self.parameters = list({id(p): p for p in root.parameters()}.values())
         entries += [(p, name) for p in self.parameters for name in _PARAMETER_MARKS]
         hooks = [getattr(p, name) for p in self.parameters for name in _PARAMETER_MARKS[1:]]
         sized += [found for found in hooks if found is not None]
@@ -117,8 +118,9 @@ class OptimizerWatch:
             entries += [(groups, i) for i in range(len(groups))]
             for group in groups:
                 entries += [(group, name) for name in ("params", *options)]
-                entries += [(group["params"], i) for i in range(len(group["params"]))]
-                sized.append(group["params"])
+                if isinstance(group["params"], list):
+                    entries += [(group["params"], i) for i in range(len(group["params"]))]
+                    sized.append(group["params"])
         self._watch = _Watch([_now(*entry) for entry in entries], sized)
         self.unchanged = self._watch.unchanged
 

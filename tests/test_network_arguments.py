@@ -9,6 +9,8 @@ from torch import nn
 
 import fastdni
 
+CONTEXT = torch.ones(6, 5, dtype=torch.float64)
+
 
 def foreign(net):
     return torch.optim.SGD([*net.parameters(), nn.Parameter(torch.ones(2))], lr=0.1)
@@ -43,6 +45,36 @@ REFUSED = {
         lambda n, a: a | {"context": torch.ones(6, 3).double()},
         r"context must be \(B, C\) = \(6, 5\), got \(6, 3\)",
     ),
+    "context rows": (
+        lambda n, a: a | {"context": torch.ones(7, 5).double()},
+        r"context must be \(B, C\) = \(6, 5\), got \(7, 5\)",
+    ),
+    "context dimensions": (
+        lambda n, a: a | {"context": torch.ones(6, 1, 5).double()},
+        r"context must be \(B, C\) = \(6, 5\), got \(6, 1, 5\)",
+    ),
+    "context of no dimension": (
+        lambda n, a: a | {"context": torch.ones(()).double()},
+        r"context must be \(B, C\) = \(6, 5\), got \(\)",
+    ),
+    "context dtype": (
+        lambda n, a: a | {"context": torch.ones(6, 5)},
+        "context must have .* dtype torch.float64, got torch.float32",
+    ),
+    "context kind": (
+        lambda n, a: a | {"context": [[1.0] * 5] * 6},
+        "context must be a tensor, got list",
+    ),
+    "target dtype for mse": (
+        lambda n, a: a | {"criterion": "mse", "target": torch.ones(6, 5)} | {"context": CONTEXT},
+        "target must have .* dtype torch.float64, got torch.float32",
+    ),
+    "probabilities as target": (
+        lambda n, a: a | {"target": torch.ones(6, 5).double()},
+        "target must be int64 labels for cross_entropy, got torch.float64",
+    ),
+    "x of one dimension": (lambda n, a: a | {"x": a["x"][:, 0]}, r"x must be .*7\), got \(6,\)"),
+    "x kind": (lambda n, a: a | {"x": [1.0]}, "x must be a tensor of at least one row, got list"),
     "x width": (lambda n, a: a | {"x": a["x"][:, :3]}, r"x must be .*7\), got \(6, 3\)"),
     "x dtype": (lambda n, a: a | {"x": a["x"].float()}, "x must have the parameters' dtype"),
     "x rows": (lambda n, a: a | {"x": a["x"][:0]}, r"x must be .* one row, got \(0, 7\)"),
@@ -63,6 +95,34 @@ REFUSED = {
     "mask": (
         lambda n, a: a | {"update_mask": [True]},
         "update_mask must be one boolean for each of the 3 stages, got 1",
+    ),
+    "mask kind": (
+        lambda n, a: a | {"update_mask": 5},
+        "update_mask must be one boolean .* got int",
+    ),
+    "mask of dimensions": (
+        lambda n, a: a | {"update_mask": torch.ones(3, 2)},
+        "update_mask must be one boolean .* got Tensor",
+    ),
+    "optimizer with a closure": (
+        lambda n, a: a | {"optimizer": torch.optim.LBFGS(n.parameters())},
+        r"optimizer must need no closure, got LBFGS; call net.backward\(...\) in one",
+    ),
+    "one of the optimizers has a closure": (
+        lambda n, a: (
+            a
+            | {
+                "optimizer": [
+                    torch.optim.RMSprop(n.stage_parameters()),
+                    torch.optim.LBFGS(n.synthesizer_parameters()),
+                ]
+            }
+        ),
+        "optimizer must need no closure, got LBFGS",
+    ),
+    "capturable optimizer": (
+        lambda n, a: a | {"optimizer": torch.optim.Adam(n.parameters(), capturable=True)},
+        "optimizer must not be capturable for parameters on the CPU, got Adam",
     ),
     "foreign optimizer": (
         lambda n, a: a | {"optimizer": foreign(n)},
@@ -87,13 +147,19 @@ def assert_refused(net, optimizer, arguments, message):
     assert {p: set(entry) for p, entry in optimizer.state.items()} == kept
 
 
-@pytest.mark.parametrize("path", ["fused", "local"])
+@pytest.mark.parametrize("path", ["fused", "local", "mixed", "reference"])
 @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refused_step_changes_nothing(case, trained, path):
+def test_a_refused_step_changes_nothing(case, trained, path, request):
     change, message = REFUSED[case]
     net = network(norm=True, context=True)
-    net = local(net) if path == "local" else net
+    if path == "local":
+        net = local(net)
+    elif path == "mixed":
+        net.stages[1].register_forward_hook(lambda *arguments: None)
+    elif path == "reference":
+        fastdni.set_backend("reference")
+        request.addfinalizer(lambda: fastdni.set_backend("auto"))
     optimizer = OPTIMIZERS["adam"](net.parameters())
     arguments = batch(net)
     if trained:
@@ -142,12 +208,15 @@ def test_a_context_too_narrow_for_the_labels():
     assert_refused(twin, OPTIMIZERS["sgd"](twin.parameters()), arguments, message)
 
 
-def test_optimizers_state_of_another_shape():
-    net = network()
+@pytest.mark.parametrize("hooked", [None, 1])
+def test_optimizers_state_of_another_shape(hooked):
+    net = network(norm=True)
+    if hooked is not None:
+        net.stages[hooked].register_forward_hook(lambda *arguments: None)
     optimizer = OPTIMIZERS["adam"](net.parameters())
     net.step(optimizer=optimizer, **batch(net))
     optimizer.state[net.stages[0][0].weight]["exp_avg"] = torch.ones(3).double()
-    message = "a parameter's optimizer state .* must be a contiguous torch.float64 tensor of shape"
+    message = "a parameter's optimizer state .* must be .*torch.float64 .*9, 7"
     assert_refused(net, optimizer, batch(net), message)
 
 

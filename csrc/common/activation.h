@@ -50,7 +50,7 @@ FASTDNI_HOST_DEVICE void split_exponential(T x, T* power, T* p) {
 
 }  // namespace detail
 
-// e^x; 0 below the smallest normal number, close to the largest number above it. NaN stays NaN.
+// e^x; 0 below e^kMin and infinity above e^kMax, a little within the dtype's range. NaN stays NaN.
 template <class T>
 FASTDNI_HOST_DEVICE T exponential(T x) {
   using E = detail::Exponential<T>;
@@ -59,7 +59,7 @@ FASTDNI_HOST_DEVICE T exponential(T x) {
   T power, p;
   detail::split_exponential(clamped, &power, &p);
   const T value = power + power * p;
-  return x < E::kMin ? T(0) : value;
+  return x < E::kMin ? T(0) : x > E::kMax ? T(__builtin_inf()) : value;
 }
 
 // From e^(2|x|) - 1, which keeps every digit near zero.

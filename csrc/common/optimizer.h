@@ -31,6 +31,12 @@ struct Update {
   bool nesterov;
 };
 
+// Without decay an infinite parameter must not make the gradient NaN.
+template <class T>
+FASTDNI_HOST_DEVICE T decayed(T grad, T weight_decay, T parameter) {
+  return weight_decay == 0 ? grad : grad + weight_decay * parameter;
+}
+
 // Memory of one element: the parameter, and what the rule keeps beside it (null where it does not):
 // p.grad, momentum_buffer or exp_avg in `first`, exp_avg_sq in `second`.
 template <Rule rule, class T>
@@ -40,7 +46,7 @@ FASTDNI_HOST_DEVICE void update_element(const Update<T>& u, T grad, T* parameter
     *first = u.a == 0 ? grad : *first + grad;  // what is written first may be uninitialised
   } else if constexpr (rule == Rule::sgd || rule == Rule::sgd_momentum) {
     const T p = *parameter;
-    T d = grad + u.weight_decay * p;
+    T d = decayed(grad, u.weight_decay, p);
     if constexpr (rule == Rule::sgd_momentum) {
       const T buffer = *first * u.a + d * u.b;
       *first = buffer;
@@ -52,7 +58,7 @@ FASTDNI_HOST_DEVICE void update_element(const Update<T>& u, T grad, T* parameter
     if constexpr (rule == Rule::adamw) {
       p *= u.weight_decay;
     } else {
-      grad += u.weight_decay * p;
+      grad = decayed(grad, u.weight_decay, p);
     }
     const T average = *first + u.a * (grad - *first);
     const T square = *second * u.b + u.one_minus_b * (grad * grad);

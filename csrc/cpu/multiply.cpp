@@ -214,8 +214,7 @@ void multiply(const Strided<T>& a, const T* packed, int64_t m, int64_t k, int64_
       const T* panel = packed + (p * k + depth) * kWidth;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = tile_begin(t), rows = tile_begin(t + 1) - begin;
-        const Strided<T> from =
-            copied ? Strided<T>{copies.of(t), 1, kRows} : a.from(begin, depth);
+        const Strided<T> from = copied ? Strided<T>{copies.of(t), 1, kRows} : a.from(begin, depth);
         tile_of<kRows>(rows, from, panel, ks, add || depth > 0,
                        c + begin * c_stride + (p - first) * kWidth, c_stride);
       }

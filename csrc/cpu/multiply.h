@@ -61,7 +61,8 @@ void pack_rows(const T* b, int64_t stride, int64_t k, int64_t n, int64_t first, 
                int64_t begin, int64_t end, bool rounded, T* packed);
 
 // c = a b, or c + a b, for `m` rows and the panels [first, last); c's first column is that of the
-// panel `first`. At most kMultiplyRows rows at a time. Of a transposed a up to kOverread bytes behind its last element are read.
+// panel `first`. At most kMultiplyRows rows at a time. Of a transposed a up to kOverread bytes
+// behind its last element are read.
 constexpr int64_t kMultiplyRows = 72;
 constexpr int64_t kOverread = 64;
 template <Isa isa, class T>

@@ -261,8 +261,10 @@ std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& 
                                              const std::vector<double>& settings,
                                              const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
-  FASTDNI_CHECK(plan->spec.criterion != Criterion::none && !plan->spec.separate_input, caller,
-                ": plan must be one of a whole network");
+  const std::lock_guard<std::mutex> lock(plan->in_use);
+  FASTDNI_CHECK(plan->spec.criterion != Criterion::none && !plan->spec.separate_input &&
+                    !plan->spec.input_gradient,
+                caller, ": plan must be one of a whole network");
   const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
   bind_inputs(*plan, inputs);
   bind_parameters(caller, *plan, parameters, active);
@@ -284,6 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
     const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& parameters,
     const Tensors& statistics, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
   Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
   FASTDNI_CHECK(network_input.has_value() == plan->spec.separate_input, caller,
                 ": network_input must be given to plans with a separate input, and to no others");
@@ -307,10 +310,14 @@ Tensor sweep_update_cpu(int64_t handle, const std::string& caller, const Optiona
                         const Tensors& parameters, const Tensors& state, const Integers& groups,
                         const std::vector<double>& settings, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
   bind_parameters(caller, *plan, parameters, active);
   std::vector<const Tensor*> steps;
   bind_optimizer(caller, *plan, state, groups, settings, steps);
   plan->memory.gradient = nullptr;
+  const bool wanted = plan->spec.criterion == Criterion::none && plan->memory.active.back();
+  FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
+                ": gradient must be given for the topmost synthesizer, got None");
   std::optional<Tensor> arrived;
   if (gradient.has_value()) {
     arrived = as_contiguous(*gradient);

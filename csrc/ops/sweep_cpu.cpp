@@ -24,7 +24,8 @@ using cpu::Matrix;
 using cpu::Rows;
 
 // Rows of a block. Few, so that there is something for every thread and a block's activations stay
-// near; but every block reads all weights, so more where these are too large for a core's own cache.
+// near; but every block reads all weights, so more where these are too large for a core's own
+// cache.
 constexpr int64_t kBlockRows = 24, kLargeBlockRows = 64;
 constexpr int64_t kLargeBytes = 512 << 10;
 static_assert(kLargeBlockRows <= cpu::kMultiplyRows);

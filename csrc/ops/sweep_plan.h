@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -105,6 +106,8 @@ class Sweep {
 };
 
 struct Plan {
+  std::mutex
+      in_use;  // held for the length of an op: `memory` and the sweep serve one step at a time
   NetworkSpec spec;
   Signature expected;
   std::unique_ptr<Sweep> sweep;

@@ -38,7 +38,7 @@ def optimizer_update(
     if rule == "gradient":
         state[0].copy_(gradient if a == 0 else state[0] + gradient)
     elif rule in ("sgd", "sgd_momentum"):
-        gradient = gradient + weight_decay * parameter
+        gradient = _decayed(gradient, weight_decay, parameter)
         if rule == "sgd_momentum":
             (buffer,) = state
             buffer.mul_(a).add_((1 - b) * gradient)
@@ -50,9 +50,14 @@ def optimizer_update(
         if rule == "adamw":
             parameter.mul_(1 - lr * weight_decay)
         else:
-            gradient = gradient + weight_decay * parameter
+            gradient = _decayed(gradient, weight_decay, parameter)
         average.lerp_(gradient, 1 - a)
         square.mul_(b).add_((1 - b) * gradient * gradient)
         count = step.item()
         denominator = square.sqrt() / (1 - b**count) ** 0.5 + eps
         parameter.sub_(lr / (1 - a**count) * (average / denominator))
+
+
+def _decayed(gradient: Tensor, weight_decay: float, parameter: Tensor) -> Tensor:
+    # Without decay an infinite parameter must not make the gradient NaN.
+    return gradient if weight_decay == 0 else gradient + weight_decay * parameter
