@@ -135,11 +135,13 @@ def table(data: digits.Digits, options: argparse.Namespace, title: str) -> None:
             method: {str(s): train(method, layers, s, data, options) for s in options.seeds}
             for method in options.method
         }
+    # The paper's table is of layers that are updated in every step.
+    known = PAPER if options.update_probability == 1 else {}
     rows = []
     for layers, of_layers in curves.items():
         for method, of_method in of_layers.items():
             last = [curve[-1] for curve in of_method.values()]
-            paper = PAPER.get(layers, {}).get(method)
+            paper = known.get(layers, {}).get(method)
             rows.append(
                 [
                     f"{layers} layers, {RECIPES[method].name}",
@@ -151,7 +153,7 @@ def table(data: digits.Digits, options: argparse.Namespace, title: str) -> None:
             )
     seeds = ", ".join(map(str, options.seeds))
     print("\n" + bench.table(rows, ["test error %", "mean", "worst", "paper", f"seeds {seeds}"]))
-    plots.draw_table(curves, PAPER, title, options.out)
+    plots.draw_table(curves, known, title, options.out)
     save(options, title, {str(layers): found for layers, found in curves.items()})
 
 

@@ -75,7 +75,7 @@ def draw_table(
                 panel.plot(len(by_epoch) * 1.04, paper[layers][method], "<", color=colour)
         panel.set(title=f"{layers} layers (mean of {len(next(iter(of_layers.values())))} seeds)")
         _error_axes(panel)
-        panel.legend(title="triangles: the paper's")
+        panel.legend(title="triangles: the paper's" if layers in paper else None)
     _save(figure, title, path)
 
 
