@@ -2,64 +2,34 @@
 // one list of tasks (every weight gradient with its optimizer). Nothing here depends on the number
 // of threads: blocks and tasks follow from the shapes, and sums over the batch from the blocks in
 // order.
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <limits>
 #include <map>
 
-#include "cpu/multiply.h"
-#include "cpu/sweep.h"
+#include "ops/sweep_memory.h"
 #include "ops/sweep_plan.h"
+#include "ops/sweep_updates.h"
 
 namespace fastdni {
+namespace sweep {
 namespace {
-
-using cpu::Isa;
-using cpu::Matrix;
-using cpu::Rows;
-
-// Rows of a block. Few, so that there is something for every thread and a block's activations stay
-// near; but every block reads all weights, so more where these are too large for a core's own
-// cache.
-constexpr int64_t kBlockRows = 24, kLargeBlockRows = 64;
-constexpr int64_t kLargeBytes = 512 << 10;
-static_assert(kLargeBlockRows <= cpu::kMultiplyRows);
-// Multiply-adds worth waking a thread for: about 20 us.
-constexpr int64_t kWorkPerThread = int64_t{1} << 20;
-// Columns of a weight gradient that are worked out before its optimizer takes them.
-constexpr int64_t kUpdateColumns = 512;
 
 template <Isa isa, class T>
 class CpuSweep final : public Sweep {
  public:
   explicit CpuSweep(const NetworkSpec& spec)
-      : spec_(spec), batch_(spec.batch), blocks_(pieces(spec.batch, largest_weight(spec))) {
+      : spec_(spec),
+        batch_(spec.batch),
+        blocks_(pieces<T>(spec.batch, largest_weight(spec))),
+        arena_(spec.batch),
+        updates_(spec.batch, spec.bfloat16) {
     build();
     values_.resize(next_parameter_);
-    rules_.resize(next_parameter_);
   }
 
-  // How many pieces `rows` rows are cut into that each read `elements` elements.
-  static int64_t pieces(int64_t rows, int64_t elements) {
-    const bool large = elements * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
-    const int64_t most = large ? kLargeBlockRows : kBlockRows;
-    return (rows + most - 1) / most;
-  }
-
-  static int64_t largest_weight(const NetworkSpec& spec) {
-    int64_t largest = 0;
-    for (const StageSpec& stage : spec.stages) {
-      largest = std::max(largest, stage.inputs * stage.outputs);
-    }
-    return largest;
-  }
-
-  int64_t workspace_bytes() const override { return bytes_; }
+  int64_t workspace_bytes() const override { return arena_.bytes(); }
 
   void forward(const StepMemory& memory) override {
     memory_ = &memory;
@@ -74,23 +44,21 @@ class CpuSweep final : public Sweep {
 
   void update(const StepMemory& memory) override {
     memory_ = &memory;
-    bind_values(memory);
-    for (size_t i = 0; i < rules_.size(); ++i) rules_[i] = prepared(memory.parameters[i]);
     if (memory.gradient != nullptr) run(regression_program_);
     report_synthesis();
-    in_parallel(tasks_.size(), update_work_, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) run(tasks_[i]);
-    });
+    updates_.run(memory);
   }
 
  private:
-  // ---- what the network is made of ----
+  static int64_t largest_weight(const NetworkSpec& spec) {
+    int64_t largest = 0;
+    for (const StageSpec& stage : spec.stages) {
+      largest = std::max(largest, stage.inputs * stage.outputs);
+    }
+    return largest;
+  }
 
-  // The rows of some activations and, for products over the batch, their panels.
-  struct Activations {
-    Matrix<T> rows;
-    T* panels = nullptr;
-  };
+  // ---- what the network is made of ----
 
   // A weight (outputs, inputs) in panels: of its transpose for x W^T, of itself for dz W.
   struct Weight {
@@ -100,14 +68,12 @@ class CpuSweep final : public Sweep {
     T* backward = nullptr;
   };
 
-  static constexpr size_t kNone = std::numeric_limits<size_t>::max();
-
   struct Synthesizer {
     std::vector<Weight> weights;
     std::vector<size_t> biases;
     Weight context_weight;
     size_t context_bias = kNone;
-    Activations* context = nullptr;
+    Activations<T>* context = nullptr;
     size_t stage = 0;  // the one above its boundary, whose mask it shares
   };
 
@@ -115,19 +81,26 @@ class CpuSweep final : public Sweep {
   // target first, then (2 / B) e.
   struct Evaluation {
     Synthesizer* synthesizer = nullptr;
-    Activations* trigger = nullptr;
-    std::vector<Activations*> hidden;
-    Activations* prediction = nullptr;
+    Activations<T>* trigger = nullptr;
+    std::vector<Activations<T>*> hidden;
+    Activations<T>* prediction = nullptr;
     std::vector<Matrix<T>> grads;
     std::vector<double> squares;  // by block
+  };
+
+  // One panel of a weight, to be packed at the start of a step.
+  struct Packing {
+    Weight weight;
+    bool backward;
+    int64_t panel;
   };
 
   struct Stage {
     StageSpec spec;
     Weight weight;
     size_t bias = kNone, norm_weight = kNone, norm_bias = kNone, statistics = kNone;
-    Activations* x = nullptr;
-    Activations* h = nullptr;
+    Activations<T>* x = nullptr;
+    Activations<T>* h = nullptr;
     Matrix<T> z;   // with BatchNorm, normalised; without, the same as h
     Matrix<T> dz;  // the gradient of h, of u and of z, one after the other
     T* mean = nullptr;
@@ -168,46 +141,6 @@ class CpuSweep final : public Sweep {
     }
   }
 
-  // `work`: multiply-adds of all `count` pieces together.
-  template <class Body>
-  static void in_parallel(int64_t count, int64_t work, const Body& body) {
-    if (count == 0) return;
-    const int64_t threads = std::max(work / kWorkPerThread, int64_t{1});
-    if (threads == 1 || count == 1) {
-      body(0, count);
-    } else {
-      torch::stable::parallel_for(0, count, (count + threads - 1) / threads, body);
-    }
-  }
-
-  // ---- memory ----
-
-  struct Free {
-    void operator()(void* pointer) const { std::free(pointer); }
-  };
-
-  T* allocate(int64_t count) {
-    constexpr size_t kLine = 64;
-    const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine + cpu::kOverread;
-    bytes_ += bytes;
-    memory_blocks_.emplace_back(static_cast<T*>(std::aligned_alloc(kLine, std::max(bytes, kLine))));
-    FASTDNI_CHECK(memory_blocks_.back() != nullptr, "sweep: out of memory for ", bytes, " bytes");
-    return memory_blocks_.back().get();
-  }
-
-  static int64_t padded(int64_t columns) { return cpu::padded<isa, T>(columns); }
-
-  Matrix<T> matrix(int64_t columns) {
-    return {allocate(batch_ * padded(columns)), columns, padded(columns)};
-  }
-
-  // Activations with memory of their own, or (stride 0) none yet.
-  Activations* activations(int64_t columns, bool own, bool panels) {
-    activations_.push_back({own ? matrix(columns) : Matrix<T>{nullptr, columns, columns}, nullptr});
-    if (panels) activations_.back().panels = allocate(batch_ * padded(columns));
-    return &activations_.back();
-  }
-
   // ---- building ----
 
   size_t take_parameter() { return next_parameter_++; }
@@ -223,10 +156,11 @@ class CpuSweep final : public Sweep {
   }
 
   Weight take_weight(int64_t outputs, int64_t inputs, bool backward) {
-    Weight weight{take_parameter(), outputs, inputs, allocate(inputs * padded(outputs)), nullptr};
+    Weight weight{take_parameter(), outputs, inputs,
+                  arena_.allocate(inputs * cpu::padded<isa, T>(outputs)), nullptr};
     pack_later(weight, false);
     if (backward) {
-      weight.backward = allocate(outputs * padded(inputs));
+      weight.backward = arena_.allocate(outputs * cpu::padded<isa, T>(inputs));
       pack_later(weight, true);
     }
     return weight;
@@ -246,9 +180,9 @@ class CpuSweep final : public Sweep {
     if (spec.context > 0) {
       synthesizer.context_weight = take_weight(spec.widths[1], spec.context, false);
       if (spec.bias) synthesizer.context_bias = take_parameter();
-      Activations*& context = contexts_[spec.context];
+      Activations<T>*& context = contexts_[spec.context];
       if (context == nullptr) {
-        context = activations(spec.context, true, true);
+        context = arena_.activations(spec.context, true, true);
         own_contexts_[spec.context] = context->rows;
       }
       synthesizer.context = context;
@@ -257,7 +191,7 @@ class CpuSweep final : public Sweep {
   }
 
   // `regressed`: whether this is the evaluation that the synthesizer is trained at.
-  Evaluation* evaluate_later(Synthesizer* synthesizer, Activations* trigger, bool regressed,
+  Evaluation* evaluate_later(Synthesizer* synthesizer, Activations<T>* trigger, bool regressed,
                              bool prediction_panels, Program& program) {
     evaluations_.emplace_back();
     Evaluation& evaluation = evaluations_.back();
@@ -265,33 +199,35 @@ class CpuSweep final : public Sweep {
     evaluation.trigger = trigger;
     for (const Weight& weight : synthesizer->weights) {
       const bool last = &weight == &synthesizer->weights.back();
-      Activations* out = activations(weight.outputs, true, last ? prediction_panels : regressed);
+      Activations<T>* out =
+          arena_.activations(weight.outputs, true, last ? prediction_panels : regressed);
       if (last) {
         evaluation.prediction = out;
       } else {
         evaluation.hidden.push_back(out);
       }
-      if (regressed) evaluation.grads.push_back(matrix(weight.outputs));
+      if (regressed) evaluation.grads.push_back(arena_.matrix(weight.outputs));
     }
     evaluation.squares.assign(blocks_, 0);
     program.push_back(
         {[this, &evaluation](Rows rows, int64_t) { evaluate(evaluation, rows); }, {}});
     if (regressed) {
-      add_job(evaluation.grads[0], trigger, synthesizer->weights[0].parameter,
-              synthesizer->biases[0], synthesizer->context_bias, synthesizer->stage);
+      updates_.add(evaluation.grads[0], trigger, synthesizer->weights[0].parameter,
+                   synthesizer->biases[0], synthesizer->context_bias, synthesizer->stage);
       if (synthesizer->context != nullptr) {
-        add_job(evaluation.grads[0], synthesizer->context, synthesizer->context_weight.parameter,
-                kNone, kNone, synthesizer->stage);
+        updates_.add(evaluation.grads[0], synthesizer->context,
+                     synthesizer->context_weight.parameter, kNone, kNone, synthesizer->stage);
       }
       for (size_t i = 1; i < synthesizer->weights.size(); ++i) {
-        add_job(evaluation.grads[i], evaluation.hidden[i - 1], synthesizer->weights[i].parameter,
-                synthesizer->biases[i], kNone, synthesizer->stage);
+        updates_.add(evaluation.grads[i], evaluation.hidden[i - 1],
+                     synthesizer->weights[i].parameter, synthesizer->biases[i], kNone,
+                     synthesizer->stage);
       }
     }
     return &evaluation;
   }
 
-  void pack_later(Activations* input, Program& program) {
+  void pack_later(Activations<T>* input, Program& program) {
     program.push_back({[this, input](Rows rows, int64_t) { pack_rows(*input, rows); }, {}});
   }
 
@@ -321,12 +257,12 @@ class CpuSweep final : public Sweep {
       input_synthesizers.push_back(i.present() ? take_synthesizer(i, s + 1) : nullptr);
     }
 
-    x_ = activations(spec_.stages[0].inputs, false, true);
+    x_ = arena_.activations(spec_.stages[0].inputs, false, true);
     pack_later(x_, program);
     network_input_ = x_;
     if (spec_.separate_input) {
       const int64_t width = spec_.stages[0].input_synthesizer.widths.front();
-      network_input_ = activations(width, false, true);
+      network_input_ = arena_.activations(width, false, true);
       pack_later(network_input_, program);
     }
     for (const auto& [width, context] : contexts_) pack_later(context, program);
@@ -334,14 +270,14 @@ class CpuSweep final : public Sweep {
     for (size_t s = 0; s < stages_.size(); ++s) {
       Stage& stage = stages_[s];
       stage.x = s == 0 ? x_ : unlocked ? stages_[s - 1].made->prediction : stages_[s - 1].h;
-      stage.h =
-          activations(stage.spec.outputs, true, gradient_synthesizers[s] != nullptr && !unlocked);
-      stage.z = stage.spec.batch_norm ? matrix(stage.spec.outputs) : stage.h->rows;
-      stage.dz = matrix(stage.spec.outputs);
+      stage.h = arena_.activations(stage.spec.outputs, true,
+                                   gradient_synthesizers[s] != nullptr && !unlocked);
+      stage.z = stage.spec.batch_norm ? arena_.matrix(stage.spec.outputs) : stage.h->rows;
+      stage.dz = arena_.matrix(stage.spec.outputs);
       if (unlocked && input_synthesizers[s] != nullptr) {
         stage.made = evaluate_later(input_synthesizers[s], network_input_, true, true, program);
       }
-      add_job(stage.dz, stage.x, stage.weight.parameter, stage.bias, kNone, s);
+      updates_.add(stage.dz, stage.x, stage.weight.parameter, stage.bias, kNone, s);
       if (stage.spec.batch_norm) build_norm(stage, s);
     }
 
@@ -390,7 +326,7 @@ class CpuSweep final : public Sweep {
     }
     if (!waiting.empty()) wait();
 
-    if (spec_.input_gradient) input_gradient_ = matrix(spec_.stages[0].inputs);
+    if (spec_.input_gradient) input_gradient_ = arena_.matrix(spec_.stages[0].inputs);
     criterion_sums_.assign(blocks_, 0);
     if (gradient_synthesizers.back() != nullptr) {
       Evaluation* top = regressions_.back();
@@ -401,29 +337,19 @@ class CpuSweep final : public Sweep {
                                      },
                                      {}});
     }
-    for (size_t j = 0; j < jobs_.size(); ++j) {
-      const int64_t outputs = jobs_[j].grad.columns;
-      const Activations* input = jobs_[j].input;
-      const int64_t count = pieces(outputs, input == nullptr ? 0 : batch_ * input->rows.columns);
-      for (int64_t i = 0; i < count; ++i) {
-        tasks_.push_back({j, outputs * i / count, outputs * (i + 1) / count});
-      }
-      update_work_ +=
-          batch_ * outputs * (jobs_[j].input == nullptr ? 1 : jobs_[j].input->rows.columns);
-    }
   }
 
   void build_norm(Stage& stage, size_t s) {
     const int64_t outputs = stage.spec.outputs;
-    stage.mean = allocate(outputs);
-    stage.inverse = allocate(outputs);
-    stage.sums = allocate(outputs);
-    stage.products = allocate(outputs);
-    stage.block_sums = allocate(blocks_ * outputs);
-    stage.block_products = allocate(blocks_ * outputs);
+    stage.mean = arena_.allocate(outputs);
+    stage.inverse = arena_.allocate(outputs);
+    stage.sums = arena_.allocate(outputs);
+    stage.products = arena_.allocate(outputs);
+    stage.block_sums = arena_.allocate(blocks_ * outputs);
+    stage.block_products = arena_.allocate(blocks_ * outputs);
     if (stage.norm_weight != kNone) {
-      jobs_.push_back({{stage.products, outputs, 0}, nullptr, stage.norm_weight, kNone, kNone, s});
-      jobs_.push_back({{stage.sums, outputs, 0}, nullptr, stage.norm_bias, kNone, kNone, s});
+      updates_.add({stage.products, outputs, 0}, nullptr, stage.norm_weight, kNone, kNone, s);
+      updates_.add({stage.sums, outputs, 0}, nullptr, stage.norm_bias, kNone, kNone, s);
     }
   }
 
@@ -463,38 +389,6 @@ class CpuSweep final : public Sweep {
     }
   }
 
-  Update<T> prepared(const ParameterMemory& memory) {
-    const OptimizerSettings& s = memory.settings;
-    Update<T> u{};
-    u.rule = s.rule;
-    u.lr = static_cast<T>(s.lr);
-    u.weight_decay = static_cast<T>(s.weight_decay);
-    u.a = static_cast<T>(s.a);
-    u.b = static_cast<T>(s.b);
-    u.eps = static_cast<T>(s.eps);
-    u.nesterov = s.nesterov;
-    if (s.rule == Rule::sgd_momentum) {
-      u.b = static_cast<T>(1 - s.b);
-    } else if (s.rule == Rule::adam || s.rule == Rule::adamw) {
-      u.lr = static_cast<T>(s.lr / (1 - power(s.a, memory.step)));
-      u.root_correction = static_cast<T>(1 / std::sqrt(1 - power(s.b, memory.step)));
-      u.a = static_cast<T>(1 - s.a);
-      u.one_minus_b = static_cast<T>(1 - s.b);
-      if (s.rule == Rule::adamw) u.weight_decay = static_cast<T>(1 - s.lr * s.weight_decay);
-    }
-    return u;
-  }
-
-  // beta^step: most parameters share both.
-  double power(double beta, double step) {
-    for (const auto& known : powers_) {
-      if (known.beta == beta && known.step == step) return known.value;
-    }
-    std::swap(powers_[0], powers_[1]);
-    powers_[0] = {beta, step, std::pow(beta, step)};
-    return powers_[0].value;
-  }
-
   // ---- passes ----
 
   void multiply_rows(const Matrix<T>& a, const T* panels, Rows rows, bool add, const Matrix<T>& c) {
@@ -503,7 +397,7 @@ class CpuSweep final : public Sweep {
                           spec_.bfloat16, add, c.row(rows.begin), c.stride);
   }
 
-  void pack_rows(const Activations& input, Rows rows) {
+  void pack_rows(const Activations<T>& input, Rows rows) {
     const int64_t columns = input.rows.columns;
     cpu::pack_rows<isa, T>(input.rows.data, input.rows.stride, batch_, columns, 0,
                            cpu::panels<isa, T>(columns), rows.begin, rows.end, spec_.bfloat16,
@@ -586,10 +480,10 @@ class CpuSweep final : public Sweep {
 
   void evaluate(Evaluation& evaluation, Rows rows) {
     const Synthesizer& synthesizer = *evaluation.synthesizer;
-    const Activations* from = evaluation.trigger;
+    const Activations<T>* from = evaluation.trigger;
     for (size_t i = 0; i < synthesizer.weights.size(); ++i) {
       const bool last = i + 1 == synthesizer.weights.size();
-      const Activations& to = last ? *evaluation.prediction : *evaluation.hidden[i];
+      const Activations<T>& to = last ? *evaluation.prediction : *evaluation.hidden[i];
       multiply_rows(from->rows, synthesizer.weights[i].forward, rows, false, to.rows);
       if (i == 0 && synthesizer.context != nullptr) {
         multiply_rows(synthesizer.context->rows, synthesizer.context_weight.forward, rows, true,
@@ -719,31 +613,6 @@ class CpuSweep final : public Sweep {
     }
   }
 
-  // ---- U ----
-
-  // grad^T input -> the weight's gradient, the columns' sums of grad -> those of the biases.
-  // Without an input grad is a vector, and the gradient itself.
-  struct Job {
-    Matrix<T> grad;
-    const Activations* input;
-    size_t weight, bias, second_bias;
-    size_t stage;
-  };
-  struct Task {
-    size_t job;
-    int64_t first, last;  // outputs
-  };
-  struct Packing {
-    Weight weight;
-    bool backward;
-    int64_t panel;
-  };
-
-  void add_job(const Matrix<T>& grad, const Activations* input, size_t weight, size_t bias,
-               size_t second_bias, size_t stage) {
-    jobs_.push_back({grad, input, weight, bias, second_bias, stage});
-  }
-
   void run(const Packing& packing) {
     const Weight& weight = packing.weight;
     const cpu::Strided<T> w = cpu::row_major<T>(value(weight.parameter), weight.inputs);
@@ -756,73 +625,20 @@ class CpuSweep final : public Sweep {
     }
   }
 
-  void apply(size_t parameter, const T* grad, int64_t at, int64_t count) {
-    const ParameterMemory& memory = memory_->parameters[parameter];
-    T* target = values_[parameter] + at;
-    const auto beside = [&](void* kept) {
-      return kept == nullptr ? target : static_cast<T*>(kept) + at;
-    };
-    cpu::update<isa, T>(rules_[parameter], grad, target, beside(memory.first),
-                        beside(memory.second), count);
-  }
-
-  bool updated(size_t parameter) const {
-    return parameter != kNone && rules_[parameter].rule != Rule::none;
-  }
-
-  void run(const Task& task) {
-    const Job& job = jobs_[task.job];
-    if (!memory_->active[job.stage]) return;
-    const int64_t outputs = task.last - task.first;
-    if (job.input == nullptr) {
-      if (updated(job.weight)) apply(job.weight, job.grad.data + task.first, task.first, outputs);
-      return;
-    }
-    if (updated(job.weight)) update_weight(job, task.first, outputs);
-    if (updated(job.bias) || updated(job.second_bias)) {
-      T sums[kLargeBlockRows];
-      cpu::sum_columns<isa, T>(job.grad, batch_, task.first, task.last, sums);
-      for (size_t bias : {job.bias, job.second_bias}) {
-        if (updated(bias)) apply(bias, sums, task.first, outputs);
-      }
-    }
-  }
-
-  void update_weight(const Job& job, int64_t first, int64_t outputs) {
-    constexpr int64_t kWidth = cpu::kPanelWidth<isa, T>;
-    constexpr int64_t kUpdatePanels = kUpdateColumns / kWidth;
-    alignas(64) T grad[kLargeBlockRows * kUpdateColumns];
-    const int64_t inputs = job.input->rows.columns, panels = cpu::panels<isa, T>(inputs);
-    const cpu::Strided<T> left{job.grad.data + first, 1, job.grad.stride};
-    for (int64_t p = 0; p < panels; p += kUpdatePanels) {
-      const int64_t end = std::min(p + kUpdatePanels, panels), stride = (end - p) * kWidth;
-      cpu::multiply<isa, T>(left, job.input->panels, outputs, batch_, p, end, spec_.bfloat16, false,
-                            grad, stride);
-      if (stride == inputs) {
-        apply(job.weight, grad, first * inputs, outputs * inputs);
-        continue;
-      }
-      const int64_t columns = std::min(end * kWidth, inputs) - p * kWidth;
-      for (int64_t r = 0; r < outputs; ++r) {
-        apply(job.weight, grad + r * stride, (first + r) * inputs + p * kWidth, columns);
-      }
-    }
-  }
-
   NetworkSpec spec_;
   int64_t batch_, blocks_;
-  int64_t bytes_ = 0, row_work_ = 0, pack_work_ = 0, update_work_ = 0;
-  std::vector<std::unique_ptr<T, Free>> memory_blocks_;
+  int64_t row_work_ = 0, pack_work_ = 0;
+  Arena<isa, T> arena_;
+  Updates<isa, T> updates_;
   size_t next_parameter_ = 0, next_statistic_ = 0;
 
   // Deques: what points into them stays valid.
-  std::deque<Activations> activations_;
   std::deque<Synthesizer> synthesizers_;
   std::deque<Evaluation> evaluations_;
   std::deque<Stage> stages_;
-  Activations* x_ = nullptr;
-  Activations* network_input_ = nullptr;      // what input synthesizers predict from
-  std::map<int64_t, Activations*> contexts_;  // by width
+  Activations<T>* x_ = nullptr;
+  Activations<T>* network_input_ = nullptr;      // what input synthesizers predict from
+  std::map<int64_t, Activations<T>*> contexts_;  // by width
   std::map<int64_t, Matrix<T>> own_contexts_;
   std::vector<Evaluation*> regressions_;  // of M, by boundary
   Matrix<T> input_gradient_;
@@ -830,32 +646,26 @@ class CpuSweep final : public Sweep {
 
   Program forward_program_, regression_program_;
   std::vector<Packing> packings_;
-  std::vector<Job> jobs_;
-  std::vector<Task> tasks_;
 
   // Of the step at work.
   const StepMemory* memory_ = nullptr;
   std::vector<T*> values_;
-  std::vector<Update<T>> rules_;
   int64_t counted_ = 0;  // rows that the criterion counts
-  struct Power {
-    double beta = 0, step = 0, value = 0;
-  };
-  Power powers_[2];
 };
 
 }  // namespace
+}  // namespace sweep
 
 std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec) {
-  std::unique_ptr<Sweep> sweep;
+  std::unique_ptr<Sweep> made;
   cpu::with_isa([&](auto isa) {
     if (spec.dtype == ScalarType::Double) {
-      sweep = std::make_unique<CpuSweep<isa.value, double>>(spec);
+      made = std::make_unique<sweep::CpuSweep<isa.value, double>>(spec);
     } else {
-      sweep = std::make_unique<CpuSweep<isa.value, float>>(spec);
+      made = std::make_unique<sweep::CpuSweep<isa.value, float>>(spec);
     }
   });
-  return sweep;
+  return made;
 }
 
 }  // namespace fastdni
