@@ -42,6 +42,7 @@ class FusedPart:
 
     def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, bfloat16: bool):
         self.stages, self.first = stages, first
+        self.backend = ops.sweep_backend(stages[0].weight)
         self._how = {
             "criterion": criterion,
             "input_gradient": first > 0,

@@ -145,7 +145,7 @@ class Trainer:
         optimizers = self._optimizers_of(optimizer)
         dims, dtype = self._input_dims(x), autocast_dtype(x)
         fused = {
-            number: part.plan(len(x)).backend
+            number: part.backend
             for part in self._parts_for(criterion, dtype)
             if isinstance(part, FusedPart)
             for number in range(part.first, part.first + len(part.stages))
@@ -228,7 +228,7 @@ class Trainer:
         whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
-        if not whole or parts[0].plan(len(step.x)).backend == "reference":
+        if not whole or parts[0].backend == "reference":
             check_inputs(self._net, step)
         run = parts[0].whole_step if whole else partial(self._run_parts, parts)
         if step.optimizers is None:

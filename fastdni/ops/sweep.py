@@ -90,6 +90,11 @@ def _stage_spec(stage: SweepStage) -> dict:
     }
 
 
+def sweep_backend(weight: Tensor) -> str:
+    """The backend that serves a sweep over stages with such a weight: "cpu" or "reference"."""
+    return weight.device.type if backend.serves(weight, _DEVICES) else "reference"
+
+
 class SweepPlan:
     """What a sweep runs over, and the memory that it works in.
 
@@ -126,7 +131,7 @@ class SweepPlan:
             own = len(stage.parameters()) - above
             self.parameter_stages += [index] * own + [index + 1] * above
         weight = stages[0].weight
-        self.backend = weight.device.type if backend.serves(weight, _DEVICES) else "reference"
+        self.backend = sweep_backend(weight)
         self._memory, self._pending = None, None
         self.handle = 0
         if self.backend != "reference":
