@@ -150,36 +150,19 @@ void normalize_gradient_rows(Matrix<T> du, Matrix<const T> z, const BatchNorm<T>
 }
 
 template <Isa isa, class T>
-double error_rows(Matrix<const T> prediction, Matrix<T> delta, T scale, Rows rows) {
+double error_rows(Matrix<const T> prediction, Matrix<const T> target, T scale, Matrix<T> error,
+                  Rows rows) {
   double squares = 0;
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const T* __restrict__ p = prediction.row(r);
-    T* __restrict__ e = delta.row(r);
+    const T* p = prediction.row(r);
+    const T* t = target.row(r);
+    T* e = error.row(r);
     T row = 0;
 #pragma omp simd reduction(+ : row)
-    for (int64_t c = 0; c < delta.columns; ++c) {
-      const T difference = p[c] - e[c];
+    for (int64_t c = 0; c < error.columns; ++c) {
+      const T difference = p[c] - t[c];
       row += difference * difference;
       e[c] = scale * difference;
-    }
-    squares += row;
-  }
-  return squares;
-}
-
-template <Isa isa, class T>
-double squared_error_rows(Matrix<const T> output, const T* target, T scale, Matrix<T> grad,
-                          Rows rows) {
-  double squares = 0;
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const T* __restrict__ out = output.row(r), * __restrict__ wanted = target + r * output.columns;
-    T* __restrict__ g = grad.row(r);
-    T row = 0;
-#pragma omp simd reduction(+ : row)
-    for (int64_t c = 0; c < output.columns; ++c) {
-      const T difference = out[c] - wanted[c];
-      row += difference * difference;
-      g[c] = scale * difference;
     }
     squares += row;
   }
@@ -270,9 +253,8 @@ void update(const Update<T>& rule, const T* grad, T* parameter, T* first, T* sec
                                                      T*);                                          \
   template void normalize_gradient_rows<Isa::FASTDNI_ISA, T>(                                      \
       Matrix<T>, Matrix<const T>, const BatchNorm<T>&, const T*, const T*, T, Rows);               \
-  template double error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<T>, T, Rows);            \
-  template double squared_error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const T*, T, Matrix<T>, \
-                                                          Rows);                                   \
+  template double error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, T, Matrix<T>,  \
+                                                  Rows);                                           \
   template double cross_entropy_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const int64_t*, T,      \
                                                           Matrix<T>, Rows);                        \
   template void sum_columns<Isa::FASTDNI_ISA, T>(Matrix<const T>, int64_t, int64_t, int64_t, T*);  \

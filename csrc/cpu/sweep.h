@@ -62,15 +62,11 @@ template <Isa isa, class T>
 void normalize_gradient_rows(Matrix<T> du, Matrix<const T> z, const BatchNorm<T>& norm,
                              const T* sums, const T* products, T batch, Rows rows);
 
-// delta = scale * (prediction - delta), in place, `scale` being that of the loss's gradient;
-// returns the sum of the unscaled squares.
+// error = scale * (prediction - target), `scale` being that of the loss's gradient; returns the sum
+// of the unscaled squares. target and error may be one matrix.
 template <Isa isa, class T>
-double error_rows(Matrix<const T> prediction, Matrix<T> delta, T scale, Rows rows);
-
-// The same of the rows of mean squared error: grad = scale * (output - target).
-template <Isa isa, class T>
-double squared_error_rows(Matrix<const T> output, const T* target, T scale, Matrix<T> grad,
-                          Rows rows);
+double error_rows(Matrix<const T> prediction, Matrix<const T> target, T scale, Matrix<T> error,
+                  Rows rows);
 
 // grad = (softmax(output) - onehot(target)) * scale; returns the sum of -log softmax at the
 // targets. Rows whose target is kIgnoreIndex have neither.

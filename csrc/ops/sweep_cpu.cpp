@@ -502,8 +502,9 @@ class CpuSweep final : public Sweep {
     const Synthesizer& synthesizer = *evaluation.synthesizer;
     if (!memory_->active[synthesizer.stage]) return;
     auto& grads = evaluation.grads;
-    evaluation.squares[b] = cpu::error_rows<isa, T>(evaluation.prediction->rows, grads.back(),
-                                                    static_cast<T>(2.0 / batch_), rows);
+    evaluation.squares[b] =
+        cpu::error_rows<isa, T>(evaluation.prediction->rows, grads.back(),
+                                static_cast<T>(2.0 / batch_), grads.back(), rows);
     for (size_t i = grads.size() - 1; i > 0; --i) {
       multiply_rows(grads[i], synthesizer.weights[i].backward, rows, false, grads[i - 1]);
       cpu::activation_gradient_rows<isa, T>(grads[i - 1], evaluation.hidden[i - 1]->rows,
@@ -540,9 +541,10 @@ class CpuSweep final : public Sweep {
           static_cast<T>(1.0 / std::max(counted_, int64_t{1})), stage.dz, rows);
     } else {
       const double count = static_cast<double>(batch_) * stage.spec.outputs;
+      const Matrix<const T> target{static_cast<const T*>(memory_->target), stage.spec.outputs,
+                                   stage.spec.outputs};
       criterion_sums_[b] =
-          cpu::squared_error_rows<isa, T>(stage.h->rows, static_cast<const T*>(memory_->target),
-                                          static_cast<T>(2 / count), stage.dz, rows);
+          cpu::error_rows<isa, T>(stage.h->rows, target, static_cast<T>(2 / count), stage.dz, rows);
     }
   }
 
