@@ -37,10 +37,9 @@ class DecoupledSequential(nn.Module):
     """Stages one after the other, with a synthesizer of the gradient at each boundary between them.
 
     `net(x)` is the ordinary forward pass. `net.step(x, target, optimizer)` is one decoupled
-    training
-    step: stage l takes the output h of the stage below and the synthetic gradient M_l(h, ctx) of
-        its
-    own output, and updates at once; M_l learns from the gradient that the stage above finds.
+    training step: stage l takes the output h of the stage below and the synthetic gradient
+    M_l(h, ctx) of its own output, and updates at once; M_l learns from the gradient that the stage
+    above finds.
 
     Stages of the form `Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]` with a
     `BasicSynthesizer`, under SGD, Adam or AdamW of torch.optim, run fused, in one call for all of
@@ -57,8 +56,8 @@ class DecoupledSequential(nn.Module):
             Above 0 all stages take local autograd, from the top down.
 
     Raises:
-        ValueError: the numbers of stages and synthesizers do not fit, or bp_lambda is not in [0,
-            1].
+        ValueError: the numbers of stages and synthesizers do not fit, or bp_lambda is outside of
+            0 to 1.
 
     Example:
         >>> stages = [nn.Sequential(nn.Linear(784, 256), nn.ReLU()), nn.Linear(256, 10)]

@@ -184,8 +184,8 @@ def sweep_(
         caller: whom error messages name.
 
     Returns:
-        The output (B, N), the loss (), and the synthesis losses (S,) or, in complete unlock, (2,
-        S): gradients, inputs; NaN at the boundary below a masked stage.
+        The output (B, N), the loss (), and the synthesis losses: (S,), or in complete unlock
+        (2, S), gradients and inputs; NaN at the boundary below a masked stage.
 
     Raises:
         RuntimeError: a shape, dtype, label or state does not fit; nothing has been written then.
