@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
 from fastdni.reference import RULES
-from fastdni.watch import OptimizerWatch, has_hooks
+from fastdni.watch import OptimizerWatch, StateWatch, has_hooks
 
 # What a rule keeps of a parameter, in the order of the sweep.
 _KEPT = {
@@ -207,6 +207,7 @@ class Binding:
         self._keeps = [
             (optimizer, p, keys) for optimizer, _, p, keys in self._chosen if len(keys) > 0
         ]
+        self._found: StateWatch | None = None  # what they kept when it was last looked for
 
     def state(self) -> tuple[list[Tensor], list[tuple], list[int], list[float]]:
         """The optimizer state of the parameters, found or made.
@@ -215,13 +216,13 @@ class Binding:
             The tensors; what `commit` has to put in place once the step is done; groups and
             settings.
         """
-        settings = self._optimizers.settings
-        try:
+        if self._found is None or not self._found.unchanged():
             # `get`: a look into a defaultdict must not leave an entry behind.
-            found = [(o.state.get(p), keys) for o, p, keys in self._keeps]
-            return [kept[key] for kept, keys in found for key in keys], [], self.groups, settings
-        except (KeyError, TypeError):
-            return self._made()
+            entries = [(o.state.get(p) or {}, keys) for o, p, keys in self._keeps]
+            if any(kept.get(key) is None for kept, keys in entries for key in keys):
+                return self._made()
+            self._found = StateWatch(self._keeps)
+        return self._found.tensors, [], self.groups, self._optimizers.settings
 
     def _made(self) -> tuple[list[Tensor], list[tuple], list[int], list[float]]:
         tensors, pending, fresh = [], [], set()

@@ -125,6 +125,31 @@ class OptimizerWatch:
         self.unchanged = self._watch.unchanged
 
 
+class StateWatch:
+    """What optimizers keep of parameters.
+
+    Args:
+        kept: (optimizer, parameter, keys of its state).
+
+    Attributes:
+        tensors: the state, in that order.
+        unchanged: () -> whether it is still these tensors that the optimizers keep.
+    """
+
+    def __init__(self, kept: list[tuple[Optimizer, Tensor, tuple[str, ...]]]):
+        items = []
+        for optimizer, parameter, keys in kept:
+            entry = optimizer.state[parameter]
+            items += [(vars(optimizer), "state", optimizer.state)]
+            items += [(optimizer.state, parameter, entry)]
+            items += [(entry, key, entry[key]) for key in keys]
+        self.tensors = [
+            optimizer.state[parameter][key] for optimizer, parameter, keys in kept for key in keys
+        ]
+        self._watch = _Watch(items)
+        self.unchanged = self._watch.unchanged
+
+
 def has_hooks(optimizer: Optimizer) -> bool:
     """Whether an optimizer's step calls hooks."""
     own = [getattr(optimizer, name) for name in OPTIMIZER_HOOKS]
