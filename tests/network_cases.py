@@ -11,9 +11,9 @@ from fastdni import BasicSynthesizer, DecoupledSequential
 CONTEXT = 5
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "identity": nn.Identity}
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.003),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.001),
     "nesterov": lambda p: torch.optim.SGD(
-        p, lr=0.003, momentum=0.9, nesterov=True, weight_decay=0.01
+        p, lr=0.0003, momentum=0.9, nesterov=True, weight_decay=0.01
     ),
     "dampened": lambda p: torch.optim.SGD(p, lr=0.003, momentum=0.8, dampening=0.3),
     "adam": lambda p: torch.optim.Adam(p, lr=0.003, weight_decay=0.01),
@@ -77,8 +77,11 @@ def local(net: DecoupledSequential) -> DecoupledSequential:
     return twin
 
 
-def batch(net: DecoupledSequential, rows=6, criterion="cross_entropy", seed=0) -> dict:
-    """Arguments of `net.step`, without the optimizer."""
+def batch(net: DecoupledSequential, rows=6, criterion="cross_entropy", seed=0, order=None) -> dict:
+    """Arguments of `net.step`, without the optimizer; `order`: a permutation of the rows."""
+    if order is not None:
+        given = batch(net, rows, criterion, seed)
+        return {k: v[order] if isinstance(v, Tensor) else v for k, v in given.items()}
     generator = torch.Generator().manual_seed(seed)
     dtype = next(net.parameters()).dtype
     inputs = next(m for m in net.stages.modules() if isinstance(m, nn.Linear)).in_features

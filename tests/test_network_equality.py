@@ -53,27 +53,45 @@ def test_twenty_steps_in_float64(case):
 
 def distance(found: list, oracle: list) -> float:
     """Of all values together: the error's norm over the values' norm."""
-    off = sum((a.double() - o).square().sum().item() for a, o in zip(found, oracle, strict=True))
-    size = sum(o.double().square().sum().item() for o in oracle)
+    off = sum((a - o).square().sum().item() for a, o in zip(found, oracle, strict=True))
+    size = sum(o.square().sum().item() for o in oracle)
     return (off / size) ** 0.5
 
 
-@pytest.mark.parametrize("case", COMBINATIONS[::5], ids=ids)
+@pytest.mark.parametrize("case", COMBINATIONS, ids=ids)
 def test_float32(case):
-    """One step to 1e-5; twenty within 3 times the error of PyTorch's own float32."""
+    """One step to 1e-5; twenty within 3 times the error of PyTorch's own float32.
+
+    Against the fused step in float64, which the test above holds to PyTorch. Two things keep
+    chance out. All begin from a state five steps old: Adam's very first step is the gradient over
+    its own magnitude, a coin's toss where the gradient is rounding noise. And PyTorch's error is
+    the largest over three orders of the rows, which change nothing but rounding: that of one order
+    varies several times over.
+    """
     name, criterion = case[0], case[-1]
-    net = network_of(case, (7, 33, 20, 5), dtype=torch.float32, bias=False)
-    for steps in (1, 20):
-        fused, plain, oracle = [
-            [v.double() for v in train(t, OPTIMIZERS[name](t.parameters()), steps, rows=30,
-                                       criterion=criterion)]
-            for t in (fusible(net), local(net), local(net).double())
-        ]  # fmt: skip
-        if steps == 1:
-            for a, o in zip(fused, oracle, strict=True):
-                torch.testing.assert_close(a, o, rtol=1e-5, atol=1e-5)
-        else:
-            assert distance(fused, oracle) <= 3 * distance(plain, oracle)
+    how = {"rows": 30, "criterion": criterion}
+    start = network_of(case, (7, 33, 20, 5), bias=False)
+    start_optimizer = OPTIMIZERS[name](start.parameters())
+    train(start, start_optimizer, 5, **how)
+    start.float()
+    state = start_optimizer.state_dict()
+    for entry in state["state"].values():
+        entry.update({k: v.float() for k, v in entry.items() if v is not None})
+
+    def values(twin, number, order=None):
+        optimizer = OPTIMIZERS[name](twin.parameters())
+        optimizer.load_state_dict(copy.deepcopy(state))
+        found = train(twin, optimizer, number, order=order, **how)
+        return [v.double() for v in found if v.shape[:1] != (30,)]  # no outputs: in any order
+
+    oracle, found = values(fusible(start).double(), 1), values(fusible(start), 1)
+    for a, o in zip(found, oracle, strict=True):
+        torch.testing.assert_close(a, o, rtol=1e-5, atol=1e-5)
+
+    oracle, found = values(fusible(start).double(), 20), values(fusible(start), 20)
+    orders = [None, torch.randperm(30), torch.randperm(30)]
+    own = [distance(values(local(start), 20, order), oracle) for order in orders]
+    assert distance(found, oracle) <= 3 * max(own)
 
 
 @pytest.mark.parametrize("unlocked", [False, True], ids=["update unlock", "complete unlock"])
