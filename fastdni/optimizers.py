@@ -130,6 +130,7 @@ class Optimizers:
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
         self._watch = OptimizerWatch(self.all, (*_UNFUSED_OPTIONS, "betas"))
+        self.unchanged = self._watch.unchanged
         self._numbers = [_NUMBERS.get(type(o)) for o, _ in self.groups]
         self._said: list | None = None
         self.settings: list[float] = []
@@ -139,7 +140,7 @@ class Optimizers:
         """Whether it is these that are given, and they hold the same parameters in the same way."""
         given = _as_list(given)
         same = len(given) == len(self.all) and all(map(is_, given, self.all))
-        return same and self._watch.unchanged()
+        return same and self.unchanged()
 
     def read(self) -> None:
         """Reads the groups' numbers into `settings` and `rules`.

@@ -2,8 +2,10 @@
 single stage that takes local autograd.
 
 `forward` of each part is called from below, `backward` from above, with the gradient that the part
-above found at its input. When a sweep runs the whole network, `FusedPart.whole_step` is the step.
+above found at its input. When a sweep runs the whole network, `FusedPart.whole_step` prepares it.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -83,24 +85,22 @@ class FusedPart:
             binding = self._bindings[mask] = Binding(optimizers, plan.parameters, updated)
         return binding
 
-    def whole_step(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """A step of a network that is this part alone."""
+    def whole_step(self, step: Step) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """A step of a network that is this part alone: prepared, to be called with the data of the
+        first and then of others like it. Returns loss, output and synthesis losses."""
         plan = self.plan(len(step.x))
         binding = self.binding(plan, step)
-        state, pending, groups, settings = binding.state()
-        output, loss, synthesis_loss = ops.sweep_(
-            plan,
-            self._input(step.x),
-            step.target,
-            step.context,
-            state,
-            groups,
-            settings,
-            self._active(step),
-            step.caller,
-        )
-        self._finish(plan, binding, state, pending)
-        return loss, output, synthesis_loss
+        active, caller = self._active(step), step.caller
+
+        def run(x: Tensor, target: Tensor, context: Tensor | None):
+            state, pending, groups, settings = binding.state()
+            output, loss, synthesis_loss = ops.sweep_(
+                plan, x, target, context, state, groups, settings, active, caller
+            )
+            self._finish(plan, binding, state, pending)
+            return loss, output, synthesis_loss
+
+        return run
 
     @staticmethod
     def _finish(plan, binding, state, pending) -> None:
@@ -109,7 +109,7 @@ class FusedPart:
         if pending:
             binding.commit(pending)
 
-    def _input(self, x: Tensor) -> Tensor:
+    def cast(self, x: Tensor) -> Tensor:
         """x in the parameters' dtype, where a stage below or autocast gave it another one."""
         dtype = self.stages[0].weight.dtype
         cast = x.dtype != dtype and (self.first > 0 or self._how["bfloat16"])
@@ -131,10 +131,10 @@ class FusedPart:
         """The output of the topmost stage; in complete unlock what the next one gets instead."""
         self._plan = self.plan(len(x))
         target = step.target if isinstance(step.target, Tensor) else None
-        network_input = self._input(step.x) if self._plan.separate_input else None
+        network_input = self.cast(step.x) if self._plan.separate_input else None
         output, self.loss, self._input_gradient = ops.sweep_forward_(
             self._plan,
-            self._input(x),
+            self.cast(x),
             target,
             step.context,
             self._active(step),

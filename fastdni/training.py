@@ -11,6 +11,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastdni import backend, reference
 from fastdni.arguments import (
@@ -31,6 +32,59 @@ GRADIENTS = object()  # in an optimizer's place: no update
 _grad = attrgetter("grad")
 
 
+class Repetition:
+    """The last step, where one sweep with its optimizers was all of it, to be taken again.
+
+    At small sizes the checks in front of a step take as long as the step. While modules, optimizer
+    and surroundings are those of the last step, only its data can be wrong, and the sweep refuses
+    that itself before it writes; the way through all checks then finds the words for it.
+    """
+
+    def __init__(
+        self, run: Callable, step: Step, given: Optimizer, device: torch.device, watch: ModuleWatch
+    ):
+        self._run, self._watch, self._optimizers = run, watch, step.optimizers
+        self._rules, self._given = step.optimizers.rules, given
+        self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
+
+    def take(
+        self, x: Tensor, target: Tensor, optimizer: Optimizer, criterion: str, context
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Loss, output and synthesis losses; None where this is not the same step or was refused,
+        and nothing has happened then."""
+        optimizers, device = self._optimizers, self._device
+        if (
+            optimizer is not self._given
+            or criterion is not self._criterion
+            or backend.choice() != self._backend
+            or torch.is_autocast_enabled(device.type)
+            or torch.is_inference_mode_enabled()
+            or not self._watch.unchanged()
+            or not optimizers.unchanged()
+        ):
+            return None
+        try:
+            optimizers.read()
+            if (
+                optimizers.rules is not self._rules
+                or optimizers.reason is not None
+                or not x.device == target.device == device
+                or (context is not None and context.device != device)
+            ):
+                return None
+            results = self._run(x, target, context)
+        except Exception:
+            return None
+        self.finish()
+        return results
+
+    def finish(self) -> None:
+        """What an optimizer's own step and `zero_grad` would leave."""
+        self._optimizers.mark_called()
+        if not self._watch.no_gradients():
+            _drop_gradients(self._watch.parameters)
+
+
 class Trainer:
     """Steps of one network, and what they need to know of it from one to the next."""
 
@@ -39,6 +93,7 @@ class Trainer:
         self._watch: ModuleWatch | None = None
         self._parts: dict[tuple, list] = {}
         self._optimizers: Optimizers | None = None
+        self._last: Repetition | None = None
 
     # ---- what the network is ----
 
@@ -207,6 +262,11 @@ class Trainer:
         Returns:
             Loss, output, synthesis losses.
         """
+        if self._last is not None and update_mask is None:
+            results = self._last.take(x, target, optimizer, criterion, context)
+            if results is not None:
+                return results
+        self._last = None
         caller = "net.backward" if optimizer is GRADIENTS else "net.step"
         active = check_arguments(self._net, caller, x, target, criterion, context, update_mask)
         step = Step(caller, x, target, criterion, context, active)
@@ -222,25 +282,35 @@ class Trainer:
     def _run(self, step: Step, optimizer, closely: bool) -> tuple[Tensor, Tensor, Tensor]:
         self.look(closely)
         step.optimizers = None if optimizer is GRADIENTS else self._optimizers_of(optimizer)
-        parameters = self._watch.parameters
-        check_devices(step, parameters[0].device if parameters else step.x.device)
-        parts = self._parts_for(step.criterion, autocast_dtype(step.x))
+        watch = self._watch
+        device = watch.parameters[0].device if watch.parameters else step.x.device
+        check_devices(step, device)
+        dtype = autocast_dtype(step.x)
+        parts = self._parts_for(step.criterion, dtype)
         whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
         if not whole or parts[0].backend == "reference":
             check_inputs(self._net, step)
-        run = parts[0].whole_step if whole else partial(self._run_parts, parts)
-        if step.optimizers is None:
-            return run(step)
-        if whole and step.optimizers.reason is None:
-            results = run(step)
-            step.optimizers.mark_called()
-        else:
-            results = self._through_gradients(run, step)
-        if not self._watch.no_gradients():
-            _drop_gradients(self._watch.parameters)
+        optimizers = step.optimizers
+        if not whole or (optimizers is not None and optimizers.reason is not None):
+            run = partial(self._run_whole if whole else self._run_parts, parts)
+            return run(step) if optimizers is None else self._through_gradients(run, step)
+        if optimizers is None:
+            return self._run_whole(parts, step)
+        (part,) = parts
+        run = part.whole_step(step)
+        results = run(part.cast(step.x), step.target, step.context)
+        last = Repetition(run, step, optimizer, device, watch)
+        last.finish()
+        plain = dtype is None and all(step.active) and isinstance(optimizer, Optimizer)
+        self._last = last if plain and part.backend != "reference" else None
         return results
+
+    @staticmethod
+    def _run_whole(parts: list, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        (part,) = parts
+        return part.whole_step(step)(part.cast(step.x), step.target, step.context)
 
     def _optimizers_of(self, given) -> Optimizers:
         if self._optimizers is None or not self._optimizers.is_current(given):

@@ -65,7 +65,7 @@ class ModuleWatch:
 
     def __init__(self, root: nn.Module):
         modules = list(root.modules())
-        entries: list[tuple[object, object]] = [(vars(root), "bp_lambda")]
+        entries: list[tuple[object, object]] = [(vars(root), n) for n in ("bp_lambda", "training")]
         sized = list(_GLOBAL_MODULE_HOOKS)
         for module in modules:
             own = vars(module)
