@@ -95,7 +95,7 @@ class FusedPart:
         def run(x: Tensor, target: Tensor, context: Tensor | None):
             state, pending, groups, settings = binding.state()
             output, loss, synthesis_loss = ops.sweep_(
-                plan, x, target, context, state, groups, settings, active, caller
+                plan, self._input(x), target, context, state, groups, settings, active, caller
             )
             self._finish(plan, binding, state, pending)
             return loss, output, synthesis_loss
@@ -109,7 +109,7 @@ class FusedPart:
         if pending:
             binding.commit(pending)
 
-    def cast(self, x: Tensor) -> Tensor:
+    def _input(self, x: Tensor) -> Tensor:
         """x in the parameters' dtype, where a stage below or autocast gave it another one."""
         dtype = self.stages[0].weight.dtype
         cast = x.dtype != dtype and (self.first > 0 or self._how["bfloat16"])
@@ -131,10 +131,10 @@ class FusedPart:
         """The output of the topmost stage; in complete unlock what the next one gets instead."""
         self._plan = self.plan(len(x))
         target = step.target if isinstance(step.target, Tensor) else None
-        network_input = self.cast(step.x) if self._plan.separate_input else None
+        network_input = self._input(step.x) if self._plan.separate_input else None
         output, self.loss, self._input_gradient = ops.sweep_forward_(
             self._plan,
-            self.cast(x),
+            self._input(x),
             target,
             step.context,
             self._active(step),

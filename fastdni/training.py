@@ -46,6 +46,7 @@ class Repetition:
         self._run, self._watch, self._optimizers = run, watch, step.optimizers
         self._rules, self._given = step.optimizers.rules, given
         self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
+        self._autocast = autocast_dtype(step.x)
 
     def take(
         self, x: Tensor, target: Tensor, optimizer: Optimizer, criterion: str, context
@@ -57,7 +58,6 @@ class Repetition:
             optimizer is not self._given
             or criterion is not self._criterion
             or backend.choice() != self._backend
-            or torch.is_autocast_enabled(device.type)
             or torch.is_inference_mode_enabled()
             or not self._watch.unchanged()
             or not optimizers.unchanged()
@@ -69,6 +69,7 @@ class Repetition:
                 optimizers.rules is not self._rules
                 or optimizers.reason is not None
                 or not x.device == target.device == device
+                or autocast_dtype(x) is not self._autocast
                 or (context is not None and context.device != device)
             ):
                 return None
@@ -285,8 +286,7 @@ class Trainer:
         watch = self._watch
         device = watch.parameters[0].device if watch.parameters else step.x.device
         check_devices(step, device)
-        dtype = autocast_dtype(step.x)
-        parts = self._parts_for(step.criterion, dtype)
+        parts = self._parts_for(step.criterion, autocast_dtype(step.x))
         whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
@@ -300,17 +300,17 @@ class Trainer:
             return self._run_whole(parts, step)
         (part,) = parts
         run = part.whole_step(step)
-        results = run(part.cast(step.x), step.target, step.context)
+        results = run(step.x, step.target, step.context)
         last = Repetition(run, step, optimizer, device, watch)
         last.finish()
-        plain = dtype is None and all(step.active) and isinstance(optimizer, Optimizer)
+        plain = all(step.active) and isinstance(optimizer, Optimizer)
         self._last = last if plain and part.backend != "reference" else None
         return results
 
     @staticmethod
     def _run_whole(parts: list, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         (part,) = parts
-        return part.whole_step(step)(part.cast(step.x), step.target, step.context)
+        return part.whole_step(step)(step.x, step.target, step.context)
 
     def _optimizers_of(self, given) -> Optimizers:
         if self._optimizers is None or not self._optimizers.is_current(given):
