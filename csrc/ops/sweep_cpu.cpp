@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 
+#include "ops/range.h"
 #include "ops/sweep_memory.h"
 #include "ops/sweep_plan.h"
 #include "ops/sweep_updates.h"
@@ -35,9 +36,13 @@ class CpuSweep final : public Sweep {
     memory_ = &memory;
     bind_values(memory);
     bind_inputs(memory);
-    in_parallel(packings_.size(), pack_work_, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) run(packings_[i]);
-    });
+    {
+      const Range range("fastdni::sweep pack weights");
+      in_parallel(packings_.size(), pack_work_, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) run(packings_[i]);
+      });
+    }
+    const Range range("fastdni::sweep forward, synthesize, propagate");
     run(forward_program_);
     report();
   }
@@ -46,6 +51,7 @@ class CpuSweep final : public Sweep {
     memory_ = &memory;
     if (memory.gradient != nullptr) run(regression_program_);
     report_synthesis();
+    const Range range("fastdni::sweep weight gradients and updates");
     updates_.run(memory);
   }
 
