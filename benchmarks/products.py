@@ -14,12 +14,11 @@ adds about a microsecond to both sides.
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from fastdni import bench
+from fastdni.bench.products import PRODUCTS, onednn_linear, product_calls, time_calls
 
 SHAPES = (
     (10, 24, 128),
@@ -36,75 +35,23 @@ SHAPES = (
     (256, 1024, 1024),
 )
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-PRODUCTS = ("forward", "weight", "input")
-# Largest difference of the two libraries, relative to the largest element: rounding to `dtype`.
+# Largest difference of two libraries, relative to the largest element: rounding to the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def onednn_linear() -> Callable | None:
-    """oneDNN's x w^T + b as f(x, w, b), or None where this torch has no such operator."""
-    try:
-        linear = torch.ops.mkldnn._linear_pointwise.default
-    except AttributeError:
-        return None
-    return lambda x, w, b: linear(x, w, b, "none", [], "")
-
-
-def _can(linear: Callable, x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether oneDNN has this product for the dtype: without AVX-512 it has none in bfloat16."""
-    try:
-        linear(x, w, None)
-    except RuntimeError:
-        return False
-    return True
-
-
-def calls(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Callable]:
-    """`product library` -> callable, for the libraries there are."""
-    batch, inputs, outputs = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
-
-    x, w, b, dz = (
-        random(batch, inputs),
-        random(outputs, inputs),
-        random(outputs),
-        random(batch, outputs),
-    )
-    found = {
-        "forward MKL": lambda: torch.addmm(b, x, w.t()),
-        "weight MKL": lambda: torch.mm(dz.t(), x),
-        "input MKL": lambda: torch.mm(dz, w),
-    }
-    linear = onednn_linear()
-    if linear is not None and _can(linear, x, w):
-        found |= {
-            "forward oneDNN": lambda: linear(x, w, b),
-            "weight oneDNN": lambda: linear(dz.t(), x.t(), None),
-            "input oneDNN": lambda: linear(dz, w.t(), None),
-        }
-        for product in PRODUCTS:
-            want, got = found[f"{product} MKL"]().float(), found[f"{product} oneDNN"]().float()
-            error = ((got - want).abs().max() / want.abs().max()).item()
-            assert error <= TOLERANCE[dtype], f"{product} {shape} {dtype}: differs by {error:.1e}"
-    return found
-
-
-def repeat(call: Callable, times: int) -> None:
-    """Calls `call` so many times."""
-    for _ in range(times):
-        call()
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, seconds: float) -> dict[str, float]:
     """`product library` -> median seconds a call."""
     batch, inputs, outputs = shape
-    times = max(1, min(100, 10_000_000 // (batch * inputs * outputs)))
-    loops = {name: partial(repeat, call, times) for name, call in calls(shape, dtype).items()}
-    timings = bench.interleave(loops, seconds=seconds)
-    return {name: timing.median / times for name, timing in timings.items()}
+    calls = {}
+    for product in PRODUCTS:
+        made = product_calls(batch, product, inputs, outputs, dtype)
+        want = made["MKL"]().float()
+        for library, call in made.items():
+            error = ((call().float() - want).abs().max() / want.abs().max()).item()
+            if not error <= TOLERANCE[dtype]:
+                raise ArithmeticError(f"{product} {library} {shape} {dtype}: off by {error:.1e}")
+            calls[f"{product} {library}"] = call
+    return time_calls(calls, batch * inputs * outputs, seconds)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,10 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     print(bench.header(bench.hardware()))
-    libraries = ["MKL", "oneDNN"] if onednn_linear() is not None else ["MKL"]
-    if len(libraries) == 1:
+    libraries = ["MKL", "MKL transposed", "oneDNN"]
+    if onednn_linear() is None:
+        libraries.remove("oneDNN")
         print("oneDNN: this torch has no mkldnn::_linear_pointwise, so only MKL is measured")
-    columns = [f"{product} {library}" for product in PRODUCTS for library in libraries]
+    columns = [
+        f"{product} {library}"
+        for product in PRODUCTS
+        for library in libraries
+        if (product, library) != ("forward", "MKL transposed")
+    ]
     rows = []
     for threads in sorted({1, min(2, bench.cores())}):
         torch.set_num_threads(threads)

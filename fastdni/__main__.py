@@ -1,6 +1,5 @@
-"""`python -m fastdni info`: versions, backends, what the extension was built for."""
+"""`python -m fastdni info | bench`: what is installed and built; what the kernels buy."""
 
-import argparse
 import importlib.util
 import platform
 import sys
@@ -9,6 +8,7 @@ import torch
 
 import fastdni
 from fastdni import _C
+from fastdni.bench import command as bench
 
 
 def info() -> list[tuple[str, str]]:
@@ -33,10 +33,15 @@ def info() -> list[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastdni", description="Tools of fastdni.")
+    parser = bench.Parser(prog="python -m fastdni", description="Tools of fastdni.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="versions, backends, what the extension was built for")
-    parser.parse_args(arguments)
+    of_bench = commands.add_parser("bench", help="what the fused kernels buy on one's own sizes")
+    bench.add_arguments(of_bench)
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        bench.check(of_bench, options)
+        return bench.run(options)
     lines = info()
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

@@ -1,7 +1,6 @@
 """The timing loop and its tables, and the benchmarks that are built on them."""
 
 import importlib
-import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastdni
 from fastdni import bench
+from fastdni.bench import dropin, report, timing
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(bench, "perf_counter", clock)
+    monkeypatch.setattr(timing, "perf_counter", clock)
     return clock
 
 
@@ -50,9 +51,19 @@ def benchmark_module(monkeypatch):
 
 
 def test_timing_interpolates_between_samples():
-    timing = bench.Timing.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
-    assert timing == bench.Timing(median=3.5, p20=2.0, p80=5.0, count=6)
-    assert bench.Timing.of([7.0]) == bench.Timing(7.0, 7.0, 7.0, 1)
+    found = bench.Timing.of([[5.0, 1.0, 4.0], [2.0, 3.0, 6.0]])
+    assert found == bench.Timing(median=3.5, p20=2.0, p80=5.0, count=6)
+    assert found.rounds == (4.0, 3.0)
+    assert found.numbers() == {"median": 3.5, "p20": 2.0, "p80": 5.0, "count": 6}
+    assert bench.Timing.of([[7.0]]) == bench.Timing(7.0, 7.0, 7.0, 1)
+
+
+def test_ratio_compares_round_by_round():
+    """A machine that slows down tenfold halfway changes no ratio."""
+    fast = bench.Timing.of([[1.0], [1.0], [10.0], [10.0], [1.0]])
+    slow = bench.Timing.of([[2.0], [2.0], [20.0], [25.0], [3.0]])
+    ratio = bench.Ratio.of(slow, fast)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.6))
 
 
 def test_interleave_rotates_the_order():
@@ -140,7 +151,7 @@ def test_commit_is_that_of_the_file(monkeypatch, tmp_path):
 
     file = tmp_path / "bench.py"
     file.write_text("1\n")
-    monkeypatch.setattr(bench, "__file__", str(file))
+    monkeypatch.setattr(report, "__file__", str(file))
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message", "of another project")
     assert "commit" not in bench.hardware(), "an untracked file is of no commit"
@@ -152,46 +163,31 @@ def test_commit_is_that_of_the_file(monkeypatch, tmp_path):
     assert bench.hardware()["commit"] == commit + "-dirty"
 
 
-@pytest.mark.parametrize("scheme", ["dni", "cdni", "unlock"])
-def test_variants_agree(benchmark_module, scheme):
-    benchmark_module("dropin").check(scheme, width=12, batch=16)
+@pytest.mark.parametrize("scheme", dropin.SCHEMES)
+def test_dropin_variants_agree(scheme):
+    dropin.check(scheme, (20, 12, 12, 5), batch=16, others=(fastdni,))
 
 
-def test_dropin_notices_a_wrong_variant(benchmark_module, monkeypatch):
-    dropin = benchmark_module("dropin")
+def test_dropin_notices_a_wrong_variant(monkeypatch):
+    build = dropin.build
 
-    def build(variant, scheme, width):
-        network = benchmark_module("networks").build(variant, scheme, width)
+    def wrong(variant, *arguments):
+        network = build(variant, *arguments)
         if variant == "fastdni":
-            with torch.no_grad():
-                network.linear2.weight *= 1.0001
+            network.norms[0].eps = 1e-2
         return network
 
-    monkeypatch.setattr(dropin, "build", build)
-    with pytest.raises(AssertionError, match="fastdni, dni, width 12, batch 16, .*: off by"):
-        dropin.check("dni", width=12, batch=16)
+    monkeypatch.setattr(dropin, "build", wrong)
+    with pytest.raises(ArithmeticError, match="^fastdni, dni, 20-12-12-5, batch 16, .*: off by"):
+        dropin.check("dni", (20, 12, 12, 5), batch=16)
 
 
-def test_dropin_reports(benchmark_module, monkeypatch, tmp_path, capsys):
-    dropin = benchmark_module("dropin")
-    monkeypatch.setattr(dropin, "BATCHES", (16,))
-    monkeypatch.setattr(dropin, "WIDTHS", (12,))
-    out = tmp_path / "out.json"
-    assert dropin.main(["--rounds", "2", "--json", str(out)]) == 0
-
-    written = json.loads(out.read_text())
-    assert written["hardware"]["torch"] == torch.__version__
-    threads = {1, min(2, bench.cores())}
-    assert len(written["results"]) == 3 * len(threads)
-    lines = capsys.readouterr().out.splitlines()
-    for result in written["results"]:
-        seconds, ratios = result["seconds"], result["ratios"]
-        assert seconds["fastdni fused"]["count"] == 2 * bench.BURST
-        expected = seconds["easy fused"]["median"] / seconds["fastdni fused"]["median"]
-        assert ratios["easy/fastdni"] == pytest.approx(expected)
-        case = [str(value) for value in result["case"].values()]
-        (line,) = [line for line in lines if line.split()[:4] == case]
-        assert f"{ratios['eager/fastdni']:.2f}" in line.split()
+def test_dropin_measures_under_both_optimizers():
+    plain, fused = dropin.measure("cdni", (20, 12, 12, 5), 16, (fastdni,), rounds=2)
+    assert list(plain.seconds) == ["fastdni", "eager", "backprop", "peer fastdni"]
+    assert list(fused.seconds) == ["fastdni", "easy", "backprop", "peer fastdni"]
+    assert fused.case["optimizer"] == "fused Adam"
+    assert plain.seconds["eager"].count == 2 * bench.BURST
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["both", "without oneDNN"])
@@ -199,7 +195,8 @@ def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
     products = benchmark_module("products")
     monkeypatch.setattr(products, "SHAPES", ((4, 3, 2),))
     if not onednn:
-        monkeypatch.setattr(products, "onednn_linear", lambda: None)
+        for module in (products, fastdni.bench.products):
+            monkeypatch.setattr(module, "onednn_linear", lambda: None)
     elif products.onednn_linear() is None:
         pytest.skip("this torch has no oneDNN linear")
     assert products.main(["--quick"]) == 0
@@ -208,7 +205,7 @@ def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
     assert ("only MKL is measured" in out) != onednn
     (line, *_) = [line for line in out.splitlines() if line.startswith("bf16")]
     times = line.split()[5:]
-    assert len(times) == (6 if onednn else 3)
+    assert len(times) == (8 if onednn else 5)
     # Some processors have no bfloat16 product in oneDNN.
     assert all(time == "-" or float(time) > 0 for time in times) and times[0] != "-"
 

@@ -1,143 +1,159 @@
-"""The benchmark of decoupled networks: its forms of a step, its check of them, its report."""
+"""The forms of a step that benchmarks compare: that they are the same step; what is reported."""
 
-import importlib
-import json
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from torch import nn
 
 from fastdni import bench
+from fastdni.bench import forms, limits, network, products
+from fastdni.bench.cases import OPTIMIZERS, Case, parse_net, parse_synthesizer
 
-ROOT = Path(__file__).parents[1]
-TINY = {
-    "sgd": {"optimizer": "sgd", "activation": nn.Sigmoid, "context": False},
-    "adam": {},
-    "norm": {"norm": True},
+TINY = Case((7, 9, 6, 5), 8)
+CASES = {
+    **{optimizer: TINY._replace(optimizer=optimizer) for optimizer in OPTIMIZERS},
+    "sigmoid": TINY._replace(activation="sigmoid", context=False),
+    "tanh": TINY._replace(activation="tanh", optimizer="sgd"),
+    "norm": TINY._replace(norm=True),
+    "mlp": TINY._replace(hidden=(11, 11)),
 }
 
 
-@pytest.fixture
-def network(monkeypatch):
-    """The benchmark, which compiles nothing here, and torch's threads afterwards as before."""
-    monkeypatch.syspath_prepend(ROOT)
-    threads = torch.get_num_threads()
-    module = importlib.import_module("benchmarks.network")
-    monkeypatch.setattr(module, "compiled", lambda function: function)
-    yield module
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(forms, "compiled", lambda function: function)
 
 
-def tiny(network, **how):
-    """A size that no test has to wait for."""
-    return network.Size((7, 9, 6, 5), 8, **how)
+def check(case: Case, names=("fastdni", "fastdni reference", "eager fused", *forms.COMPILED)):
+    agree = forms.Check(case)
+    for name in names:
+        agree(name, forms.prepare(name, case))
 
 
-def checked(network, size) -> None:
-    """The benchmark's check of everything that it checks."""
-    columns = ("fastdni", *network.COMPILED)
-    network.check("tiny", size, {column: network.prepare(column, size) for column in columns})
+@pytest.mark.parametrize("small", [0, 10**6], ids=["fused update", "update in graph"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forms_of_a_step_agree(monkeypatch, case, small):
+    monkeypatch.setattr(forms, "_SMALL", small)
+    check(case)
 
 
-@pytest.mark.parametrize("update_in_graph", [False, True], ids=["fused update", "update in graph"])
-@pytest.mark.parametrize("how", TINY.values(), ids=TINY)
-def test_forms_of_a_step_agree(network, how, update_in_graph):
-    checked(network, tiny(network, **how, update_in_graph=update_in_graph))
+@pytest.mark.parametrize("norm", [False, True])
+def test_forms_agree_in_bfloat16(norm):
+    check(TINY._replace(batch=64, precision="bf16", norm=norm))
+    check(TINY._replace(batch=64, norm=norm), ["fastdni bf16"])
 
 
-@pytest.mark.parametrize("column", ["fastdni", "compiled", "backprop compiled"])
-def test_a_wrong_form_is_noticed(network, monkeypatch, column):
+@pytest.mark.parametrize("form", ["fastdni", "compiled", "backprop compiled"])
+def test_a_wrong_form_is_noticed(form):
     """The weight of one layer differs by a hundredth."""
-    prepare = network.prepare
-
-    def wrong(name, *arguments):
-        candidate = prepare(name, *arguments)
-        if name == column:
-            with torch.no_grad():
-                candidate.net.stages[1][0].weight *= 1.01
-        return candidate
-
-    monkeypatch.setattr(network, "prepare", wrong)
-    with pytest.raises(AssertionError, match=f"^{column}, tiny, float.*: .* off by .*, allowed"):
-        checked(network, tiny(network))
+    agree, candidate = forms.Check(TINY), forms.prepare(form, TINY)
+    with torch.no_grad():
+        candidate.net.stages[1][0].weight *= 1.01
+    with pytest.raises(ArithmeticError, match=f"^{form}, 7-9-6-5, .*: .* off by .*, allowed"):
+        agree(form, candidate)
 
 
-def test_a_wrong_scale_is_noticed_under_adam(network, monkeypatch):
+def test_a_wrong_scale_is_noticed_under_adam(monkeypatch):
     """Adam's first update does not depend on a gradient's scale, its state does."""
-    gradients = network.gradients
+    gradients = forms.gradients
 
     def doubled(*arguments):
         *results, found = gradients(*arguments)
         return *results, [*found[:-1], 2 * found[-1]]
 
-    monkeypatch.setattr(network, "gradients", doubled)
-    with pytest.raises(AssertionError, match="exp_avg"):
-        checked(network, tiny(network))
+    monkeypatch.setattr(forms, "gradients", doubled)
+    with pytest.raises(ArithmeticError, match="exp_avg"):
+        check(TINY, ["compiled"])
 
 
-def test_nan_is_the_largest_error(network):
+def test_nan_is_the_largest_error():
     zero, one, nan = torch.zeros(2), torch.ones(2), torch.tensor([0.0, float("nan")])
-    off, where = network.error({"a": 2 * one, "b": nan, "c": one}, dict.fromkeys("abc", one), {})
-    assert where == "b" and off != off
-    assert network.error({"a": 3 * one}, {"a": 2 * one}, {"a": one}) == (1.0, "a")
-    assert network.error({"a": zero}, {"a": zero}, {"a": zero}) == (0.0, "a")
+    off, where = forms.error({"a": 2 * one, "b": nan, "c": one}, dict.fromkeys("abc", one), {})
+    assert where == "b" and math.isnan(off)
+    assert forms.error({"a": 3 * one}, {"a": 2 * one}, {"a": one}) == (1.0, "a")
+    assert forms.error({"a": zero}, {"a": zero}, {"a": zero}) == (0.0, "a")
 
 
-@pytest.mark.parametrize("product", ["forward", "weight", "input"])
-def test_libraries_make_the_same_product(network, product):
+@pytest.mark.parametrize("product", products.PRODUCTS)
+def test_libraries_make_the_same_product(product):
     shape = {"forward": (4, 5), "weight": (5, 3), "input": (4, 3)}[product]
-    made = {name: f() for name, f in network.product_calls(4, product, inputs=3, outputs=5).items()}
-    for library, found in made.items():
-        found = found.t() if library == "MKL transposed" else found
+    made = {name: f() for name, f in products.product_calls(4, product, 3, 5).items()}
+    for found in made.values():
         assert found.shape == shape
         torch.testing.assert_close(found, made["MKL"])
 
 
-@pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
-def test_network_reports(network, monkeypatch, tmp_path, capsys, quick):
-    sizes = {"tiny": tiny(network), "tiny-bn": tiny(network, norm=True, optimizer="sgd")}
-    monkeypatch.setattr(network, "SIZES", sizes)
-    monkeypatch.setattr(network, "MEMORY_STEPS", 3)
-    out = tmp_path / "out.json"
-    arguments = ["--rounds", "1", "--sizes", "tiny", "tiny-bn", "--json", str(out)]
-    assert network.main(arguments + ["--quick"] * quick) == 0
-
-    written = json.loads(out.read_text())
-    assert written["hardware"]["threads"] == 1
-    assert [result["case"]["size"] for result in written["results"]] == list(sizes)
-    assert written["memory"]["size"] == "tiny" and written["memory"]["workspace_bytes"] > 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for result in written["results"]:
-        seconds, ratios = result["seconds"], result["ratios"]
-        assert set(network.COLUMNS) - set(seconds) == (set(network.COMPILED) if quick else set())
-        assert all(timing["count"] == bench.BURST for timing in seconds.values())
-        expected = seconds["eager"]["median"] / seconds["fastdni"]["median"]
-        assert ratios["eager/fastdni"] == pytest.approx(expected)
-        assert ("compiled/fastdni" in ratios) != quick
-        of_ratios, of_times = [line for line in lines if line[:1] == [result["case"]["size"]]]
-        assert f"{ratios['eager/fastdni']:.2f}" in of_ratios and (("-" in of_ratios) == quick)
-        assert f"{1e6 * seconds['fastdni']['median']:.0f}" == of_times[1]
+def test_work_counts_products_and_state():
+    """784-256-256-10 with linear synthesizers, by hand: 5 products of the two hidden layers but
+    for the lowest input gradient, 3 of the head."""
+    case = Case((784, 256, 256, 10), 256)
+    layers = 2 * 784 * 256 + 3 * 256 * 256 + 3 * 256 * 10
+    count = 784 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10 + 2 * (256 * 256 + 11 * 256 + 256)
+    flop, traffic = limits.work(case)
+    assert flop == 2 * 256 * (layers + 2 * 2 * 256 * 256)
+    assert traffic == 4 * count * 2 * 3
+    assert limits.work(case._replace(optimizer="sgd"))[1] == 4 * count * 2
+    hidden = limits.work(case._replace(hidden=(100, 100)))[0]
+    of_one = 2 * 256 * 100 + 3 * 100 * 100 + 3 * 100 * 256
+    assert hidden == 2 * 256 * (layers + 2 * of_one)
 
 
-def test_nothing_is_compiled_once_time_is_up(network, monkeypatch, capsys):
-    monkeypatch.setattr(network, "SIZES", {"tiny": tiny(network)})
-    monkeypatch.setattr(network, "MEMORY_STEPS", 1)
-    monkeypatch.setattr(network, "COMPILE_SECONDS", -1)
-    assert network.main(["--rounds", "1"]) == 0
-    assert "compiled/fastdni:" not in capsys.readouterr().out
+def test_a_limit_is_the_larger_bound():
+    by_arithmetic = limits.Limit(1e6, 1e3, 1e9, 1e9)
+    assert by_arithmetic.seconds == by_arithmetic.arithmetic == 1e-3
+    assert "1000 us, by arithmetic: 1 MFLOP at 1 GFLOP/s" in str(by_arithmetic)
+    assert "by memory" in str(limits.Limit(1e3, 1e6, 1e9, 1e9))
+
+
+def test_measure_reports():
+    names = network.forms_for("cpu", ["cpu", "reference"])
+    result = network.measure(TINY, names, with_limit=True, rounds=2)
+    assert list(result.seconds) == names and result.limit.flop_per_second > 0
+    assert result.seconds["eager"].count == 2 * bench.BURST
+    assert result.strongest(forms.BACKPROP).startswith("backprop")
+    text = network.report(result)
+    for form, ratio in result.ratios.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{form}  ")]
+        assert f"{ratio.value:.2f} [{ratio.low:.2f} {ratio.high:.2f}]" in line
+    assert "limit of a decoupled step:" in text and "strongest form of backprop:" in text
+    stored = result.stored()
+    assert stored["limit"]["seconds"] == result.limit.seconds and "left_out" not in stored
+
+
+def test_a_form_that_does_not_compile_is_left_out(monkeypatch):
+    def fails(function):
+        raise RuntimeError("there is no compiler\nat all")
+
+    monkeypatch.setattr(forms, "compiled", fails)
+    result = network.measure(TINY, ["fastdni", "compiled", "backprop"], rounds=1)
+    assert list(result.seconds) == ["fastdni", "backprop"]
+    assert "compiled: not measured: there is no compiler\n" in network.report(result) + "\n"
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "times, verdict",
     [
-        (["--sizes", "huge"], "invalid choice: 'huge'"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--threads", "-2"], "--threads must be at least 1, got -2"),
+        ([2.0, 2.0, 2.0], "fastdni is 2.00 [2.00 2.00] times as fast"),
+        ([0.5, 0.5, 0.5], "fastdni takes 2.00 [2.00 2.00] times as long"),
+        ([0.5, 1.0, 2.0], "fastdni takes the same time, within the band"),
     ],
 )
-def test_network_refuses(network, capsys, arguments, message):
-    with pytest.raises(SystemExit) as refused:
-        network.main(arguments)
-    assert refused.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+def test_a_verdict_minds_the_band(times, verdict):
+    ours = bench.Timing.of([[1.0]] * 3)
+    result = network.Result({}, {"fastdni": ours, "eager": bench.Timing.of([[t] for t in times])})
+    assert verdict in network.report(result)
+
+
+@pytest.mark.parametrize("text", ["", "784", "784-10", "784-0-10", "784--10", "a-b-c", "1.5-2-3"])
+def test_parse_net_refuses(text):
+    with pytest.raises(ValueError, match="a network is three or more widths"):
+        parse_net(text)
+
+
+def test_parse_synthesizer():
+    assert parse_synthesizer("linear") == ()
+    assert parse_synthesizer("mlp:1024") == (1024, 1024)
+    assert parse_synthesizer("mlp:8x3") == (8, 8, 8)
+    for text in ("mlp", "mlp:0", "mlp:8x0", "mlp:-3", "linear:3", "cnn:8"):
+        with pytest.raises(ValueError, match="a synthesizer is linear, mlp:WIDTH"):
+            parse_synthesizer(text)

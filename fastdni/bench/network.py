@@ -1,0 +1,171 @@
+"""A case measured in every form, and what came out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+import fastdni as dni
+from fastdni.bench import forms
+from fastdni.bench.cases import Case
+from fastdni.bench.limits import Limit, limit, rates
+from fastdni.bench.products import products
+from fastdni.bench.report import microseconds, table
+from fastdni.bench.timing import BURST, Ratio, Timing, interleave
+
+# Steps this long do not find caches cold because others ran in between.
+_LONG = 3e-3
+
+
+@dataclass
+class Result:
+    """Times of a case's forms.
+
+    Attributes:
+        case: what was measured, in words, and further keys such as "threads".
+        seconds: form -> Timing.
+        ratios: form -> its time over that of the first form.
+        limit: of a decoupled step, where it was measured.
+        left_out: form -> why there is no time for it.
+    """
+
+    case: dict[str, object]
+    seconds: dict[str, Timing]
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    limit: Limit | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        ours = next(iter(self.seconds))
+        if not self.ratios:
+            self.ratios = {
+                form: Ratio.of(timing, self.seconds[ours])
+                for form, timing in self.seconds.items()
+                if form != ours
+            }
+
+    def strongest(self, family: Sequence[str]) -> str | None:
+        """The fastest form of a family of baselines."""
+        there = [form for form in family if form in self.seconds]
+        return min(there, key=lambda form: self.seconds[form].median, default=None)
+
+    def stored(self) -> dict:
+        """As JSON takes it."""
+        found = {
+            "case": self.case,
+            "seconds": {form: timing.numbers() for form, timing in self.seconds.items()},
+            "ratios": {form: vars(ratio) for form, ratio in self.ratios.items()},
+        }
+        if self.limit is not None:
+            found["limit"] = {**self.limit._asdict(), "seconds": self.limit.seconds}
+        return found | ({"left_out": self.left_out} if self.left_out else {})
+
+
+def backends_for(device: str) -> list[str]:
+    """The available backends that serve a device, the fastest one first."""
+    serving = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}[device]
+    available = dni.backends()
+    return [name for name in serving if available[name] == "available"]
+
+
+def forms_for(device: str, backends: Sequence[str] = ("auto",), compile: bool = True) -> list[str]:
+    """The forms that can be measured on a device, fastdni's first."""
+    found = ["fastdni" if name == "auto" else f"fastdni {name}" for name in backends]
+    found += ["eager", "eager fused", "compiled", "graphed"]
+    found += ["backprop", "backprop compiled", "backprop graphed", "products"]
+    left_out = (() if device == "cuda" else forms.GRAPHED) + (() if compile else forms.COMPILED)
+    return [form for form in found if form not in left_out]
+
+
+def measure(
+    case: Case,
+    names: Sequence[str],
+    *,
+    with_limit: bool = False,
+    progress: bool = False,
+    labels: dict[str, object] | None = None,
+    **limits: float,
+) -> Result:
+    """Checks a case's forms against each other, and then times their steps in turn.
+
+    Args:
+        case: what to measure.
+        names: of forms; the first one is what ratios are taken to.
+        with_limit: whether to measure the machine's rates, too, in turn with the steps.
+        progress: shown on standard error.
+        labels: what the result's `case` says; None: the case in words.
+        limits: `rounds` or `seconds`, for `interleave`.
+
+    Raises:
+        ArithmeticError: two forms do not agree.
+    """
+    torch.compiler.reset()  # nothing compiled for another case is kept
+    check = forms.Check(case)
+    candidates, left_out = {}, {}
+    for name in names:
+        if name == "products":
+            continue
+        _say(f"preparing and checking {name}", progress)
+        try:
+            candidate = forms.prepare(name, case)
+            check(name, candidate)
+        except RuntimeError as reason:  # no compiler, say
+            if name not in (*forms.COMPILED, *forms.GRAPHED):
+                raise
+            left_out[name] = str(reason).strip().partition("\n")[0]
+            continue
+        candidates[name] = candidate
+    steps: dict[str, Callable] = {name: made.step for name, made in candidates.items()}
+    if "products" in names:
+        _say("choosing products", progress)
+        steps["products"] = products(case)
+    steps |= rates(case) if with_limit else {}
+    _say("", progress)
+    short = interleave(steps, rounds=1, warmup=1, device=case.device)
+    burst = 2 if short[names[0]].median > _LONG else BURST
+    timings = interleave(
+        steps, burst=burst, warmup=1, device=case.device, progress=progress, **limits
+    )
+    ordered = {name: timings[name] for name in names if name in timings}
+    found = limit(case, timings) if with_limit else None
+    return Result(labels or {"case": str(case)}, ordered, {}, found, left_out)
+
+
+def _say(what: str, progress: bool) -> None:
+    if progress:
+        print(f"\r{what:40s}\r", end="", file=sys.stderr, flush=True)
+
+
+def report(result: Result, markdown: bool = False) -> str:
+    """A result as a table, with the strongest baselines and the limit."""
+    ours = next(iter(result.seconds))
+    rows = []
+    for form, timing in result.seconds.items():
+        times = [*map(microseconds, (timing.median, timing.p20, timing.p80))]
+        ratio = result.ratios.get(form)
+        quotient = "" if ratio is None else f"{ratio.value:.2f} [{ratio.low:.2f} {ratio.high:.2f}]"
+        reached = []
+        if result.limit is not None:
+            share = 100 * result.limit.seconds / timing.median
+            reached = ["" if form in forms.BACKPROP else f"{share:.1f} %"]
+        rows.append([form, f"{times[0]} [{times[1]} {times[2]}]", quotient, *reached])
+    headers = ["form", "us [20 80 %]", f"/ {ours}"]
+    lines = [table(rows, headers + ["limit / time"] * (result.limit is not None), markdown), ""]
+    for name, family in (("PyTorch's DNI", forms.DECOUPLED), ("backprop", forms.BACKPROP)):
+        best = result.strongest(family)
+        if best is not None:
+            lines.append(f"strongest form of {name}: {best}; {_verdict(result.ratios[best], ours)}")
+    if result.limit is not None:
+        lines.append(f"limit of a decoupled step: {result.limit}")
+    lines += [f"{form}: not measured: {reason}" for form, reason in result.left_out.items()]
+    return "\n".join(lines)
+
+
+def _verdict(ratio: Ratio, ours: str) -> str:
+    if ratio.low <= 1 <= ratio.high:
+        return f"{ours} takes the same time, within the band"
+    if ratio.value > 1:
+        return f"{ours} is {ratio.value:.2f} [{ratio.low:.2f} {ratio.high:.2f}] times as fast"
+    slower = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+    return f"{ours} takes {slower.value:.2f} [{slower.low:.2f} {slower.high:.2f}] times as long"

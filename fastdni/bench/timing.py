@@ -1,0 +1,136 @@
+"""The timing loop of the project: callables measured in turn.
+
+Machines drift: clocks change, neighbours come and go. Timing A to its end and then B charges
+that drift to one of them, so :func:`interleave` runs A B C, B C A, C A B, ... and reports medians
+with the 20th and 80th percentiles; :class:`Ratio` compares two of them round by round.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+
+import torch
+
+BURST = 8  # training steps of one candidate in a row: see `interleave`
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and 20th and 80th percentile in seconds over `count` samples."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+    rounds: tuple[float, ...] = field(default=(), repr=False, compare=False)  # medians
+
+    @classmethod
+    def of(cls, rounds: Sequence[Sequence[float]]) -> "Timing":
+        """Summarises samples in seconds, those of each round together."""
+        samples = [sample for taken in rounds for sample in taken]
+        return cls(*_quantiles(samples), len(samples), tuple(map(median, rounds)))
+
+    def numbers(self) -> dict[str, float]:
+        """As results are stored."""
+        return {key: getattr(self, key) for key in ("median", "p20", "p80", "count")}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one callable took as another, and the band of that.
+
+    The median over rounds, in which both ran side by side, with the 20th and 80th percentile.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, longer: Timing, shorter: Timing) -> "Ratio":
+        """Of two timings of one :func:`interleave`."""
+        return cls(*_quantiles([a / b for a, b in zip(longer.rounds, shorter.rounds, strict=True)]))
+
+
+def _quantiles(values: Sequence[float]) -> list[float]:
+    """Median, 20th and 80th percentile, with linear interpolation between neighbours."""
+    of = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64).quantile(of).tolist()
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int | None = None,
+    seconds: float | None = None,
+    burst: int = 1,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> dict[str, Timing]:
+    """Times callables in turn, the order rotated from round to round.
+
+    A training loop repeats one step; in turn with five others it would find its code and its
+    parameters gone from the caches every time. With a burst above one, each turn is one call that
+    is not timed and then `burst` calls that are.
+
+    Args:
+        steps: name -> callable without arguments.
+        rounds: number of timed rounds.
+        seconds: instead of `rounds`: no new round starts after this time (one always does).
+        burst: timed calls a turn.
+        warmup: rounds that run first and are not timed.
+        device: where the callables work; a CUDA device is synchronised around each call.
+        progress: show the share done on standard error.
+
+    Returns:
+        name -> Timing, in the order of `steps`.
+
+    Raises:
+        ValueError: when not exactly one of `rounds` and `seconds` is given, or one is not
+            positive, or `burst` is below one, or `warmup` is negative.
+    """
+    if (rounds is None) == (seconds is None):
+        raise ValueError("interleave: give either rounds or seconds")
+    limit = seconds if rounds is None else rounds
+    if not limit > 0:
+        raise ValueError(f"interleave: rounds or seconds must be positive, got {limit}")
+    if burst < 1:
+        raise ValueError(f"interleave: burst must be at least 1, got {burst}")
+    if warmup < 0:
+        raise ValueError(f"interleave: warmup must not be negative, got {warmup}")
+
+    on_cuda = torch.device(device).type == "cuda"
+    synchronize = (lambda: torch.cuda.synchronize(device)) if on_cuda else (lambda: None)
+    for _ in range(warmup):
+        for step in steps.values():
+            step()
+
+    order = list(steps)
+    samples: dict[str, list[list[float]]] = {name: [] for name in order}
+    start = perf_counter()
+    done, shown = 0, -1
+    while done < limit:
+        for name in order:
+            if burst > 1:
+                steps[name]()
+            taken = []
+            for _ in range(burst):
+                synchronize()
+                begin = perf_counter()
+                steps[name]()
+                synchronize()
+                taken.append(perf_counter() - begin)
+            samples[name].append(taken)
+        order.append(order.pop(0))
+        done = done + 1 if seconds is None else perf_counter() - start
+        percent = min(100, int(100 * done / limit))
+        if progress and percent > shown:
+            shown = percent
+            bar = "#" * (percent // 4)
+            print(f"\rtiming [{bar:25s}] {percent:3d} %", end="", file=sys.stderr, flush=True)
+    if progress:
+        print("\r" + " " * 42 + "\r", end="", file=sys.stderr, flush=True)
+    return {name: Timing.of(rounds) for name, rounds in samples.items()}
