@@ -91,13 +91,20 @@ class FusedPart:
         plan = self.plan(len(step.x))
         binding = self.binding(plan, step)
         active, caller = self._active(step), step.caller
+        last: tuple = (None, None)  # state and settings of the plan's last step
 
         def run(x: Tensor, target: Tensor, context: Tensor | None):
+            nonlocal last
             state, pending, groups, settings = binding.state()
-            output, loss, synthesis_loss = ops.sweep_(
-                plan, self._input(x), target, context, state, groups, settings, active, caller
-            )
+            if state is last[0] and settings is last[1]:
+                results = ops.sweep_repeat_(plan, self._input(x), target, context, caller)
+            else:
+                results = ops.sweep_(
+                    plan, self._input(x), target, context, state, groups, settings, active, caller
+                )
+                last = (state, settings) if plan.handle else last
             self._finish(plan, binding, state, pending)
+            output, loss, synthesis_loss = results
             return loss, output, synthesis_loss
 
         return run

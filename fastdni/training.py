@@ -32,6 +32,11 @@ GRADIENTS = object()  # in an optimizer's place: no update
 _grad = attrgetter("grad")
 
 
+def _autocast(device: torch.device) -> torch.dtype | None:
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 class Repetition:
     """The last step, where one sweep with its optimizers was all of it, to be taken again.
 
@@ -46,7 +51,7 @@ class Repetition:
         self._run, self._watch, self._optimizers = run, watch, step.optimizers
         self._rules, self._given = step.optimizers.rules, given
         self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
-        self._autocast = autocast_dtype(step.x)
+        self._autocast, self._dtype = _autocast(device), step.x.dtype
 
     def take(
         self, x: Tensor, target: Tensor, optimizer: Optimizer, criterion: str, context
@@ -58,6 +63,7 @@ class Repetition:
             optimizer is not self._given
             or criterion is not self._criterion
             or backend.choice() != self._backend
+            or _autocast(device) is not self._autocast
             or torch.is_inference_mode_enabled()
             or not self._watch.unchanged()
             or not optimizers.unchanged()
@@ -69,7 +75,7 @@ class Repetition:
                 optimizers.rules is not self._rules
                 or optimizers.reason is not None
                 or not x.device == target.device == device
-                or autocast_dtype(x) is not self._autocast
+                or x.dtype is not self._dtype
                 or (context is not None and context.device != device)
             ):
                 return None

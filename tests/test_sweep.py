@@ -217,6 +217,11 @@ def test_ops_are_registered_as_they_behave():
         test_utils=names,
     )
     torch.library.opcheck(
+        torch.ops.fastdni.sweep_repeat_.default,
+        (plan.handle, "test", one.x, one.target, None),
+        test_utils=names,
+    )
+    torch.library.opcheck(
         torch.ops.fastdni.sweep_forward_.default,
         (plan.handle, "test", one.x, one.target, None, None, *lists, active),
         test_utils=names,
@@ -229,6 +234,37 @@ def test_ops_are_registered_as_they_behave():
     torch.library.opcheck(
         torch.ops.fastdni.sweep_check_target.default, ("test", one.target, 6, 5, "cross_entropy")
     )
+
+
+def test_a_repeated_step_is_the_same_step():
+    """On other data; with a parameter whose storage is another one by then."""
+    torch.manual_seed(0)
+    first, plan, state, groups, settings = arguments()
+    torch.manual_seed(0)
+    _, twin, its_state, *_ = arguments()
+    ops.sweep_(plan, first.x, first.target, None, state, groups, settings, [1] * 4)
+    ops.sweep_(twin, first.x, first.target, None, its_state, groups, settings, [1] * 4)
+    plan.parameters[0].data = plan.parameters[0].data.clone()
+    x, target = first.x.flip(0), first.target.flip(0)
+    found = ops.sweep_repeat_(plan, x, target, None)
+    expected = ops.sweep_(twin, x, target, None, its_state, groups, settings, [1] * 4)
+    found = (*found, *plan.parameters, *state, *plan.statistics)
+    expected = (*expected, *twin.parameters, *its_state, *twin.statistics)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_a_repeated_step_refuses():
+    one, plan, state, groups, settings = arguments()
+    with pytest.raises(RuntimeError, match="sweep: plan has no step to repeat"):
+        ops.sweep_repeat_(plan, one.x, one.target, None)
+    ops.sweep_(plan, one.x, one.target, None, state, groups, settings, [1] * 4)
+    before = [t.clone() for t in (*plan.parameters, *state)]
+    with pytest.raises(RuntimeError, match=r"sweep: x must be \(B, K\)"):
+        ops.sweep_repeat_(plan, one.x[:3], one.target, None)
+    plan.parameters[0].data = plan.parameters[0].data[:2]
+    with pytest.raises(RuntimeError, match="sweep: a parameter must be a contiguous"):
+        ops.sweep_repeat_(plan, one.x, one.target, None)
+    assert all(map(torch.equal, before[1:], (*plan.parameters[1:], *state)))
 
 
 def test_autograd_looks_past_the_ops():

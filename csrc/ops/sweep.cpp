@@ -2,6 +2,9 @@
 // with their synthesizers. The equations are in fastdni/reference/sweep.py.
 //
 //   sweep_           the whole step of a whole network
+//   sweep_repeat_    the same step as the last one with other data: the same parameters,
+//   statistics,
+//                    state and settings are taken, and written, without being passed again
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
 //   sweep_update_    the rest: the topmost synthesizer's regression, and every update
 //
@@ -256,6 +259,29 @@ Tensor make_synthesis_loss(Plan& plan, const Tensor& like) {
   return loss;
 }
 
+std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
+                                              const Tensor& x, const OptionalTensor& target,
+                                              const OptionalTensor& context,
+                                              const Binding& binding) {
+  FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
+                    !plan.spec.input_gradient,
+                caller, ": plan must be one of a whole network");
+  const Inputs inputs = check_inputs(caller, plan.spec, x, target, context);
+  bind_inputs(plan, inputs);
+  bind_parameters(caller, plan, binding.parameters, binding.active);
+  bind_statistics(caller, plan, binding.statistics);
+  std::vector<const Tensor*> steps;
+  bind_optimizer(caller, plan, binding.state, binding.groups, binding.settings, steps);
+  Tensor output = make_output(plan, x), loss = make_loss(plan, x);
+  Tensor synthesis_loss = make_synthesis_loss(plan, x);
+  plan.memory.gradient = nullptr;
+
+  plan.sweep->forward(plan.memory);
+  raise_steps(steps);
+  plan.sweep->update(plan.memory);
+  return {output, loss, synthesis_loss};
+}
+
 std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& caller,
                                              const Tensor& x, const OptionalTensor& target,
                                              const OptionalTensor& context,
@@ -265,23 +291,20 @@ std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& 
                                              const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  FASTDNI_CHECK(plan->spec.criterion != Criterion::none && !plan->spec.separate_input &&
-                    !plan->spec.input_gradient,
-                caller, ": plan must be one of a whole network");
-  const Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
-  bind_inputs(*plan, inputs);
-  bind_parameters(caller, *plan, parameters, active);
-  bind_statistics(caller, *plan, statistics);
-  std::vector<const Tensor*> steps;
-  bind_optimizer(caller, *plan, state, groups, settings, steps);
-  Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
-  Tensor synthesis_loss = make_synthesis_loss(*plan, x);
-  plan->memory.gradient = nullptr;
+  Binding binding{parameters, statistics, state, groups, settings, active};
+  auto results = whole_step(caller, *plan, x, target, context, binding);
+  plan->last = std::move(binding);
+  return results;
+}
 
-  plan->sweep->forward(plan->memory);
-  raise_steps(steps);
-  plan->sweep->update(plan->memory);
-  return {output, loss, synthesis_loss};
+// The tensors are looked at again: a parameter's `data` may be another one by now.
+std::tuple<Tensor, Tensor, Tensor> sweep_repeat_cpu(int64_t handle, const std::string& caller,
+                                                    const Tensor& x, const OptionalTensor& target,
+                                                    const OptionalTensor& context) {
+  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
+  FASTDNI_CHECK(!plan->last.parameters.empty(), caller, ": plan has no step to repeat");
+  return whole_step(caller, *plan, x, target, context, plan->last);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
@@ -342,6 +365,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "Tensor(a!)[] parameters, Tensor(b!)[] statistics, Tensor(c!)[] state, int[] groups, "
       "float[] settings, int[] active) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
+      "sweep_repeat_(int plan, str caller, Tensor x, Tensor? target, Tensor? context) -> "
+      "(Tensor output, Tensor loss, Tensor synthesis_loss)");
+  m.def(
       "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
       "Tensor? network_input, Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "
       "(Tensor output, Tensor loss, Tensor input_gradient)");
@@ -354,6 +380,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
   m.impl("sweep_", TORCH_BOX(&sweep_cpu));
+  m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat_cpu));
   m.impl("sweep_forward_", TORCH_BOX(&sweep_forward_cpu));
   m.impl("sweep_update_", TORCH_BOX(&sweep_update_cpu));
   m.impl("sweep_check_target", TORCH_BOX(&check_target));

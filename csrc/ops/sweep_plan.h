@@ -105,13 +105,22 @@ class Sweep {
   virtual int64_t workspace_bytes() const = 0;
 };
 
+// What a step of a whole network is given besides its data.
+struct Binding {
+  std::vector<Tensor> parameters, statistics, state;
+  std::vector<int64_t> groups;
+  std::vector<double> settings;
+  std::vector<int64_t> active;
+};
+
 struct Plan {
-  std::mutex
-      in_use;  // held for the length of an op: `memory` and the sweep serve one step at a time
+  // Held for the length of an op: `memory` and the sweep serve one step at a time.
+  std::mutex in_use;
   NetworkSpec spec;
   Signature expected;
   std::unique_ptr<Sweep> sweep;
   StepMemory memory;  // filled at each step; here to keep its allocations
+  Binding last;       // of the last whole step, to be repeated; no tensors before one
 };
 
 // Plans are handed to the ops by number.

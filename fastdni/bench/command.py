@@ -80,7 +80,7 @@ def _of(convert: Callable) -> Callable:
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"must be a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--net", type=_of(parse_net), default=(784, 256, 256, 10), metavar="784-256-256-10",
         help="widths of the input and of every layer",
     )  # fmt: skip
-    of_net.add_argument("--batch", type=_of(positive), default=256, help="rows (default: 256)")
+    of_net.add_argument("--batch", type=positive, default=256, help="rows (default: 256)")
     of_net.add_argument("--batch-norm", action="store_true", help="BatchNorm1d in every layer")
     of_net.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="default: relu")
     of_net.add_argument(
@@ -145,9 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--backends", nargs="+", metavar="NAME", help="of fastdni (default: all that are available)"
     )
-    how.add_argument("--threads", type=_of(positive), help="default: torch's own")
+    how.add_argument("--threads", type=positive, help="default: torch's own")
     how.add_argument("--seconds", type=float, default=5.0, help="of timing a case (default: 5)")
-    how.add_argument("--rounds", type=_of(positive), help="instead: rounds of timing a case")
+    how.add_argument("--rounds", type=positive, help="instead: rounds of timing a case")
     how.add_argument("--quick", action="store_true", help="nothing is compiled: starts at once")
 
     what = parser.add_argument_group("what else is measured")

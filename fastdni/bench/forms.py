@@ -45,7 +45,7 @@ BACKPROP = ("backprop", "backprop compiled", "backprop graphed")
 _SMALL = 100_000
 # Norm of the difference to eager float64 after a step, relative to that of the change itself. In
 # float32 a ReLU may open in one and stay shut in the other; a wrong equation is off by 0.1 or more.
-# bfloat16 is looser: BatchNorm takes the means out of its gradients, and mostly rounding is left (the
+# bfloat16 is looser: BatchNorm takes the means out of its gradients and leaves mostly rounding (the
 # eager form itself was off by 0.18 at 784-256x5-10).
 TOLERANCE = {"float64": 1e-9, "fp32": 1e-2, "tf32": 2e-2, "bf16": 0.3}
 

@@ -8,6 +8,7 @@ from fastdni.ops.sweep import (
     sweep_backend,
     sweep_check_target,
     sweep_forward_,
+    sweep_repeat_,
     sweep_update_,
 )
 from fastdni.ops.synthesizer import (
@@ -31,6 +32,7 @@ __all__ = [
     "sweep_backend",
     "sweep_check_target",
     "sweep_forward_",
+    "sweep_repeat_",
     "sweep_update_",
     "synthesizer_bwd",
     "synthesizer_fwd",

@@ -15,6 +15,7 @@ from fastdni.reference import OptimizerSettings, SweepStage, SynthesizerParamete
 
 _DEVICES = backend.kernel_devices("sweep_")
 _sweep = torch.ops.fastdni.sweep_.default
+_repeat = torch.ops.fastdni.sweep_repeat_.default
 _forward = torch.ops.fastdni.sweep_forward_.default
 _update = torch.ops.fastdni.sweep_update_.default
 # (caller, target, batch, outputs, criterion): raises unless the target fits.
@@ -22,7 +23,7 @@ sweep_check_target = torch.ops.fastdni.sweep_check_target.default
 # Nothing here is differentiable: autograd looks past these ops, which saves a `no_grad` at each
 # call.
 _library = torch.library.Library("fastdni", "IMPL")
-for _op in ("sweep_", "sweep_forward_", "sweep_update_"):
+for _op in ("sweep_", "sweep_repeat_", "sweep_forward_", "sweep_update_"):
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 _plans: "weakref.WeakValueDictionary[int, SweepPlan]" = weakref.WeakValueDictionary()
@@ -39,6 +40,11 @@ def _fake_results(handle: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("fastdni::sweep_")
 def _(plan, caller, x, target, context, parameters, statistics, state, groups, settings, active):
+    return _fake_results(plan, x)
+
+
+@torch.library.register_fake("fastdni::sweep_repeat_")
+def _(plan, caller, x, target, context):
     return _fake_results(plan, x)
 
 
@@ -206,6 +212,22 @@ def sweep_(
         )
     output, loss, _ = sweep_forward_(plan, x, target, context, active, caller)
     return output, loss, sweep_update_(plan, None, state, groups, settings, active, caller)
+
+
+def sweep_repeat_(
+    plan: SweepPlan, x: Tensor, target: Tensor, context: Tensor | None, caller: str = "sweep"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last `sweep_` of a plan again, on other data: it takes and writes the same parameters,
+    statistics and state, by the same settings.
+
+    At small sizes handing the tensors over costs as much as the step. The plan holds them; what
+    their storage is it asks anew.
+
+    Args, returns, raises:
+        As `sweep_`; also RuntimeError where the plan is one of the reference backend, or has taken
+        no step.
+    """
+    return _repeat(plan.handle, caller, x, target, context)
 
 
 def sweep_forward_(

@@ -1,0 +1,105 @@
+"""Fills the README's tables in from result files, or checks that they are those.
+
+    python -m benchmarks.readme [--check]
+
+A table stands between `<!-- KIND: FILE -->` and `<!-- end -->`, FILE being a result of a suite.
+Needs nothing but Python, so that it runs where nothing is built.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NETWORKS = {
+    "talk": "24-128-64-12, batch 10, SGD, sigmoid",
+    "small": "64-64-64-10, batch 32",
+    "paper3": "784-256-256-10, batch 256",
+    "paper3-bn": "the same with BatchNorm",
+    "paper6": "784-256x5-10, batch 256",
+    "paper6-bn": "the same with BatchNorm",
+    "wide": "784-1024-1024-10, batch 256",
+}
+SCHEMES = {"dni": "DNI", "cdni": "cDNI (label context)", "unlock": "complete unlock"}
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _source(stored: dict, file: str) -> str:
+    of = stored["hardware"]
+    machine = f"{of.get('gpu', of['cpu'])}, {of['isa']}, {of['cores']} cores"
+    made = f"torch {of['torch']}, {of['date'][:10]}, commit {of['commit']}"
+    return f"\n{machine}; {made}; `{file}`.\n"
+
+
+def network(stored: dict) -> str:
+    """`net.step` at the suite's sizes."""
+    rows = []
+    for result in stored["results"]:
+        ratios, size = result["ratios"], result["case"]["size"]
+        seconds = result["seconds"]["fastdni"]["median"]
+        shown = ("eager", "eager fused", "compiled", "backprop compiled", "products")
+        cells = [f"{ratios[form]['value']:.2f}" if form in ratios else "-" for form in shown]
+        share = f"{100 * result['limit']['seconds'] / seconds:.0f} %"
+        rows.append([NETWORKS[size], f"{1e6 * seconds:.0f}", *cells, share])
+    headers = ["network", "us", "eager", "fused Adam", "compiled", "backprop compiled"]
+    return _table(rows, [*headers, "products", "of the limit"])
+
+
+def dropin(stored: dict) -> str:
+    """The drop-in modules, with 1 and 2 threads in one line."""
+    cells: dict[tuple, list[str]] = {}
+    for result in stored["results"]:
+        case, ratios = result["case"], result["ratios"]
+        key = (SCHEMES[case["scheme"]], case["net"], str(case["batch"]))
+        shown = ("eager",) if case["optimizer"] == "Adam" else ("easy", "backprop")
+        for form in shown:
+            cells.setdefault((*key, form), []).append(f"{ratios[form]['value']:.2f}")
+    keys = list(dict.fromkeys(key[:3] for key in cells))
+    rows = [
+        [*key, *(" / ".join(cells[*key, form]) for form in ("eager", "easy", "backprop"))]
+        for key in keys
+    ]
+    return _table(rows, ["scheme", "network", "batch", "eager", "easy", "backprop"])
+
+
+KINDS = {"network": network, "dropin": dropin}
+
+
+def fill(text: str, root: Path = ROOT) -> str:
+    """The text with every table as its result file has it."""
+
+    def block(match: re.Match) -> str:
+        begin, kind, file, _, end = match.groups()
+        stored = json.loads((root / file).read_text())
+        return begin + "\n" + KINDS[kind](stored) + _source(stored, file) + end
+
+    return _BLOCK.sub(block, text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if it would")
+    options = parser.parse_args(arguments)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    filled = fill(text)
+    if filled == text:
+        return 0
+    if options.check:
+        print("README.md: tables differ from their result files: python -m benchmarks.readme")
+        return 1
+    readme.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
