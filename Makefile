@@ -1,6 +1,6 @@
 # make demo    a decoupled network trained on handwritten digits, with a table and a picture
 # make test    the test suite            make test-all   with every combination
-# make bench   the CPU benchmarks        make lint       ruff, clang-format
+# make bench   the CPU benchmarks        make lint       ruff, clang-format, the README's tables
 #
 # PYTHON=python3.12   the interpreter that .venv is made from
 # SYSTEM_TORCH=1      no .venv and no network: PYTHON's own packages (torch 2.11 or later, cmake,
@@ -32,8 +32,7 @@ test-all: build
 	$(RUN) -m pytest --all
 
 bench: build
-	$(RUN) -m benchmarks.network
-	$(RUN) -m benchmarks.dropin
+	$(RUN) -m benchmarks
 
 build: $(BUILT)
 
@@ -63,6 +62,7 @@ lint:
 	$(LINT) -m ruff check .
 	$(LINT) -m ruff format --check .
 	clang-format --dry-run --Werror $(CXX_FILES)
+	$(LINT) -m benchmarks.readme --check
 
 format:
 	$(LINT) -m ruff check --fix .
