@@ -38,7 +38,7 @@ def run(name: str, *, compile: bool = True, **limits: float) -> list[Result]:
     """Measures a case."""
     torch.set_num_threads(1)
     ours, *others = forms_for("cpu", compile=compile)
-    labels = {"size": name, "case": str(CASES[name])}
+    labels = {"size": name, "case": str(CASES[name]), "threads": 1}
     names = [ours, *others, "fastdni bf16"]
     return [measure(CASES[name], names, with_limit=True, labels=labels, **limits)]
 

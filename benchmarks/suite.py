@@ -61,6 +61,7 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
                 print(f"\r{name:30s}\r", end="", file=sys.stderr, flush=True)
             results += suite.cases[name](compile=not options.quick, **limits)
         info = hardware()
+        del info["threads"]  # the cases say theirs
         extra = suite.extra()
     finally:
         torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fastdni.bench import forms
 from fastdni.bench.network import Result
@@ -49,7 +49,9 @@ def bars(results: Sequence[Result], hardware: Mapping, path: Path) -> None:
             )
         panel.bar_label(drawn, labels=labels, padding=8, fontsize=9)
         if result.limit is not None:
-            panel.axvline(1e6 * result.limit.seconds, color="black", linestyle=":", linewidth=1)
+            panel.axvline(
+                1e6 * result.limit.seconds, color="black", linestyle=":", linewidth=1, zorder=0
+            )
             panel.annotate(
                 "limit",
                 (1e6 * result.limit.seconds, 1.01),
@@ -61,10 +63,16 @@ def bars(results: Sequence[Result], hardware: Mapping, path: Path) -> None:
         panel.invert_yaxis()
         panel.margins(x=0.25)
         panel.set_xlim(left=0)
-        panel.set_title(", ".join(map(str, result.case.values())), fontsize=10, pad=14)
+        panel.set_title(title(result.case), fontsize=9, pad=14)
         panel.xaxis.set_major_formatter(FuncFormatter(_in_words))
         panel.set_xlabel("time per training step")
     _save(figure, hardware, path)
+
+
+def title(case: Mapping[str, object]) -> str:
+    """A case in words, numbers with their names, in lines that fit."""
+    parts = [str(v) if isinstance(v, str) else f"{key} {v}" for key, v in case.items()]
+    return "\n".join(textwrap.wrap(", ".join(parts), 100))
 
 
 def lines(
@@ -104,7 +112,9 @@ def lines(
         panel.set_xticks([value for value, _ in points])
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(FuncFormatter(_in_words))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set(xlabel=varied, ylabel="time per training step")
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)

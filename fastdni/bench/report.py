@@ -43,7 +43,8 @@ def hardware() -> dict[str, str | int]:
 
 def header(info: Mapping[str, str | int]) -> str:
     """The result of :func:`hardware` in one line."""
-    parts = [f"{info['cpu']}, {info['isa']}, {info['cores']} cores, {info['threads']} threads"]
+    parts = [f"{info['cpu']}, {info['isa']}, {info['cores']} cores"]
+    parts[0] += f", {info['threads']} threads" if "threads" in info else ""
     parts += [f"load {info['load']}"]
     parts += [str(info["gpu"])] if "gpu" in info else []
     parts += [f"torch {info['torch']}", str(info["date"])]
