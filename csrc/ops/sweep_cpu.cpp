@@ -130,6 +130,7 @@ class CpuSweep final : public Sweep {
   Rows block(int64_t b) const { return {batch_ * b / blocks_, batch_ * (b + 1) / blocks_}; }
 
   void run(const Program& program) {
+    const int64_t group = std::max(kGroupRows * blocks_ / batch_, int64_t{1});
     for (size_t begin = 0; begin < program.size();) {
       if (program[begin].over_all) {
         program[begin++].over_all();
@@ -139,8 +140,11 @@ class CpuSweep final : public Sweep {
       while (end < program.size() && program[end].over_rows) ++end;
       in_parallel(blocks_, row_work_ * (end - begin) / program.size() + 1,
                   [&](int64_t first, int64_t last) {
-                    for (int64_t b = first; b < last; ++b) {
-                      for (size_t i = begin; i < end; ++i) program[i].over_rows(block(b), b);
+                    for (int64_t from = first; from < last; from += group) {
+                      const int64_t to = std::min(from + group, last);
+                      for (size_t i = begin; i < end; ++i) {
+                        for (int64_t b = from; b < to; ++b) program[i].over_rows(block(b), b);
+                      }
                     }
                   });
       begin = end;

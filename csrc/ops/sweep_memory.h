@@ -23,6 +23,9 @@ using cpu::Rows;
 // cache.
 constexpr int64_t kBlockRows = 24, kLargeBlockRows = 64;
 constexpr int64_t kLargeBytes = 512 << 10;
+// Rows of the blocks that go through a pass together: a pass's weights are then read once for all
+// of them, and what one pass leaves is still near for the next.
+constexpr int64_t kGroupRows = 256;
 static_assert(kLargeBlockRows <= cpu::kMultiplyRows);
 // Multiply-adds worth waking a thread for: about 20 us.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
