@@ -30,9 +30,8 @@ Times a training step of a decoupled network on fastdni's backends, against the 
 PyTorch (eager, with a fused optimizer, compiled, in a CUDA graph) and against backpropagation, all
 in one run, in turn. The forms are compared with each other before anything is timed.
 
-Times are medians [20th to 80th percentile]; ratios are medians over rounds [with the same band], in
-which all forms ran side by side: above 1 where fastdni is the faster one. The limit is the larger
-of the step's arithmetic and its memory traffic, at rates measured in the same run.
+Times are medians [20th to 80th percentile]; ratios are medians [5th to 95th] over rounds, in which
+all forms ran side by side: above 1 where fastdni is the faster one. The limit is the larger of the step's arithmetic and its memory traffic, at rates measured in the same run.
 """
 EPILOG = """\
 examples:

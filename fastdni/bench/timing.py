@@ -30,7 +30,7 @@ class Timing:
     def of(cls, rounds: Sequence[Sequence[float]]) -> "Timing":
         """Summarises samples in seconds, those of each round together."""
         samples = [sample for taken in rounds for sample in taken]
-        return cls(*_quantiles(samples), len(samples), tuple(map(median, rounds)))
+        return cls(*_quantiles(samples, 0.5, 0.2, 0.8), len(samples), tuple(map(median, rounds)))
 
     def numbers(self) -> dict[str, float]:
         """As results are stored."""
@@ -41,7 +41,9 @@ class Timing:
 class Ratio:
     """How many times as long one callable took as another, and the band of that.
 
-    The median over rounds, in which both ran side by side, with the 20th and 80th percentile.
+    The median over rounds, in which both ran side by side, and the 5th and 95th percentile:
+    neighbours on a machine come and go more slowly than rounds, so that the median of another run
+    may lie anywhere among the rounds of this one.
     """
 
     value: float
@@ -51,12 +53,13 @@ class Ratio:
     @classmethod
     def of(cls, longer: Timing, shorter: Timing) -> "Ratio":
         """Of two timings of one :func:`interleave`."""
-        return cls(*_quantiles([a / b for a, b in zip(longer.rounds, shorter.rounds, strict=True)]))
+        quotients = [a / b for a, b in zip(longer.rounds, shorter.rounds, strict=True)]
+        return cls(*_quantiles(quotients, 0.5, 0.05, 0.95))
 
 
-def _quantiles(values: Sequence[float]) -> list[float]:
-    """Median, 20th and 80th percentile, with linear interpolation between neighbours."""
-    of = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+def _quantiles(values: Sequence[float], *of: float) -> list[float]:
+    """With linear interpolation between neighbours."""
+    of = torch.tensor(of, dtype=torch.float64)
     return torch.tensor(values, dtype=torch.float64).quantile(of).tolist()
 
 
