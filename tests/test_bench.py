@@ -92,6 +92,13 @@ def test_interleave_runs_one_round_however_long_it_takes(clock):
     assert bench.interleave({"slow": clock.step(60.0)}, seconds=1, warmup=0)["slow"].count == 1
 
 
+def test_interleave_takes_at_least_so_many_rounds(clock):
+    how = {"warmup": 0, "least": 3}
+    assert bench.interleave({"a": clock.step(60.0)}, seconds=1, **how)["a"].count == 3
+    assert bench.interleave({"a": clock.step(1.0)}, seconds=7, **how)["a"].count == 7
+    assert bench.interleave({"a": clock.step(1.0)}, rounds=1, **how)["a"].count == 1
+
+
 def test_interleave_shows_progress_when_asked(capsys):
     bench.interleave({"step": lambda: None}, rounds=2)
     assert capsys.readouterr().err == ""

@@ -31,7 +31,8 @@ PyTorch (eager, with a fused optimizer, compiled, in a CUDA graph) and against b
 in one run, in turn. The forms are compared with each other before anything is timed.
 
 Times are medians [20th to 80th percentile]; ratios are medians [5th to 95th] over rounds, in which
-all forms ran side by side: above 1 where fastdni is the faster one. The limit is the larger of the step's arithmetic and its memory traffic, at rates measured in the same run.
+all forms ran side by side: above 1 where fastdni is the faster one. The limit is the larger of the
+step's arithmetic and its memory traffic, at rates measured in the same run.
 """
 EPILOG = """\
 examples:

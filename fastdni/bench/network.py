@@ -16,6 +16,7 @@ from fastdni.bench.timing import BURST, Ratio, Timing, interleave
 
 # Steps this long do not find caches cold because others ran in between.
 _LONG = 3e-3
+_LEAST_ROUNDS = 8  # a band of fewer would be a guess
 
 
 @dataclass
@@ -125,8 +126,9 @@ def measure(
     short = interleave(steps, rounds=1, warmup=1, device=case.device)
     burst = 2 if short[names[0]].median > _LONG else BURST
     timings = interleave(
-        steps, burst=burst, warmup=1, device=case.device, progress=progress, **limits
-    )
+        steps, burst=burst, warmup=1, least=_LEAST_ROUNDS, device=case.device, progress=progress,
+        **limits,
+    )  # fmt: skip
     ordered = {name: timings[name] for name in names if name in timings}
     found = limit(case, timings) if with_limit else None
     return Result(labels or {"case": str(case)}, ordered, {}, found, left_out)

@@ -68,6 +68,7 @@ def interleave(
     *,
     rounds: int | None = None,
     seconds: float | None = None,
+    least: int = 1,
     burst: int = 1,
     warmup: int = 3,
     device: torch.device | str = "cpu",
@@ -82,7 +83,8 @@ def interleave(
     Args:
         steps: name -> callable without arguments.
         rounds: number of timed rounds.
-        seconds: instead of `rounds`: no new round starts after this time (one always does).
+        seconds: instead of `rounds`: no new round starts after this time.
+        least: rounds that there are anyhow, where there is a time limit.
         burst: timed calls a turn.
         warmup: rounds that run first and are not timed.
         device: where the callables work; a CUDA device is synchronised around each call.
@@ -114,8 +116,8 @@ def interleave(
     order = list(steps)
     samples: dict[str, list[list[float]]] = {name: [] for name in order}
     start = perf_counter()
-    done, shown = 0, -1
-    while done < limit:
+    done, shown, count = 0, -1, 0
+    while done < limit or (seconds is not None and count < least):
         for name in order:
             if burst > 1:
                 steps[name]()
@@ -128,7 +130,8 @@ def interleave(
                 taken.append(perf_counter() - begin)
             samples[name].append(taken)
         order.append(order.pop(0))
-        done = done + 1 if seconds is None else perf_counter() - start
+        count += 1
+        done = count if seconds is None else perf_counter() - start
         percent = min(100, int(100 * done / limit))
         if progress and percent > shown:
             shown = percent
