@@ -74,19 +74,19 @@ struct PlanHandle {
   int64_t workspace_bytes;
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
-             const std::string& criterion, bool input_gradient, bool bfloat16,
-             bool separate_input) {
+             const std::string& device, const std::string& criterion, bool input_gradient,
+             bool bfloat16, bool separate_input) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
-    spec.dtype = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
     spec.criterion = criterion == "mse"             ? fastdni::Criterion::mse
                      : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
                                                     : fastdni::Criterion::none;
     spec.input_gradient = input_gradient;
     spec.bfloat16 = bfloat16;
     spec.separate_input = separate_input;
-    auto plan = fastdni::make_plan(std::move(spec));
+    const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
+    auto plan = fastdni::make_plan(std::move(spec), type, device == "cuda");
     workspace_bytes = plan->sweep->workspace_bytes();
     handle = fastdni::register_plan(std::move(plan));
   }
@@ -123,8 +123,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
-                    bool, bool, bool>(),
-           py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"),
+                    const std::string&, bool, bool, bool>(),
+           py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("device"),
            py::arg("criterion"), py::arg("input_gradient"), py::arg("bfloat16"),
            py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")

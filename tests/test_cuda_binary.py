@@ -15,9 +15,10 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = ["80", "90a", "100"]
 BYTES = {"float": 4, "double": 8, "bfloat16": 2}
-
-# A block of 512 threads at 64 registers takes half a multiprocessor's.
-MAX_REGISTERS = 64
+# Those that a source's kernels are made for: the sweep rounds to bfloat16 on the way.
+DTYPES = {"regression_loss": ("float", "double", "bfloat16"), "sweep": ("float", "double")}
+# A block of 512 threads at 64 registers takes half a multiprocessor's, as does one of 256 at 128.
+MAX_REGISTERS = {"regression_loss": 64, "sweep": 128}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_every_kernel_is_there_for_every_dtype_and_architecture(compiled, source
     assert kernels == {
         ptxas.Kernel(name, dtype, f"sm_{architecture}")
         for name in names
-        for dtype in BYTES
+        for dtype in DTYPES[source]
         for architecture in ARCHITECTURES
     }
 
@@ -59,7 +60,7 @@ def test_every_kernel_is_there_for_every_dtype_and_architecture(compiled, source
 def test_kernels_stay_in_registers(compiled, source):
     for kernel, usage in compiled(source)[1].items():
         assert usage.stack == usage.spill_stores == usage.spill_loads == 0, kernel
-        assert usage.registers <= MAX_REGISTERS, kernel
+        assert usage.registers <= MAX_REGISTERS[source], kernel
 
 
 def disassemble(made, architecture):

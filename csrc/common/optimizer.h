@@ -4,6 +4,8 @@
 // The formulas and the order of their operations are those of torch.optim: an update from a common
 // state agrees to rounding.
 #pragma once
+#include <cmath>
+
 #include "common/scalar.h"
 
 namespace fastdni {
@@ -15,6 +17,14 @@ enum class Rule {
   sgd_momentum,
   adam,
   adamw,
+};
+
+// One parameter's optimizer, before the step count is known. `a`, `b`: momentum, dampening; or
+// beta1, beta2; or, of Rule::gradient, whether to add (1) or to write (0).
+struct OptimizerSettings {
+  Rule rule = Rule::none;
+  double lr = 0, weight_decay = 0, a = 0, b = 0, eps = 0;
+  bool nesterov = false;
 };
 
 // One parameter's update, with what does not depend on the element worked out.
@@ -30,6 +40,29 @@ struct Update {
   T eps;
   bool nesterov;
 };
+
+// The numbers of a step; `power(beta, step)` is beta^step.
+template <class T, class Power>
+Update<T> prepared(const OptimizerSettings& s, double step, const Power& power) {
+  Update<T> u{};
+  u.rule = s.rule;
+  u.lr = static_cast<T>(s.lr);
+  u.weight_decay = static_cast<T>(s.weight_decay);
+  u.a = static_cast<T>(s.a);
+  u.b = static_cast<T>(s.b);
+  u.eps = static_cast<T>(s.eps);
+  u.nesterov = s.nesterov;
+  if (s.rule == Rule::sgd_momentum) {
+    u.b = static_cast<T>(1 - s.b);
+  } else if (s.rule == Rule::adam || s.rule == Rule::adamw) {
+    u.lr = static_cast<T>(s.lr / (1 - power(s.a, step)));
+    u.root_correction = static_cast<T>(1 / std::sqrt(1 - power(s.b, step)));
+    u.a = static_cast<T>(1 - s.a);
+    u.one_minus_b = static_cast<T>(1 - s.b);
+    if (s.rule == Rule::adamw) u.weight_decay = static_cast<T>(1 - s.lr * s.weight_decay);
+  }
+  return u;
+}
 
 // Without decay an infinite parameter must not make the gradient NaN.
 template <class T>

@@ -13,7 +13,7 @@ template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), LaunchPlan plan, cudaStream_t stream,
                    const std::type_identity_t<Parameters>&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.columns));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, arguments...);

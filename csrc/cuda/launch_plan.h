@@ -6,7 +6,8 @@ namespace fastdni::cuda {
 
 struct LaunchPlan {
   int64_t blocks;
-  int threads;  // per block
+  int threads;          // per block
+  int64_t columns = 1;  // blocks in the grid's second direction
 };
 
 }  // namespace fastdni::cuda

@@ -14,6 +14,9 @@
 #include <optional>
 
 #include "ops/sweep_plan.h"
+#if defined(FASTDNI_CUDA)
+#include "ops/cuda.h"
+#endif
 
 namespace fastdni {
 namespace {
@@ -40,6 +43,7 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
                 to_string(target.scalar_type()));
   FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
                 ",), got ", to_string(shape_of(target)));
+  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
   const Tensor contiguous = as_contiguous(target);
   const auto* labels = data<int64_t>(contiguous);
   for (int64_t r = 0; r < batch; ++r) {
@@ -51,18 +55,21 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
 
 // Called for every parameter and state tensor of a step: no allocation unless it fails.
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
-                  const Shape& shape, ScalarType dtype) {
+                  const Shape& shape, ScalarType dtype, bool on_cuda) {
   const auto sizes = tensor.sizes();
   const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
   FASTDNI_CHECK(same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), caller, ": ",
                 name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
                 to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
                 to_string(shape_of(tensor)));
+  FASTDNI_CHECK(tensor.is_cpu() != on_cuda, caller, ": ", name, " must be on the ",
+                on_cuda ? "GPU" : "CPU", ", as the plan is");
 }
 
 // The context's width, where all of the plan's synthesizers that take one agree.
-void check_context(const std::string& caller, const NetworkSpec& spec,
-                   const OptionalTensor& context, const Tensor* target) {
+void check_context(const std::string& caller, const Plan& plan, const OptionalTensor& context,
+                   const Tensor* target) {
+  const NetworkSpec& spec = plan.spec;
   for (const StageSpec& stage : spec.stages) {
     for (const SynthesizerSpec* synthesizer : {&stage.synthesizer, &stage.input_synthesizer}) {
       const int64_t width = synthesizer->context;
@@ -72,8 +79,8 @@ void check_context(const std::string& caller, const NetworkSpec& spec,
         FASTDNI_CHECK(shape_of(*context) == wanted, caller,
                       ": context must be (B, C) = ", to_string(wanted), ", got ",
                       to_string(shape_of(*context)));
-        FASTDNI_CHECK(context->scalar_type() == spec.dtype, caller,
-                      ": context must have x's dtype ", to_string(spec.dtype), ", got ",
+        FASTDNI_CHECK(context->scalar_type() == plan.dtype, caller,
+                      ": context must have x's dtype ", to_string(plan.dtype), ", got ",
                       to_string(context->scalar_type()));
         continue;
       }
@@ -82,6 +89,7 @@ void check_context(const std::string& caller, const NetworkSpec& spec,
                     ", got None, and target holds no labels to make it from");
       FASTDNI_CHECK(shape_of(*target) == Shape{spec.batch}, caller, ": target must be (B,) = (",
                     spec.batch, ",), got ", to_string(shape_of(*target)));
+      if (plan.on_cuda) continue;
       const auto* labels = data<int64_t>(*target);
       for (int64_t r = 0; r < spec.batch; ++r) {
         FASTDNI_CHECK(labels[r] < width, caller, ": context must be given, because the label ",
@@ -97,13 +105,14 @@ struct Inputs {
   OptionalTensor target, context, network_input;
 };
 
-Inputs check_inputs(const std::string& caller, const NetworkSpec& spec, const Tensor& x,
+Inputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
                     const OptionalTensor& target, const OptionalTensor& context) {
+  const NetworkSpec& spec = plan.spec;
   const Shape wanted{spec.batch, spec.stages[0].inputs};
   FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted), ", got ",
                 to_string(shape_of(x)));
-  FASTDNI_CHECK(x.scalar_type() == spec.dtype, caller, ": x must have the parameters' dtype ",
-                to_string(spec.dtype), ", got ", to_string(x.scalar_type()));
+  FASTDNI_CHECK(x.scalar_type() == plan.dtype, caller, ": x must have the parameters' dtype ",
+                to_string(plan.dtype), ", got ", to_string(x.scalar_type()));
   for (const StageSpec& stage : spec.stages) {
     FASTDNI_CHECK(!stage.batch_norm || spec.batch > 1, caller,
                   ": x must have at least 2 rows for BatchNorm in training, got 1");
@@ -115,14 +124,32 @@ Inputs check_inputs(const std::string& caller, const NetworkSpec& spec, const Te
     const bool mse = spec.criterion == Criterion::mse;
     check_target(caller, *inputs.target, spec.batch, spec.stages.back().outputs,
                  mse ? "mse" : "cross_entropy");
-    FASTDNI_CHECK(!mse || target->scalar_type() == spec.dtype, caller,
-                  ": target must have x's dtype ", to_string(spec.dtype), ", got ",
+    FASTDNI_CHECK(!mse || target->scalar_type() == plan.dtype, caller,
+                  ": target must have x's dtype ", to_string(plan.dtype), ", got ",
                   to_string(target->scalar_type()));
   }
-  check_context(caller, spec, context, inputs.target ? &*inputs.target : nullptr);
+  check_context(caller, plan, context, inputs.target ? &*inputs.target : nullptr);
   if (context.has_value()) inputs.context = as_contiguous(*context);
   return inputs;
 }
+
+// The device to work on, for the length of an op, and its stream.
+class OnDevice {
+ public:
+  OnDevice(Plan& plan, const Tensor& like) {
+    plan.memory.like = &like;
+#if defined(FASTDNI_CUDA)
+    if (!plan.on_cuda) return;
+    guard_.emplace(like.get_device_index());
+    plan.memory.stream = cuda::current_stream(like);
+#endif
+  }
+
+ private:
+#if defined(FASTDNI_CUDA)
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
 
 void bind_inputs(Plan& plan, const Inputs& inputs) {
   plan.memory.x = inputs.x.data_ptr();
@@ -137,7 +164,7 @@ void bind_parameters(const std::string& caller, Plan& plan, const Tensors& param
   FASTDNI_CHECK(parameters.size() == shapes.size(), caller, ": parameters must hold ",
                 shapes.size(), " tensors, got ", parameters.size());
   for (size_t i = 0; i < shapes.size(); ++i) {
-    check_values(caller, "a parameter", parameters[i], shapes[i], plan.spec.dtype);
+    check_values(caller, "a parameter", parameters[i], shapes[i], plan.dtype, plan.on_cuda);
     plan.memory.parameters[i].value = parameters[i].data_ptr();
   }
   FASTDNI_CHECK(active.size() == plan.memory.active.size(), caller, ": active must hold ",
@@ -152,7 +179,7 @@ void bind_statistics(const std::string& caller, Plan& plan, const Tensors& stati
   for (size_t i = 0; i < shapes.size(); ++i) {
     const bool counter = i % 3 == 2;
     check_values(caller, "a running statistic", statistics[i], shapes[i],
-                 counter ? ScalarType::Long : plan.spec.dtype);
+                 counter ? ScalarType::Long : plan.dtype, plan.on_cuda);
     plan.memory.statistics[i] = statistics[i].data_ptr();
   }
 }
@@ -196,7 +223,7 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
     const auto take_values = [&] {
       const Tensor& tensor = take();
       check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
-                   plan.spec.dtype);
+                   plan.dtype, plan.on_cuda);
       return tensor.data_ptr();
     };
     switch (memory.settings.rule) {
@@ -213,6 +240,7 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
         memory.second = take_values();
         const Tensor& step = take();
         const ScalarType dtype = step.scalar_type();
+        FASTDNI_CHECK(step.is_cpu(), caller, ": an optimizer's step must be on the CPU");
         FASTDNI_CHECK(
             step.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
             caller, ": an optimizer's step must be one float32 or float64 number, got ",
@@ -266,7 +294,8 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
-  const Inputs inputs = check_inputs(caller, plan.spec, x, target, context);
+  const OnDevice device(plan, x);
+  const Inputs inputs = check_inputs(caller, plan, x, target, context);
   bind_inputs(plan, inputs);
   bind_parameters(caller, plan, binding.parameters, binding.active);
   bind_statistics(caller, plan, binding.statistics);
@@ -282,13 +311,13 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   return {output, loss, synthesis_loss};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& caller,
-                                             const Tensor& x, const OptionalTensor& target,
-                                             const OptionalTensor& context,
-                                             const Tensors& parameters, const Tensors& statistics,
-                                             const Tensors& state, const Integers& groups,
-                                             const std::vector<double>& settings,
-                                             const Integers& active) {
+std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string& caller,
+                                              const Tensor& x, const OptionalTensor& target,
+                                              const OptionalTensor& context,
+                                              const Tensors& parameters, const Tensors& statistics,
+                                              const Tensors& state, const Integers& groups,
+                                              const std::vector<double>& settings,
+                                              const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   Binding binding{parameters, statistics, state, groups, settings, active};
@@ -298,29 +327,30 @@ std::tuple<Tensor, Tensor, Tensor> sweep_cpu(int64_t handle, const std::string& 
 }
 
 // The tensors are looked at again: a parameter's `data` may be another one by now.
-std::tuple<Tensor, Tensor, Tensor> sweep_repeat_cpu(int64_t handle, const std::string& caller,
-                                                    const Tensor& x, const OptionalTensor& target,
-                                                    const OptionalTensor& context) {
+std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::string& caller,
+                                                const Tensor& x, const OptionalTensor& target,
+                                                const OptionalTensor& context) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   FASTDNI_CHECK(!plan->last.parameters.empty(), caller, ": plan has no step to repeat");
   return whole_step(caller, *plan, x, target, context, plan->last);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
+std::tuple<Tensor, Tensor, Tensor> sweep_forward(
     int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
     const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& parameters,
     const Tensors& statistics, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  Inputs inputs = check_inputs(caller, plan->spec, x, target, context);
+  const OnDevice device(*plan, x);
+  Inputs inputs = check_inputs(caller, *plan, x, target, context);
   FASTDNI_CHECK(network_input.has_value() == plan->spec.separate_input, caller,
                 ": network_input must be given to plans with a separate input, and to no others");
   if (network_input.has_value()) {
     inputs.network_input = as_contiguous(*network_input);
     check_values(caller, "network_input", *inputs.network_input,
                  {plan->spec.batch, plan->spec.stages[0].input_synthesizer.widths.front()},
-                 plan->spec.dtype);
+                 plan->dtype, plan->on_cuda);
   }
   bind_inputs(*plan, inputs);
   bind_parameters(caller, *plan, parameters, active);
@@ -328,15 +358,21 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward_cpu(
   Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
   Tensor input_gradient = empty(x, plan->spec.input_gradient ? shape_of(x) : Shape{0});
   plan->memory.input_gradient = input_gradient.data_ptr();
+  plan->held = {inputs.x};
+  for (const OptionalTensor& given : {inputs.target, inputs.context, inputs.network_input}) {
+    if (given.has_value()) plan->held.push_back(*given);
+  }
   plan->sweep->forward(plan->memory);
   return {output, loss, input_gradient};
 }
 
-Tensor sweep_update_cpu(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
-                        const Tensors& parameters, const Tensors& state, const Integers& groups,
-                        const std::vector<double>& settings, const Integers& active) {
+Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
+                    const Tensors& parameters, const Tensors& state, const Integers& groups,
+                    const std::vector<double>& settings, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
+  FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
+  const OnDevice device(*plan, parameters[0]);
   bind_parameters(caller, *plan, parameters, active);
   std::vector<const Tensor*> steps;
   bind_optimizer(caller, *plan, state, groups, settings, steps);
@@ -348,12 +384,13 @@ Tensor sweep_update_cpu(int64_t handle, const std::string& caller, const Optiona
   if (gradient.has_value()) {
     arrived = as_contiguous(*gradient);
     check_values(caller, "gradient", *arrived, {plan->spec.batch, plan->spec.stages.back().outputs},
-                 plan->spec.dtype);
+                 plan->dtype, plan->on_cuda);
     plan->memory.gradient = arrived->data_ptr();
   }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
   raise_steps(steps);
   plan->sweep->update(plan->memory);
+  plan->held.clear();
   return synthesis_loss;
 }
 
@@ -379,11 +416,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
-  m.impl("sweep_", TORCH_BOX(&sweep_cpu));
-  m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat_cpu));
-  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward_cpu));
-  m.impl("sweep_update_", TORCH_BOX(&sweep_update_cpu));
+  m.impl("sweep_", TORCH_BOX(&sweep_step));
+  m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
+  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
+  m.impl("sweep_update_", TORCH_BOX(&sweep_update));
   m.impl("sweep_check_target", TORCH_BOX(&check_target));
 }
+
+#if defined(FASTDNI_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastdni, CUDA, m) {
+  m.impl("sweep_", TORCH_BOX(&sweep_step));
+  m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
+  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
+  m.impl("sweep_update_", TORCH_BOX(&sweep_update));
+}
+#endif
 
 }  // namespace fastdni

@@ -668,10 +668,10 @@ class CpuSweep final : public Sweep {
 }  // namespace
 }  // namespace sweep
 
-std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec) {
+std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec, ScalarType dtype) {
   std::unique_ptr<Sweep> made;
   cpu::with_isa([&](auto isa) {
-    if (spec.dtype == ScalarType::Double) {
+    if (dtype == ScalarType::Double) {
       made = std::make_unique<sweep::CpuSweep<isa.value, double>>(spec);
     } else {
       made = std::make_unique<sweep::CpuSweep<isa.value, float>>(spec);

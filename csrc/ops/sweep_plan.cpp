@@ -82,11 +82,13 @@ Signature signature(const NetworkSpec& spec) {
   return result;
 }
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec) {
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, bool on_cuda) {
   check_spec(spec);
   auto plan = std::make_shared<Plan>();
   plan->expected = signature(spec);
-  plan->sweep = make_cpu_sweep(spec);
+  plan->sweep = on_cuda ? make_cuda_sweep(spec, dtype) : make_cpu_sweep(spec, dtype);
+  plan->dtype = dtype;
+  plan->on_cuda = on_cuda;
   plan->memory.parameters.resize(plan->expected.parameters.size());
   plan->memory.statistics.resize(plan->expected.statistics.size());
   plan->memory.active.resize(spec.stages.size() + 1);

@@ -4,51 +4,15 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "common/activation.h"
+#include "common/network.h"
 #include "common/optimizer.h"
 #include "ops/tensor.h"
 
 namespace fastdni {
-
-// A BasicSynthesizer: widths K, H, ..., N. No context: 0.
-struct SynthesizerSpec {
-  std::vector<int64_t> widths;
-  bool bias = true;
-  int64_t context = 0;
-
-  bool present() const { return !widths.empty(); }
-};
-
-// Linear [BatchNorm1d] [activation], the synthesizer M of the gradient of its output, and in
-// complete unlock the synthesizer I of the output itself.
-struct StageSpec {
-  int64_t inputs = 0, outputs = 0;
-  bool bias = true;
-  bool batch_norm = false, affine = true, running = true;
-  double momentum = 0.1;  // negative: the running statistics are plain averages
-  double eps = 1e-5;
-  Activation activation = Activation::identity;
-  SynthesizerSpec synthesizer, input_synthesizer;
-};
-
-enum class Criterion { none, cross_entropy, mse };
-
-// Consecutive stages of a network.
-struct NetworkSpec {
-  std::vector<StageSpec> stages;
-  int64_t batch = 0;
-  ScalarType dtype = ScalarType::Float;
-  Criterion criterion = Criterion::none;  // none: the network goes on above the last stage
-  bool input_gradient = false;            // delta of the first stage's input is wanted
-  bool bfloat16 = false;                  // operands of products are rounded to bfloat16
-
-  bool separate_input = false;  // I predicts from another tensor than the first stage's x
-
-  bool unlocked() const { return stages[0].input_synthesizer.present(); }
-};
 
 // The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
 // weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
@@ -58,14 +22,6 @@ struct Signature {
   std::vector<Shape> statistics;          // running_mean, running_var, num_batches_tracked
 };
 Signature signature(const NetworkSpec& spec);
-
-// One parameter's optimizer, before the step count is known. `a`, `b`: momentum, dampening; or
-// beta1, beta2; or, of Rule::gradient, whether to add (1) or to write (0).
-struct OptimizerSettings {
-  Rule rule = Rule::none;
-  double lr = 0, weight_decay = 0, a = 0, b = 0, eps = 0;
-  bool nesterov = false;
-};
 
 // The memory of one parameter.
 struct ParameterMemory {
@@ -92,6 +48,9 @@ struct StepMemory {
   void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'
   void* input_gradient = nullptr;  // (batch, inputs)
   const void* gradient = nullptr;  // (batch, outputs), what came back from the stage above
+  // On a GPU: a tensor of the device and dtype, and the stream to work in.
+  const Tensor* like = nullptr;
+  void* stream = nullptr;
 };
 
 // Runs steps of one plan: the memory, and the program of passes over it.
@@ -117,10 +76,13 @@ struct Plan {
   // Held for the length of an op: `memory` and the sweep serve one step at a time.
   std::mutex in_use;
   NetworkSpec spec;
+  ScalarType dtype;
+  bool on_cuda = false;
   Signature expected;
   std::unique_ptr<Sweep> sweep;
-  StepMemory memory;  // filled at each step; here to keep its allocations
-  Binding last;       // of the last whole step, to be repeated; no tensors before one
+  StepMemory memory;         // filled at each step; here to keep its allocations
+  Binding last;              // of the last whole step, to be repeated; no tensors before one
+  std::vector<Tensor> held;  // what an update still reads of the forward pass's arguments
 };
 
 // Plans are handed to the ops by number.
@@ -128,7 +90,8 @@ int64_t register_plan(std::shared_ptr<Plan> plan);
 void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec);
-std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec);
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, bool on_cuda);
+std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec, ScalarType dtype);
+std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype);
 
 }  // namespace fastdni

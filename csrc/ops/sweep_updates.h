@@ -34,7 +34,11 @@ class Updates {
   void run(const StepMemory& memory) {
     memory_ = &memory;
     rules_.resize(memory.parameters.size());
-    for (size_t i = 0; i < rules_.size(); ++i) rules_[i] = prepared(memory.parameters[i]);
+    const auto power = [this](double beta, double step) { return this->power(beta, step); };
+    for (size_t i = 0; i < rules_.size(); ++i) {
+      const ParameterMemory& parameter = memory.parameters[i];
+      rules_[i] = prepared<T>(parameter.settings, parameter.step, power);
+    }
     in_parallel(tasks_.size(), work_, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) run(tasks_[i]);
     });
@@ -51,28 +55,6 @@ class Updates {
     size_t job;
     int64_t first, last;  // outputs
   };
-
-  Update<T> prepared(const ParameterMemory& memory) {
-    const OptimizerSettings& s = memory.settings;
-    Update<T> u{};
-    u.rule = s.rule;
-    u.lr = static_cast<T>(s.lr);
-    u.weight_decay = static_cast<T>(s.weight_decay);
-    u.a = static_cast<T>(s.a);
-    u.b = static_cast<T>(s.b);
-    u.eps = static_cast<T>(s.eps);
-    u.nesterov = s.nesterov;
-    if (s.rule == Rule::sgd_momentum) {
-      u.b = static_cast<T>(1 - s.b);
-    } else if (s.rule == Rule::adam || s.rule == Rule::adamw) {
-      u.lr = static_cast<T>(s.lr / (1 - power(s.a, memory.step)));
-      u.root_correction = static_cast<T>(1 / std::sqrt(1 - power(s.b, memory.step)));
-      u.a = static_cast<T>(1 - s.a);
-      u.one_minus_b = static_cast<T>(1 - s.b);
-      if (s.rule == Rule::adamw) u.weight_decay = static_cast<T>(1 - s.lr * s.weight_decay);
-    }
-    return u;
-  }
 
   // beta^step: most parameters share both.
   double power(double beta, double step) {

@@ -1,0 +1,46 @@
+// What a network is made of, for every backend.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "common/activation.h"
+
+namespace fastdni {
+
+// A BasicSynthesizer: widths K, H, ..., N. No context: 0.
+struct SynthesizerSpec {
+  std::vector<int64_t> widths;
+  bool bias = true;
+  int64_t context = 0;
+
+  bool present() const { return !widths.empty(); }
+};
+
+// Linear [BatchNorm1d] [activation], the synthesizer M of the gradient of its output, and in
+// complete unlock the synthesizer I of the output itself.
+struct StageSpec {
+  int64_t inputs = 0, outputs = 0;
+  bool bias = true;
+  bool batch_norm = false, affine = true, running = true;
+  double momentum = 0.1;  // negative: the running statistics are plain averages
+  double eps = 1e-5;
+  Activation activation = Activation::identity;
+  SynthesizerSpec synthesizer, input_synthesizer;
+};
+
+enum class Criterion { none, cross_entropy, mse };
+
+// Consecutive stages of a network.
+struct NetworkSpec {
+  std::vector<StageSpec> stages;
+  int64_t batch = 0;
+  Criterion criterion = Criterion::none;  // none: the network goes on above the last stage
+  bool input_gradient = false;            // delta of the first stage's input is wanted
+  bool bfloat16 = false;                  // operands of products are rounded to bfloat16
+
+  bool separate_input = false;  // I predicts from another tensor than the first stage's x
+
+  bool unlocked() const { return stages[0].input_synthesizer.present(); }
+};
+
+}  // namespace fastdni

@@ -1,0 +1,569 @@
+// Kernels of the sweep. Every sum has an order that follows from the shapes: no atomics.
+#pragma once
+#include <cmath>
+
+#include "cuda/block_reduce.cuh"
+#include "cuda/sweep.h"
+
+namespace fastdni::cuda {
+
+constexpr int kSweepDepth = 16;  // of a product, kept in shared memory at a time
+constexpr int kSweepLanes = 16;  // threads of a row
+constexpr int kColumnsPerThread = kSweepColumns / kSweepLanes;
+constexpr int kSweepBlocks = 2;  // on a multiprocessor at least: 128 registers a thread
+constexpr int64_t kIgnoredLabel = -100;
+static_assert(kSweepThreads == kSweepRows * kSweepLanes);
+static_assert(kSweepRows * kSweepDepth == kSweepThreads);
+
+template <class T>
+__device__ T* resolve(const SweepStep<T>& step, const Operand& operand) {
+  switch (operand.place) {
+    case Place::workspace:
+      return step.workspace + operand.at;
+    case Place::parameter:
+      return step.parameters[operand.at].value;
+    case Place::x:
+      return const_cast<T*>(step.x);  // only ever read
+    case Place::network_input:
+      return const_cast<T*>(step.network_input);
+    case Place::context:
+      return const_cast<T*>(step.context);
+    case Place::gradient:
+      return const_cast<T*>(step.gradient);
+    case Place::output:
+      return step.output;
+    case Place::input_gradient:
+      return step.input_gradient;
+    default:
+      return nullptr;
+  }
+}
+
+template <class T>
+__device__ T rounded_to(T value, bool rounded) {
+  return rounded ? static_cast<T>(static_cast<float>(bfloat16(static_cast<float>(value)))) : value;
+}
+
+template <class T>
+__device__ T activated(Activation activation, T u) {
+  switch (activation) {
+    case Activation::relu:
+      return activate<Activation::relu>(u);
+    case Activation::tanh:
+      return activate<Activation::tanh>(u);
+    case Activation::sigmoid:
+      return activate<Activation::sigmoid>(u);
+    default:
+      return u;
+  }
+}
+
+template <class T>
+__device__ T differentiated(Activation activation, T grad, T h) {
+  switch (activation) {
+    case Activation::relu:
+      return activation_gradient<Activation::relu>(grad, h);
+    case Activation::tanh:
+      return activation_gradient<Activation::tanh>(grad, h);
+    case Activation::sigmoid:
+      return activation_gradient<Activation::sigmoid>(grad, h);
+    default:
+      return grad;
+  }
+}
+
+// What a thread of a block of rows works on: row `row` of the batch, in every tile of columns the
+// columns lane, lane + kSweepLanes, ...
+struct RowThread {
+  int64_t row;
+  int lane;
+  bool inside;  // a row of the batch
+};
+
+template <class T>
+__device__ RowThread row_thread(const SweepStep<T>& step) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSweepRows + threadIdx.x / kSweepLanes;
+  return {row, static_cast<int>(threadIdx.x % kSweepLanes), row < step.batch};
+}
+
+// sums[j] += a[row] . w[column of j], through shared memory; every thread of the block takes part.
+template <class T>
+__device__ void add_products(const SweepStep<T>& step, const RowThread& thread, const T* a,
+                             const T* weight, bool transposed, int depth, int first, int columns,
+                             T (&sums)[kColumnsPerThread]) {
+  FASTDNI_SHARED(T, a_tile, kSweepRows * kSweepDepth);
+  // One column more than there are: threads that write down a column meet different banks.
+  FASTDNI_SHARED(T, w_tile, kSweepDepth * (kSweepColumns + 1));
+  const int own_row = threadIdx.x / kSweepLanes;
+  for (int from = 0; from < depth; from += kSweepDepth) {
+    const int k = from + thread.lane;
+    a_tile[own_row * kSweepDepth + thread.lane] =
+        thread.inside && k < depth ? rounded_to(a[thread.row * depth + k], step.rounded) : T(0);
+#pragma unroll
+    for (int i = threadIdx.x; i < kSweepDepth * kSweepColumns; i += kSweepThreads) {
+      // Neighbours read neighbours: along a row of the weight, which is k where it is transposed.
+      const int of_k = transposed ? i / kSweepColumns : i % kSweepDepth;
+      const int of_column = transposed ? i % kSweepColumns : i / kSweepDepth;
+      const int64_t row = from + of_k, column = first + of_column;
+      T value = 0;
+      if (row < depth && column < columns) {
+        value = weight[transposed ? row * columns + column : column * depth + row];
+      }
+      w_tile[of_k * (kSweepColumns + 1) + of_column] = rounded_to(value, step.rounded);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kSweepDepth; ++i) {
+      const T factor = a_tile[own_row * kSweepDepth + i];
+#pragma unroll
+      for (int j = 0; j < kColumnsPerThread; ++j) {
+        sums[j] += factor * w_tile[i * (kSweepColumns + 1) + thread.lane + j * kSweepLanes];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The context's part of a product: of one-hot labels a column of the weight.
+template <class T>
+__device__ void add_context(const SweepStep<T>& step, const RowThread& thread,
+                            const Instruction& op, int first, T (&sums)[kColumnsPerThread]) {
+  const T* weight = resolve(step, op.context_weight);
+  if (step.context != nullptr) {
+    add_products(step, thread, step.context, weight, false, op.context, first, op.columns, sums);
+    return;
+  }
+  if (!thread.inside) return;
+  const int64_t label = static_cast<const int64_t*>(step.target)[thread.row];
+  if (label < 0 || label >= op.context) return;
+#pragma unroll
+  for (int j = 0; j < kColumnsPerThread; ++j) {
+    const int64_t column = first + thread.lane + j * kSweepLanes;
+    if (column < op.columns) {
+      sums[j] += rounded_to(weight[column * op.context + label], step.rounded);
+    }
+  }
+}
+
+template <class T>
+__device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
+  const RowThread thread = row_thread(step);
+  const T* a = resolve(step, op.a);
+  const T* weight = resolve(step, op.weight);
+  const T* bias = resolve(step, op.bias);
+  const T* second_bias = resolve(step, op.second_bias);
+  const T* other = resolve(step, op.other);
+  T* out = resolve(step, op.out);
+  const int tiles = (op.columns + kSweepColumns - 1) / kSweepColumns;
+  for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
+    const int first = tile * kSweepColumns;
+    T sums[kColumnsPerThread] = {};
+    if (weight != nullptr) {
+      add_products(step, thread, a, weight, op.transposed, op.depth, first, op.columns, sums);
+    }
+    if (op.context > 0) add_context(step, thread, op, first, sums);
+    T squares = 0;
+#pragma unroll
+    for (int j = 0; j < kColumnsPerThread; ++j) {
+      const int column = first + thread.lane + j * kSweepLanes;
+      if (!thread.inside || column >= op.columns) continue;
+      const int64_t at = thread.row * op.columns + column;
+      T c = weight == nullptr ? a[at] : sums[j];
+      switch (op.finish) {
+        case Finish::activate:
+          if (bias != nullptr) c += bias[column];
+          if (second_bias != nullptr) c += second_bias[column];
+          out[at] = activated(op.activation, c);
+          break;
+        case Finish::differentiate:
+          out[at] = differentiated(op.activation, c, other[at]);
+          break;
+        case Finish::regress: {
+          const T error = other[at] - c;
+          squares += error * error;
+          out[at] = T(2) / static_cast<T>(step.batch) * error;
+          break;
+        }
+      }
+    }
+    if (op.finish == Finish::regress) {
+      squares = block_sum<kSweepThreads>(squares);
+      if (threadIdx.x == 0) step.workspace[op.partials + blockIdx.x * tiles + tile] = squares;
+      __syncthreads();  // before the next sum
+    }
+  }
+}
+
+// Of a row's 16 threads: the sum, or the maximum. Lanes of a row are neighbours in a warp.
+template <class T>
+__device__ T row_sum(T value) {
+#pragma unroll
+  for (int distance = kSweepLanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+template <class T>
+__device__ T row_maximum(T value) {
+#pragma unroll
+  for (int distance = kSweepLanes / 2; distance > 0; distance /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, value, distance);
+    value = other > value || other != other ? other : value;  // NaN stays
+  }
+  return value;
+}
+
+// The number of rows that the criterion counts.
+template <class T>
+__device__ T counted_rows(const SweepStep<T>& step) {
+  FASTDNI_SHARED(T, count, 1);
+  T own = 0;
+  const auto* labels = static_cast<const int64_t*>(step.target);
+  for (int64_t r = threadIdx.x; r < step.batch; r += kSweepThreads) {
+    own += labels[r] != kIgnoredLabel;
+  }
+  own = block_sum<kSweepThreads>(own);
+  if (threadIdx.x == 0) count[0] = own;
+  __syncthreads();
+  return count[0];
+}
+
+// A label that is none (which the host cannot see without waiting for the device) makes the row's
+// loss and gradient NaN.
+template <class T>
+__device__ void run_criterion(const SweepStep<T>& step, const Instruction& op) {
+  if (blockIdx.y != 0) return;
+  const RowThread thread = row_thread(step);
+  const T* h = resolve(step, op.a) + thread.row * op.columns;
+  T* out = resolve(step, op.out) + thread.row * op.columns;
+  T loss = 0;
+  if (step.criterion == Criterion::mse) {
+    const T scale = T(2) / (static_cast<T>(step.batch) * op.columns);
+    const T* target = static_cast<const T*>(step.target) + thread.row * op.columns;
+    for (int c = thread.lane; thread.inside && c < op.columns; c += kSweepLanes) {
+      const T error = h[c] - target[c];
+      loss += error * error;
+      out[c] = scale * error;
+    }
+  } else {
+    const T counted = counted_rows(step);
+    const T scale = T(1) / (counted > 1 ? counted : T(1));
+    T largest = -T(__builtin_inf());
+    for (int c = thread.lane; thread.inside && c < op.columns; c += kSweepLanes) {
+      largest = h[c] > largest || h[c] != h[c] ? h[c] : largest;
+    }
+    largest = row_maximum(largest);
+    T sum = 0;
+    for (int c = thread.lane; thread.inside && c < op.columns; c += kSweepLanes) {
+      sum += exponential(h[c] - largest);
+    }
+    sum = row_sum(sum);
+    if (thread.inside) {
+      const int64_t label = static_cast<const int64_t*>(step.target)[thread.row];
+      const bool ignored = label == kIgnoredLabel;
+      const bool known = label >= 0 && label < op.columns;
+      const T nan = T(__builtin_nan(""));
+      for (int c = thread.lane; c < op.columns; c += kSweepLanes) {
+        const T probability = exponential(h[c] - largest) / sum;
+        const T gradient = (probability - T(c == label)) * scale;
+        out[c] = ignored ? T(0) : known ? gradient : nan;
+      }
+      if (thread.lane == 0 && !ignored) {
+        loss = known ? largest + log(sum) - h[label] : nan;
+      }
+    }
+  }
+  loss = block_sum<kSweepThreads>(loss);
+  if (threadIdx.x == 0) step.workspace[op.partials + blockIdx.x] = loss;
+  __syncthreads();  // before the next sum
+}
+
+// Rows of this block, the same for all of its threads.
+template <class T>
+__device__ int64_t last_row(const SweepStep<T>& step) {
+  const int64_t end = static_cast<int64_t>(blockIdx.x + 1) * kSweepRows;
+  return end < step.batch ? end : step.batch;
+}
+
+template <class T>
+__device__ void run_moments(const SweepStep<T>& step, const Instruction& op) {
+  const T* a = resolve(step, op.a);
+  const T* other = resolve(step, op.other);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSweepRows, end = last_row(step);
+  T* first = step.workspace + op.partials + static_cast<int64_t>(blockIdx.x) * op.columns;
+  T* second = first + static_cast<int64_t>(gridDim.x) * op.columns;
+  for (int c = blockIdx.y * kSweepThreads + threadIdx.x; c < op.columns;
+       c += gridDim.y * kSweepThreads) {
+    T sum = 0, products = 0;
+    if (op.op == Op::moments) {
+      for (int64_t r = begin; r < end; ++r) sum += a[r * op.columns + c];
+      sum /= static_cast<T>(end - begin);
+      for (int64_t r = begin; r < end; ++r) {
+        const T off = a[r * op.columns + c] - sum;
+        products += off * off;
+      }
+    } else {
+      for (int64_t r = begin; r < end; ++r) {
+        sum += a[r * op.columns + c];
+        products += a[r * op.columns + c] * other[r * op.columns + c];
+      }
+    }
+    first[c] = sum;
+    second[c] = products;
+  }
+}
+
+template <class T>
+__device__ void run_normalize(const SweepStep<T>& step, const Instruction& op) {
+  const RowThread thread = row_thread(step);
+  const T* mean = step.workspace + op.statistics;
+  const T* inverse = mean + op.columns;
+  const T* sums = inverse + op.columns;
+  const T* products = sums + op.columns;
+  const T* gamma = resolve(step, op.weight);
+  const T* beta = resolve(step, op.bias);
+  T* out = resolve(step, op.out);
+  T* other = resolve(step, op.other);
+  const T batch = static_cast<T>(step.batch);
+  for (int c = blockIdx.y * kSweepLanes + thread.lane; thread.inside && c < op.columns;
+       c += gridDim.y * kSweepLanes) {
+    const int64_t at = thread.row * op.columns + c;
+    if (op.op == Op::normalize) {
+      const T z = (out[at] - mean[c]) * inverse[c];
+      out[at] = z;
+      other[at] = activated(op.activation, gamma == nullptr ? z : z * gamma[c] + beta[c]);
+    } else {
+      const T scale = gamma == nullptr ? inverse[c] : inverse[c] * gamma[c];
+      out[at] = scale * (out[at] - sums[c] / batch - other[at] * (products[c] / batch));
+    }
+  }
+}
+
+// Instructions [first, last) of the program, on the rows of this block.
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+    sweep_rows_kernel(const SweepStep<T> step, int first, int last) {
+  for (int i = first; i < last; ++i) {
+    const Instruction& op = step.instructions[i];
+    if (op.stage >= 0 && !step.active.has(op.stage)) continue;
+    switch (op.op) {
+      case Op::product:
+        run_product(step, op);
+        break;
+      case Op::criterion:
+        run_criterion(step, op);
+        break;
+      case Op::moments:
+      case Op::gradient_moments:
+        run_moments(step, op);
+        break;
+      default:
+        run_normalize(step, op);
+    }
+    __syncthreads();  // what the block has written is there for all of it
+  }
+}
+
+// A column of a BatchNorm to each thread: joins the moments of the row blocks (Chan et al. 1979).
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+    sweep_reduction_kernel(const SweepStep<T> step, int number, int64_t row_blocks) {
+  const Reduction& op = step.reductions[number];
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kSweepThreads + threadIdx.x;
+  if (op.of_gradient && !step.active.has(op.stage)) return;
+  if (c >= op.columns) return;
+  const T* first = step.workspace + op.partials + c;
+  const T* second = first + row_blocks * op.columns;
+  T* mean_out = step.workspace + op.statistics + c;
+  if (op.of_gradient) {
+    double sum = 0, products = 0;
+    for (int64_t b = 0; b < row_blocks; ++b) {
+      sum += first[b * op.columns];
+      products += second[b * op.columns];
+    }
+    mean_out[2 * op.columns] = static_cast<T>(sum);
+    mean_out[3 * op.columns] = static_cast<T>(products);
+    return;
+  }
+  const auto rows = [&](int64_t b) {
+    const int64_t left = step.batch - b * kSweepRows;
+    return static_cast<double>(left < kSweepRows ? left : kSweepRows);
+  };
+  double mean = 0, squares = 0;
+  for (int64_t b = 0; b < row_blocks; ++b) mean += first[b * op.columns] * rows(b);
+  mean /= step.batch;
+  for (int64_t b = 0; b < row_blocks; ++b) {
+    const double off = first[b * op.columns] - mean;
+    squares += second[b * op.columns] + off * off * rows(b);
+  }
+  mean_out[0] = static_cast<T>(mean);
+  mean_out[op.columns] = static_cast<T>(1 / sqrt(squares / step.batch + op.eps));
+  if (op.running < 0) return;
+  T* running_mean = static_cast<T*>(step.statistics[op.running]) + c;
+  T* running_variance = static_cast<T*>(step.statistics[op.running + 1]) + c;
+  auto* tracked = static_cast<int64_t*>(step.statistics[op.running + 2]);
+  // Raised by `sweep_count_kernel` before.
+  const double momentum = op.momentum < 0 ? 1.0 / static_cast<double>(*tracked) : op.momentum;
+  *running_mean = static_cast<T>((1 - momentum) * *running_mean + momentum * mean);
+  *running_variance =
+      static_cast<T>((1 - momentum) * *running_variance + momentum * (squares / (step.batch - 1)));
+}
+
+// Batches that the BatchNorms have seen: one thread for each reduction.
+template <class T>
+__global__ void sweep_count_kernel(const SweepStep<T> step, int reductions) {
+  const int number = blockIdx.x * kWarpSize + threadIdx.x;
+  if (number >= reductions) return;
+  const Reduction& op = step.reductions[number];
+  if (op.running >= 0) ++*static_cast<int64_t*>(step.statistics[op.running + 2]);
+}
+
+// ---- updates ----
+
+template <class T>
+__device__ void update_at(const SweepParameter<T>& p, T grad, int64_t at) {
+  T* value = p.value + at;
+  T* first = p.first == nullptr ? nullptr : p.first + at;
+  T* second = p.second == nullptr ? nullptr : p.second + at;
+  switch (p.update.rule) {
+    case Rule::gradient:
+      return update_element<Rule::gradient>(p.update, grad, value, first, second);
+    case Rule::sgd:
+      return update_element<Rule::sgd>(p.update, grad, value, first, second);
+    case Rule::sgd_momentum:
+      return update_element<Rule::sgd_momentum>(p.update, grad, value, first, second);
+    case Rule::adam:
+      return update_element<Rule::adam>(p.update, grad, value, first, second);
+    case Rule::adamw:
+      return update_element<Rule::adamw>(p.update, grad, value, first, second);
+    default:
+      return;
+  }
+}
+
+template <class T>
+__device__ bool is_updated(const SweepStep<T>& step, int parameter) {
+  return parameter >= 0 && step.parameters[parameter].update.rule != Rule::none;
+}
+
+// A tile of grad^T input, whole over the batch, and its update: 4 x 4 elements a thread.
+template <class T>
+__device__ void update_weight(const SweepStep<T>& step, const Job& job, const Task& task) {
+  constexpr int kSide = kUpdateTile / kSweepLanes;
+  FASTDNI_SHARED(T, grad_tile, kSweepDepth * kUpdateTile);
+  FASTDNI_SHARED(T, input_tile, kSweepDepth * kUpdateTile);
+  const T* grad = resolve(step, job.grad);
+  const T* input = resolve(step, job.input);  // null: one-hot labels
+  const auto* labels = static_cast<const int64_t*>(step.target);
+  const int ty = threadIdx.x / kSweepLanes, tx = threadIdx.x % kSweepLanes;
+  T sums[kSide][kSide] = {};
+  for (int64_t from = 0; from < step.batch; from += kSweepDepth) {
+#pragma unroll
+    for (int i = threadIdx.x; i < kSweepDepth * kUpdateTile; i += kSweepThreads) {
+      const int64_t row = from + i / kUpdateTile;
+      const int output = task.output + i % kUpdateTile, column = task.input + i % kUpdateTile;
+      T of_grad = 0, of_input = 0;
+      if (row < step.batch && output < job.outputs) of_grad = grad[row * job.outputs + output];
+      if (row < step.batch && column < job.inputs) {
+        of_input = input == nullptr ? T(labels[row] == column) : input[row * job.inputs + column];
+      }
+      grad_tile[i] = rounded_to(of_grad, step.rounded);
+      input_tile[i] = rounded_to(of_input, step.rounded);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kSweepDepth; ++k) {
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) {
+        const T left = grad_tile[k * kUpdateTile + ty + i * kSweepLanes];
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) {
+          sums[i][j] += left * input_tile[k * kUpdateTile + tx + j * kSweepLanes];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  const SweepParameter<T> parameter = step.parameters[job.weight];
+#pragma unroll
+  for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) {
+      const int64_t output = task.output + ty + i * kSweepLanes;
+      const int64_t column = task.input + tx + j * kSweepLanes;
+      if (output < job.outputs && column < job.inputs) {
+        update_at(parameter, sums[i][j], output * job.inputs + column);
+      }
+    }
+  }
+}
+
+// The columns' sums of grad, a column to each thread: the biases of a tile's outputs.
+template <class T>
+__device__ void update_biases(const SweepStep<T>& step, const Job& job, const Task& task) {
+  const int output = task.output + threadIdx.x;
+  if (threadIdx.x >= kUpdateTile || output >= job.outputs) return;
+  const T* grad = resolve(step, job.grad) + output;
+  T sum = 0;
+  for (int64_t r = 0; r < step.batch; ++r) sum += grad[r * job.outputs];
+  if (is_updated(step, job.bias)) update_at(step.parameters[job.bias], sum, output);
+  if (is_updated(step, job.second_bias)) update_at(step.parameters[job.second_bias], sum, output);
+}
+
+template <class T>
+__device__ void report_criterion(const SweepStep<T>& step) {
+  double counted = static_cast<double>(step.batch) * step.outputs;
+  if (step.criterion == Criterion::cross_entropy) counted = counted_rows(step);
+  if (threadIdx.x != 0) return;
+  double sum = 0;
+  for (int64_t i = 0; i < step.criterion_loss.count; ++i) {
+    sum += step.workspace[step.criterion_loss.partials + i];
+  }
+  *step.loss = static_cast<T>(sum / counted);
+}
+
+// The losses: the criterion's, then a warp to each synthesizer's.
+template <class T>
+__device__ void report(const SweepStep<T>& step) {
+  if (step.loss != nullptr) report_criterion(step);
+  const int lane = threadIdx.x % kWarpSize;
+  for (int l = threadIdx.x / kWarpSize; l < step.loss_count; l += kSweepThreads / kWarpSize) {
+    const Loss& loss = step.losses[l];
+    double sum = 0;
+    for (int64_t i = lane; i < loss.count; i += kWarpSize) sum += step.workspace[loss.partials + i];
+    sum = warp_sum(sum);
+    if (lane != 0) continue;
+    const bool masked = !step.active.has(loss.stage);
+    step.synthesis_loss[l] = masked ? T(__builtin_nan("")) : static_cast<T>(sum / step.batch);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+    sweep_update_kernel(const SweepStep<T> step) {
+  if (static_cast<int32_t>(blockIdx.x) == step.task_count) {
+    report(step);
+    return;
+  }
+  const Task& task = step.tasks[blockIdx.x];
+  const Job& job = step.jobs[task.job];
+  if (!step.active.has(job.stage)) return;
+  if (job.inputs == 0) {
+    const T* grad = resolve(step, job.grad);
+    const int output = task.output + threadIdx.x;
+    if (threadIdx.x < kUpdateTile && output < job.outputs && is_updated(step, job.weight)) {
+      update_at(step.parameters[job.weight], grad[output], output);
+    }
+    return;
+  }
+  if (is_updated(step, job.weight)) update_weight(step, job, task);
+  if (task.input == 0) update_biases(step, job, task);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+    sweep_loss_kernel(const SweepStep<T> step) {
+  report_criterion(step);
+}
+
+}  // namespace fastdni::cuda

@@ -1,0 +1,88 @@
+// The sweep's kernels: rows through a program, what joins them for BatchNorm, and the updates.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "common/optimizer.h"
+#include "cuda/sweep_program.h"
+
+namespace fastdni::cuda {
+
+constexpr int kSweepThreads = 256;
+// Rows and columns of a weight's gradient that a block makes.
+constexpr int kUpdateTile = 64;
+// Stages and one above that a mask has room for.
+constexpr int kSweepStages = 256;
+
+struct StageMask {
+  uint32_t words[kSweepStages / 32] = {};
+
+  void set(int stage) { words[stage / 32] |= 1u << stage % 32; }
+  FASTDNI_HOST_DEVICE bool has(int stage) const { return words[stage / 32] >> stage % 32 & 1; }
+};
+
+// A parameter, and what its optimizer keeps (null where it does not).
+template <class T>
+struct SweepParameter {
+  T* value;
+  T* first;
+  T* second;
+  Update<T> update;
+};
+
+// One tile of a job.
+struct Task {
+  int32_t job, output, input;  // output, input: of the tile's first
+};
+
+// A program and the memory of a step; every pointer is one of the device.
+template <class T>
+struct SweepStep {
+  const Instruction* instructions;
+  const Reduction* reductions;
+  const Job* jobs;
+  const Task* tasks;
+  const Loss* losses;  // of the synthesizers
+  int32_t task_count, loss_count;
+  Loss criterion_loss;
+
+  T* workspace;
+  const SweepParameter<T>* parameters;
+  void* const* statistics;
+  const T* x;              // (B, K)
+  const T* network_input;  // (B, K), where input synthesizers predict from another tensor than x
+  const T* context;        // (B, C), or null for one-hot labels
+  const void* target;      // (B,) int64, or (B, N) where the criterion is mse
+  const T* gradient;       // (B, N), from the stage above
+  T* output;               // (B, N)
+  T* loss;                 // (), null where there is none, or it is launch_sweep_loss's
+  T* synthesis_loss;       // (synthesizers,)
+  T* input_gradient;       // (B, K)
+  StageMask active;
+  int64_t batch;
+  int32_t outputs;  // N
+  Criterion criterion;
+  bool rounded;  // operands of products to bfloat16
+};
+
+std::vector<Task> sweep_tasks(const SweepProgram& program);
+
+// Runs segments: each in one launch of a block for every kSweepRows rows, or where `split` is set
+// in one launch for each instruction, with blocks for every kSweepColumns columns, too. The bits
+// are the same.
+template <class T>
+cudaError_t launch_sweep_rows(const SweepStep<T>& step, const SweepProgram& program,
+                              const std::vector<Segment>& segments, bool split,
+                              cudaStream_t stream);
+
+// The loss of the criterion, where it is wanted before the update.
+template <class T>
+cudaError_t launch_sweep_loss(const SweepStep<T>& step, cudaStream_t stream);
+
+// Every update, and the losses.
+template <class T>
+cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream);
+
+}  // namespace fastdni::cuda

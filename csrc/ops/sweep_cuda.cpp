@@ -1,0 +1,200 @@
+// The sweep on a GPU: the program of csrc/cuda/sweep_program.h, its tables in device memory, and a
+// step's pointers.
+#include "ops/sweep_plan.h"
+
+#if defined(FASTDNI_CUDA)
+#include <cmath>
+#include <cstring>
+
+#include "cuda/sweep.h"
+#include "ops/cuda.h"
+
+namespace fastdni {
+namespace {
+
+constexpr const char* kOp = "sweep";
+// Wider stages have enough columns to give every multiprocessor a tile of one instruction; below,
+// launches cost more than idle multiprocessors do. Estimated, not measured.
+constexpr int64_t kSplitOutputs = 512;
+
+// Tables in one piece of device memory, written anew when they have changed.
+class DeviceTables {
+ public:
+  // Places `count` elements behind what is there; returns their offset.
+  template <class Element>
+  size_t add(const Element* elements, size_t count) {
+    const size_t offset = (bytes_.size() + 15) / 16 * 16;
+    bytes_.resize(offset + count * sizeof(Element));
+    if (count > 0) std::memcpy(bytes_.data() + offset, elements, count * sizeof(Element));
+    return offset;
+  }
+  template <class Element>
+  size_t add(const std::vector<Element>& elements) {
+    return add(elements.data(), elements.size());
+  }
+  void clear() { bytes_.clear(); }
+
+  // The copy is made from pageable memory, which the driver has read when it returns; it follows
+  // what the stream does with the old tables.
+  void upload(const Tensor& like, cudaStream_t stream) {
+    if (bytes_ == uploaded_) return;
+    if (capacity_ < bytes_.size()) {
+      memory_ = empty(like, {static_cast<int64_t>(bytes_.size())}, aoti_torch_dtype_uint8());
+      capacity_ = bytes_.size();
+    }
+    cuda::check(kOp, cudaMemcpyAsync(memory_->data_ptr(), bytes_.data(), bytes_.size(),
+                                     cudaMemcpyHostToDevice, stream));
+    uploaded_ = bytes_;
+  }
+  template <class Element>
+  const Element* at(size_t offset) const {
+    const auto* base = static_cast<const std::byte*>(memory_->data_ptr());
+    return reinterpret_cast<const Element*>(base + offset);
+  }
+
+ private:
+  std::vector<std::byte> bytes_, uploaded_;
+  std::optional<Tensor> memory_;
+  size_t capacity_ = 0;
+};
+
+template <class T>
+class CudaSweep final : public Sweep {
+ public:
+  explicit CudaSweep(const NetworkSpec& spec)
+      : spec_(spec), program_(cuda::make_sweep_program(spec)) {
+    const std::vector<cuda::Task> tasks = cuda::sweep_tasks(program_);
+    task_count_ = static_cast<int32_t>(tasks.size());
+    instructions_ = fixed_.add(program_.instructions);
+    reductions_ = fixed_.add(program_.reductions);
+    jobs_ = fixed_.add(program_.jobs);
+    tasks_ = fixed_.add(tasks);
+    losses_ = fixed_.add(program_.synthesis);
+    for (const StageSpec& stage : spec.stages) split_ |= stage.outputs > kSplitOutputs;
+  }
+
+  int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
+
+  void forward(const StepMemory& memory) override {
+    cuda::SweepStep<T> step = begin(memory);
+    run(step, program_.forward, memory);
+    if (spec_.input_gradient && step.loss != nullptr) {
+      cuda::check(kOp, cuda::launch_sweep_loss(step, stream(memory)));
+    }
+  }
+
+  void update(const StepMemory& memory) override {
+    cuda::SweepStep<T> step = begin(memory);
+    if (spec_.input_gradient) step.loss = nullptr;  // it is there since `forward`
+    if (memory.gradient != nullptr) run(step, program_.regression, memory);
+    cuda::check(kOp, cuda::launch_sweep_update(step, stream(memory)));
+  }
+
+ private:
+  static cudaStream_t stream(const StepMemory& memory) {
+    return static_cast<cudaStream_t>(memory.stream);
+  }
+
+  void run(const cuda::SweepStep<T>& step, const std::vector<cuda::Segment>& segments,
+           const StepMemory& memory) {
+    cuda::check(kOp, cuda::launch_sweep_rows(step, program_, segments, split_, stream(memory)));
+  }
+
+  // The tables on the device, and everything the kernels are told.
+  cuda::SweepStep<T> begin(const StepMemory& memory) {
+    const Tensor& like = *memory.like;
+    if (!workspace_) workspace_ = empty(like, {program_.workspace});
+    fixed_.upload(like, stream(memory));
+
+    std::vector<cuda::SweepParameter<T>> parameters(memory.parameters.size());
+    // What lies between the members is compared, too.
+    std::memset(static_cast<void*>(parameters.data()), 0,
+                parameters.size() * sizeof(parameters[0]));
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const ParameterMemory& from = memory.parameters[i];
+      parameters[i].value = static_cast<T*>(from.value);
+      parameters[i].first = static_cast<T*>(from.first);
+      parameters[i].second = static_cast<T*>(from.second);
+      const Update<T> update = prepared<T>(from.settings, from.step,
+                                           [](double beta, double n) { return std::pow(beta, n); });
+      assign(update, parameters[i].update);
+    }
+    of_step_.clear();
+    const size_t of_parameters = of_step_.add(parameters);
+    const size_t of_statistics = of_step_.add(memory.statistics);
+    of_step_.upload(like, stream(memory));
+
+    cuda::SweepStep<T> step{};
+    step.instructions = fixed_.template at<cuda::Instruction>(instructions_);
+    step.reductions = fixed_.template at<cuda::Reduction>(reductions_);
+    step.jobs = fixed_.template at<cuda::Job>(jobs_);
+    step.tasks = fixed_.template at<cuda::Task>(tasks_);
+    step.losses = fixed_.template at<cuda::Loss>(losses_);
+    step.task_count = task_count_;
+    step.loss_count = static_cast<int32_t>(program_.synthesis.size());
+    step.criterion_loss = program_.criterion;
+    step.workspace = static_cast<T*>(workspace_->data_ptr());
+    step.parameters = of_step_.template at<cuda::SweepParameter<T>>(of_parameters);
+    step.statistics = of_step_.template at<void*>(of_statistics);
+    step.x = static_cast<const T*>(memory.x);
+    step.network_input = static_cast<const T*>(memory.network_input);
+    step.context = static_cast<const T*>(memory.context);
+    step.target = memory.target;
+    step.gradient = static_cast<const T*>(memory.gradient);
+    step.output = static_cast<T*>(memory.output);
+    step.loss = spec_.criterion == Criterion::none ? nullptr : static_cast<T*>(memory.loss);
+    step.synthesis_loss = static_cast<T*>(memory.synthesis_loss);
+    step.input_gradient = static_cast<T*>(memory.input_gradient);
+    for (size_t s = 0; s < memory.active.size(); ++s) {
+      if (memory.active[s]) step.active.set(static_cast<int>(s));
+    }
+    step.batch = spec_.batch;
+    step.outputs = static_cast<int32_t>(spec_.stages.back().outputs);
+    step.criterion = spec_.criterion;
+    step.rounded = spec_.bfloat16;
+    return step;
+  }
+
+  // Member by member: a copy of the whole would bring along what lies between them.
+  static void assign(const Update<T>& from, Update<T>& to) {
+    to.rule = from.rule;
+    to.lr = from.lr;
+    to.weight_decay = from.weight_decay;
+    to.a = from.a;
+    to.b = from.b;
+    to.one_minus_b = from.one_minus_b;
+    to.root_correction = from.root_correction;
+    to.eps = from.eps;
+    to.nesterov = from.nesterov;
+  }
+
+  NetworkSpec spec_;
+  cuda::SweepProgram program_;
+  int32_t task_count_;
+  bool split_ = false;
+  DeviceTables fixed_, of_step_;
+  size_t instructions_, reductions_, jobs_, tasks_, losses_;
+  std::optional<Tensor> workspace_;
+};
+
+}  // namespace
+
+std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype) {
+  FASTDNI_CHECK(spec.stages.size() < cuda::kSweepStages, "sweep: a CUDA plan must have fewer than ",
+                cuda::kSweepStages, " stages, got ", spec.stages.size());
+  if (dtype == ScalarType::Double) return std::make_unique<CudaSweep<double>>(spec);
+  return std::make_unique<CudaSweep<float>>(spec);
+}
+
+}  // namespace fastdni
+
+#else
+
+namespace fastdni {
+
+std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec&, ScalarType) {
+  fail("sweep: this build has no CUDA kernels");
+}
+
+}  // namespace fastdni
+#endif

@@ -1,0 +1,280 @@
+"""The sweep's CUDA kernels and launchers, run on the host (tests/simt) against the reference."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import sample
+from simt.build import Fault, HostRunError, Unavailable, build
+from sweep_problem import CONTEXT, Problem, cast, fresh_state, stages
+
+from fastdni import ops, reference
+
+RULES = reference.RULES
+KEPT = {"gradient": 1, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adamw": 2}
+
+
+def built(variant, fault=None):
+    try:
+        return build("sweep", variant, fault)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def arrays_of(tensors):
+    return [np.ascontiguousarray(t.numpy()) for t in tensors]
+
+
+def host_step(one: Problem, given: dict, dtype, run, split=False, gradient=None, **how):
+    """What the kernels make of a step: results, parameters, what is kept of them, statistics."""
+    own = cast(one.given, dtype)
+    parameters = [p for stage in own for p in stage.parameters()]
+    statistics = [t for stage in own for t in stage.statistics()]
+    with_plan = ops.SweepPlan(own, one.batch, one.criterion)
+    updated = [one.active[s] for s in with_plan.parameter_stages]
+    chosen = [p for p, u in zip(parameters, updated, strict=True) if u]
+    state = [s for s in fresh_state(one.settings, chosen) if s.shape or s.numel() != 1]
+    kept = KEPT[one.settings.rule]
+    inputs = [one.x.to(dtype)]
+    inputs += [one.target if not one.target.is_floating_point() else one.target.to(dtype)]
+    inputs += [] if one.context is None else [one.context.to(dtype)]
+    inputs += [] if gradient is None else [gradient.to(dtype)]
+    of_parameters, left = [], iter(state)
+    for parameter, free in zip(parameters, updated, strict=True):
+        of_parameters.append(parameter)
+        of_parameters += [next(left) for _ in range(kept)] if free else []
+    inputs += of_parameters + statistics
+    settings = one.settings
+    of_norm = next((stage.norm for stage in own if stage.norm is not None), None)
+    top = own[-1].synthesizer is not None
+    count = sum(stage.synthesizer is not None for stage in own)
+    unlocked = own[0].input_synthesizer is not None
+    params = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "widths": "-".join(map(str, [own[0].weight.shape[1], *(s.weight.shape[0] for s in own)])),
+        "batch": one.batch,
+        "criterion": one.criterion or "none",
+        "activation": own[0].activation,
+        "hidden": given.get("n_hidden", 0),
+        "context": CONTEXT if given.get("context") else 0,
+        "explicit_context": int(one.context is not None),
+        "norm": int(of_norm is not None),
+        "affine": int(of_norm is None or of_norm.weight is not None),
+        "momentum": -1 if of_norm is not None and of_norm.momentum is None else 0.1,
+        "bias": int(given.get("bias", True)),
+        "unlocked": int(unlocked),
+        "top": int(top),
+        "active": "-".join(str(s) for s, a in enumerate(one.active) if a),
+        "rule": RULES.index(settings.rule),
+        **{key: float(getattr(settings, key)) for key in ("lr", "weight_decay", "a", "b", "eps")},
+        "nesterov": int(settings.nesterov),
+        "kept": kept,
+        "steps": 2,
+        "sizes": "-".join(str(p.numel()) for p in parameters),
+        "stages": "-".join(map(str, with_plan.parameter_stages)),
+        "split": int(split),
+        **how,
+    }
+    number = np.float64 if dtype == torch.float64 else np.float32
+    rows, outputs = one.batch, own[-1].weight.shape[0]
+    of_input = rows * own[0].weight.shape[1] if how.get("input_gradient") else 0
+    wanted = [(number, rows * outputs), (number, 1), (number, count * (1 + unlocked))]
+    wanted += [(number, of_input)]
+    wanted += [(number, p.numel()) for p in of_parameters]
+    wanted += [(np.int64 if not t.is_floating_point() else number, t.numel()) for t in statistics]
+    return run(params, arrays_of(inputs), wanted)
+
+
+def reference_step(one: Problem, gradient=None, rounded=False, input_gradient=False):
+    """The same, of the reference in float64."""
+    own = cast(one.given, torch.float64)
+    done = reference.sweep(
+        own, one.x, one.target, one.context, one.criterion, list(map(bool, one.active)), rounded
+    )
+    gradients, losses = done.gradients, done.synthesis_loss
+    if done.regress_top is not None:
+        loss, of_top = done.regress_top(gradient)
+        made = own[-1].input_synthesizer
+        end = len(gradients) - (0 if made is None else len(made.tensors()))
+        gradients = gradients[: end - len(of_top)] + of_top + gradients[end:]
+        losses = losses.clone()
+        losses.view(-1, len(own))[0, -1] = loss
+    results = [done.output, torch.zeros(1) if done.loss is None else done.loss, losses]
+    results += [done.input_gradient if input_gradient else torch.empty(0)]
+    parameters = [p for stage in own for p in stage.parameters()]
+    chosen = [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    state = iter(fresh_state(one.settings, chosen))
+    kept = KEPT[one.settings.rule]
+    for parameter, found in zip(parameters, gradients, strict=True):
+        results.append(parameter)
+        if found is None:
+            continue
+        beside = [next(state) for _ in range(kept)]
+        if kept == 2:
+            next(state)
+            beside.append(torch.tensor(2.0))
+        reference.optimizer_update(one.settings, parameter, found, beside)
+        results += beside[:kept]
+    return [*results, *(t for stage in own for t in stage.statistics())]
+
+
+def compare(found, expected, tolerance, skip_loss=False):
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if skip_loss and index == 1:
+            continue
+        want = b.detach().double().numpy().reshape(-1)
+        np.testing.assert_allclose(a.astype(np.float64), want, rtol=tolerance, atol=tolerance)
+
+
+CASES = {
+    "plain": ({}, {}),
+    "wide rows": ({"widths": (70, 130, 65, 5)}, {"batch": 33, "settings": "adam"}),
+    "one of each": ({"widths": (1, 1, 1)}, {"batch": 1}),
+    "mlp": ({"n_hidden": 2, "context": True}, {"settings": "adamw", "batch": 17}),
+    "norm": ({"norm": True, "context": True}, {"settings": "nesterov", "batch": 35}),
+    "norms in a row": ({"widths": (7, 9, 6, 8, 5), "norm": True, "n_hidden": 1}, {"batch": 20}),
+    "plain averages": ({"norm": True, "affine": False, "momentum": None}, {"batch": 20}),
+    "mse": ({"context": True, "activation": "sigmoid"}, {"criterion": "mse", "batch": 18}),
+    "given context": ({"context": True, "activation": "relu"}, {"explicit_context": True}),
+    "no biases": ({"bias": False, "context": True, "n_hidden": 1}, {"settings": "momentum"}),
+    "unlocked": (
+        {"unlocked": True, "context": True, "n_hidden": 1},
+        {"settings": "adam", "batch": 19},
+    ),
+    "unlocked, norm": ({"unlocked": True, "norm": True}, {"batch": 34, "settings": "gradient"}),
+    "masked": ({"context": True}, {"masked": (1,), "settings": "adam"}),
+    "masked, norm": ({"norm": True, "unlocked": True}, {"masked": (0, 2), "batch": 20}),
+}
+
+
+def problem(name, **more):
+    torch.manual_seed(len(name))
+    given, how = CASES[name]
+    return Problem(stages(**given), **how, **more), given
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one launch", "a launch an instruction"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step(name, split):
+    one, given = problem(name)
+    compare(host_step(one, given, torch.float64, built("plain"), split), reference_step(one), 1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_in_float32(name):
+    one, given = problem(name)
+    compare(host_step(one, given, torch.float32, built("plain")), reference_step(one), 2e-4)
+
+
+@pytest.mark.parametrize("settings", ["gradient", "sgd", "nesterov", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "norm, activation, n_hidden, context",
+    sample(itertools.product([False, True], ["relu", "tanh", "sigmoid"], [0, 1], [False, True])),
+)
+def test_combinations(settings, norm, activation, n_hidden, context):
+    torch.manual_seed(0)
+    given = {"norm": norm, "activation": activation, "n_hidden": n_hidden, "context": context}
+    one = Problem(stages(**given), 21, settings=settings)
+    compare(host_step(one, given, torch.float64, built("plain")), reference_step(one), 1e-10)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_a_part_of_a_network(norm, unlocked):
+    """More stages above: the topmost synthesizer learns from the gradient that comes back."""
+    torch.manual_seed(0)
+    given = {"top": True, "norm": norm, "unlocked": unlocked, "context": True}
+    one = Problem(stages(**given), 20, criterion=None, explicit_context=True)
+    gradient = torch.randn(20, 5, dtype=torch.float64)
+    how = {"gradient": gradient, "input_gradient": 1}
+    found = host_step(one, given, torch.float64, built("plain"), **how)
+    compare(found, reference_step(one, gradient, input_gradient=True), 1e-10, skip_loss=True)
+
+
+def test_the_upper_part_of_a_network():
+    """Its loss is there before the update, and the gradient of its input."""
+    one, given = problem("norm")
+    found = host_step(one, given, torch.float64, built("plain"), input_gradient=1)
+    compare(found, reference_step(one, input_gradient=True), 1e-10)
+
+
+def test_operands_rounded_to_bfloat16():
+    one, given = problem("mlp")
+    found = host_step(one, given, torch.float64, built("plain"), rounded=1)
+    # The reference in PyTorch rounds the same operands, up to those that lie between two.
+    compare(found, reference_step(one, rounded=True), 1e-2)
+
+
+def test_rows_that_are_ignored_and_labels_that_are_none():
+    one, given = problem("plain")
+    one.target[1] = -100
+    compare(host_step(one, given, torch.float64, built("plain")), reference_step(one), 1e-10)
+    one.target[2] = 5
+    output, loss, *_ = host_step(one, given, torch.float64, built("plain"))
+    assert np.isnan(loss) and np.isfinite(output).all()
+
+
+def assert_same_bits(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("name", ["mlp", "norm", "unlocked"])
+def test_the_same_bits_in_any_order_of_threads_and_launches(name):
+    one, given = problem(name)
+    run = built("plain")
+    first = host_step(one, given, torch.float32, run)
+    for how in ({"seed": 1}, {"seed": 2}, {"split": True}, {"split": True, "seed": 3}):
+        assert_same_bits(first, host_step(one, given, torch.float32, run, **how))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["wide rows", "one of each", "mlp", "norm", "unlocked, norm"])
+def test_stays_in_bounds(name, split):
+    one, given = problem(name)
+    found = host_step(one, given, torch.float64, built("address"), split)
+    compare(found, reference_step(one), 1e-10)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "norm", "mse"])
+def test_has_no_race(name, split):
+    one, given = problem(name)
+    found = host_step(one, given, torch.float64, built("thread"), split, seed=1)
+    compare(found, reference_step(one), 1e-10)
+
+
+KERNELS = "cuda/sweep.cuh"
+FAULTS = {
+    "no barrier before a tile is used": (
+        "thread", "data race", "plain",
+        "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kSweepDepth; ++i) {",
+        "#pragma unroll\n    for (int i = 0; i < kSweepDepth; ++i) {",
+    ),
+    "no barrier after an instruction": (
+        "thread", "data race", "norm",
+        "    __syncthreads();  // what the block has written is there for all of it\n", "",
+    ),
+    "a row too many": (
+        "address", "heap-buffer-overflow", "plain",
+        "row < step.batch};", "row <= step.batch};",
+    ),
+    "a column too many": (
+        "address", "heap-buffer-overflow", "plain",
+        "row < depth && column < columns", "row <= depth && column < columns",
+    ),
+    "a tile of the update past the batch": (
+        "address", "heap-buffer-overflow", "plain",
+        "if (row < step.batch && output < job.outputs)", "if (output < job.outputs)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault):
+    variant, report, name, old, new = FAULTS[fault]
+    one, given = problem(name)
+    run = built(variant, Fault(KERNELS, old, new))
+    with pytest.raises(HostRunError, match=report):
+        host_step(one, given, torch.float64, run, seed=1)
