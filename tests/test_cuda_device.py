@@ -1,0 +1,147 @@
+"""`net.step` and the sweep on a GPU, against the reference there and the CPU. Skipped without one;
+what is shown of the same kernels without a GPU is in test_cuda_sweep.py."""
+
+import copy
+
+import pytest
+import torch
+from network_cases import OPTIMIZERS, batch, network, state_of
+
+import fastdni
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+
+KINDS = {
+    "plain": {},
+    "mlp, context": {"n_hidden": 2, "context": True},
+    "norm": {"norm": True, "context": True},
+    "unlocked": {"unlocked": True, "n_hidden": 1},
+}
+
+
+def on_gpu(given: dict, device="cuda") -> dict:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+
+def trained(net, optimizer, backend, steps=20, device="cuda", masks=(None,), **how):
+    """What `steps` steps leave: results, parameters and statistics, optimizer state."""
+    results = []
+    with fastdni.use_backend(backend):
+        for number in range(steps):
+            given = on_gpu(batch(net, seed=number, **how), device)
+            mask = masks[number % len(masks)]
+            results += net.step(optimizer=optimizer, update_mask=mask, **given)
+    return [t.cpu() for t in (*results, *net.state_dict().values(), *state_of(optimizer))]
+
+
+@pytest.mark.parametrize("criterion", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_twenty_steps_equal_the_reference(name, kind, criterion):
+    net = network((7, 33, 20, 5), bias=not name.startswith("adam"), **KINDS[kind])
+    found = []
+    for backend in ("cuda", "reference"):
+        twin = copy.deepcopy(net).cuda()
+        optimizer = OPTIMIZERS[name](twin.parameters())
+        found.append(trained(twin, optimizer, backend, rows=40, criterion=criterion))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks(kind):
+    net = network(**KINDS[kind])
+    masks = ([True, False, True], [False, True, True], [True] * 3)
+    found = []
+    for backend in ("cuda", "reference"):
+        twin = copy.deepcopy(net).cuda()
+        optimizer = OPTIMIZERS["nesterov"](twin.parameters())
+        found.append(trained(twin, optimizer, backend, masks=masks))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("widths", [(784, 256, 256, 10), (100, 1030, 70, 10)])
+def test_the_same_bits_twenty_times(widths):
+    net = network(widths, norm=True, context=True, n_hidden=1, dtype=torch.float32).cuda()
+    given = on_gpu(batch(net, rows=130))
+    first = None
+    for _ in range(20):
+        twin = copy.deepcopy(net)
+        optimizer = OPTIMIZERS["sgd"](twin.parameters())
+        with fastdni.use_backend("cuda"):
+            results = [*twin.step(optimizer=optimizer, **given), *twin.state_dict().values()]
+        first = first or results
+        assert all(map(torch.equal, first, results))
+
+
+def test_float32_is_as_near_as_the_cpu():
+    net = network((30, 40, 20, 5), n_hidden=1, context=True, dtype=torch.float32)
+    found = []
+    for backend, twin in (("cuda", copy.deepcopy(net).cuda()), ("cpu", copy.deepcopy(net))):
+        optimizer = OPTIMIZERS["sgd"](twin.parameters())
+        device = "cuda" if backend == "cuda" else "cpu"
+        found.append(trained(twin, optimizer, backend, steps=1, device=device, rows=50))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_on_streams_of_their_own():
+    nets = [network(norm=True).cuda() for _ in range(2)]
+    alone = [copy.deepcopy(net) for net in nets]
+    expected = [trained(net, OPTIMIZERS["sgd"](net.parameters()), "cuda", rows=64) for net in alone]
+    streams = [torch.cuda.Stream() for _ in nets]
+    optimizers = [OPTIMIZERS["sgd"](net.parameters()) for net in nets]
+    torch.cuda.synchronize()
+    results: list[list] = [[], []]
+    with fastdni.use_backend("cuda"):
+        for number in range(20):
+            for own, net, stream, optimizer in zip(results, nets, streams, optimizers, strict=True):
+                with torch.cuda.stream(stream):
+                    own += net.step(optimizer=optimizer, **on_gpu(batch(net, 64, seed=number)))
+    torch.cuda.synchronize()
+    for own, net, want in zip(results, nets, expected, strict=True):
+        found = [t.cpu() for t in (*own, *net.state_dict().values())]
+        assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    net = network()
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        twin = copy.deepcopy(net).to(device)
+        found.append(trained(twin, OPTIMIZERS["sgd"](twin.parameters()), "cuda", device=device))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_step_is_captured_in_a_graph_and_replayed():
+    net = network((7, 33, 20, 5), dtype=torch.float32).cuda()
+    twin = copy.deepcopy(net)
+    given = on_gpu(batch(net, rows=16))
+    optimizers = [
+        torch.optim.Adam(n.parameters(), lr=torch.tensor(1e-3, device="cuda"), capturable=True)
+        for n in (net, twin)
+    ]
+    with fastdni.use_backend("cuda"):
+        step = fastdni.make_graphed_step(net, optimizers[0], given["x"], given["target"])
+        for _ in range(4):  # the warm-up's three, and the capture runs nothing
+            step(given["x"], given["target"])
+        optimizers[0].param_groups[0]["lr"].fill_(1e-2)
+        step(given["x"], given["target"])
+        for lr in [1e-3] * 7 + [1e-2]:
+            optimizers[1].param_groups[0]["lr"].fill_(lr)
+            twin.step(given["x"], given["target"], optimizers[1])
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [5, 10**9, -1])
+def test_a_label_that_is_none_makes_the_loss_nan(bad):
+    """Nothing is read out of bounds, and the host does not wait for the device to look."""
+    net = network().cuda()
+    given = on_gpu(batch(net))
+    given["target"][2] = bad
+    with fastdni.use_backend("cuda"):
+        result = net.step(optimizer=OPTIMIZERS["sgd"](net.parameters()), **given)
+    assert result.loss.isnan() and result.output.isfinite().all()
