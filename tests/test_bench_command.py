@@ -122,7 +122,8 @@ def test_a_peer_that_computes_something_else_is_not_timed(tmp_path, capsys, monk
         (["--peer", "fastdni"], "--peer goes with --drop-in"),
         (["--drop-in", "--sweep", "width=2..4"], "--drop-in goes without --sweep"),
         (["--drop-in", "--precision", "bf16"], "--drop-in goes without --precision"),
-        (["--plot", "no/such/folder/a.png"], "there is no folder no/such/folder"),
+        (["--plot", "no/such/folder/a.png"], "cannot write no/such/folder/a.png: No such file"),
+        (["--json", "/"], "cannot write /: Is a directory"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -137,8 +138,21 @@ def test_bad_arguments_get_one_line(capsys, arguments, message):
     assert message in line and line.startswith("python -m fastdni")
 
 
+def test_a_picture_has_a_format(capsys, tmp_path):
+    with pytest.raises(SystemExit) as refused:
+        bench("--plot", tmp_path / "a.txt")
+    assert refused.value.code == 2
+    assert "--plot must be a picture such as speedup.png, got" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_pointed_out(capsys, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    assert bench(*TINY, "--quick", "--backends", "cpu") == 0
+    assert "others are at work on this machine" in capsys.readouterr().out
+
+
 def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     with pytest.raises(SystemExit) as refused:
         bench("--plot", tmp_path / "a.png")
     assert refused.value.code == 2

@@ -40,6 +40,7 @@ examples:
   python -m fastdni bench --net 784-256-256-10 --sweep width=64..1024 --quick --plot cost.png
   python -m fastdni bench --drop-in --peer dni
 """
+_BUSY = 0.6  # load for each core from which on measurements are not to be trusted
 # Of `--sweep NAME=FROM..TO`: the least value, and the case of each value.
 SWEEPS: dict[str, tuple[int, Callable[[Case, int], Case]]] = {
     "width": (
@@ -200,13 +201,19 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         if options.batch < 2:
             parser.error("--batch must be at least 2 with --drop-in: its network has BatchNorm")
     for path in (options.plot, options.json, options.trace):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"cannot write {path}: there is no folder {path.parent}")
+        if path is not None:
+            try:
+                path.open("ab").close()
+            except OSError as reason:
+                parser.error(f"cannot write {path}: {reason.strerror}")
     if options.plot is not None:
         try:
-            importlib.import_module("matplotlib")
+            canvas = importlib.import_module("matplotlib.backend_bases").FigureCanvasBase
         except ImportError:
             parser.error("--plot needs matplotlib, which is not installed")
+        kinds = canvas.get_supported_filetypes()
+        if options.plot.suffix.removeprefix(".") not in kinds:
+            parser.error(f"--plot must be a picture such as speedup.png, got {options.plot}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -216,7 +223,10 @@ def run(options: argparse.Namespace) -> int:
     torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
     limits = {"seconds": options.seconds} if options.rounds is None else {"rounds": options.rounds}
     info = hardware()
-    print(header(info) + "\n", flush=True)
+    print(header(info), flush=True)
+    if float(info["load"]) > _BUSY * info["cores"]:
+        print("others are at work on this machine: times and ratios may be off")
+    print(flush=True)
     progress = sys.stderr.isatty()
     try:
         if options.drop_in:

@@ -99,7 +99,7 @@ def _stage_spec(stage: SweepStage) -> dict:
 
 
 def sweep_backend(weight: Tensor) -> str:
-    """The backend that serves a sweep over stages with such a weight: "cpu", "cuda", "reference"."""
+    """The backend that serves a sweep over such stages: "cpu", "cuda" or "reference"."""
     if backend.choice() == "auto" and weight.device.type in _NOT_BY_ITSELF:
         return "reference"
     return weight.device.type if backend.serves(weight, _DEVICES) else "reference"
