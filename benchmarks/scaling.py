@@ -24,7 +24,7 @@ POINTS = {
     "width": [(n, Case((n, n, n, 10)), 1) for n in (16, 32, 64, 128, 256, 512, 1024)],
     "layers": [(n, Case((256,) * n + (10,)), 1) for n in (2, 4, 8, 16)],
     "batch": [(n, Case((256, 256, 256, 10), n), 1) for n in (8, 32, 128, 512, 2048)],
-    "threads": [(n, Case((784, 256, 256, 10)), n) for n in range(1, cores() + 1)],
+    "threads": [(n, Case((256, 256, 256, 10)), n) for n in range(1, cores() + 1)],
 }
 
 

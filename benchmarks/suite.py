@@ -50,6 +50,11 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args(arguments)
 
+    if options.output is not None:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            parser.error(f"cannot write to {options.output}: {reason.strerror}")
     threads = torch.get_num_threads()
     limits = {"seconds": suite.seconds[options.quick]}
     if options.rounds is not None:
@@ -69,7 +74,6 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
     for name, value in extra.items():
         print(f"\n{name}: {value}")
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
         write(suite, results, info, extra, options.output / suite.name)
     return 0
 

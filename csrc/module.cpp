@@ -128,6 +128,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("criterion"), py::arg("input_gradient"), py::arg("bfloat16"),
            py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
+      .def(
+          "forget", [](const PlanHandle& plan) { fastdni::find_plan(plan.handle)->last = {}; },
+          "Lets go of the tensors that a repeated step would take.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)
   m.def(

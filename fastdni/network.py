@@ -105,6 +105,15 @@ class DecoupledSequential(nn.Module):
         super().__setstate__(state)
         self._trainer = Trainer(self)
 
+    # Plans hold parameters; what changes these may want to be their only owner.
+    def _apply(self, *arguments, **how):
+        self._trainer = Trainer(self)
+        return super()._apply(*arguments, **how)
+
+    def load_state_dict(self, *arguments, **how):
+        self._trainer = Trainer(self)
+        return super().load_state_dict(*arguments, **how)
+
     def forward(self, x: Tensor) -> Tensor:
         """The stages one after the other; an ordinary differentiable call, in any mode."""
         for stage in self.stages:

@@ -157,8 +157,9 @@ class Optimizers:
             x for rule, (_, g) in zip(rules, self.groups, strict=True) for x in _settings(rule, g)
         ]
         self._said = said
-        if any(isinstance(group["lr"], Tensor) for _, group in self.groups):
-            self.reason = "a learning rate is a tensor"  # which may change without being another
+        if any(isinstance(n, Tensor) for _, group in self.groups for n in _numbers(group)):
+            # Which may change without being another.
+            self.reason = "there is a tensor among the optimizer's numbers"
         if rules != self.rules:  # the same list as long as nothing else is said
             self.rules = rules
 

@@ -76,6 +76,8 @@ class FusedPart:
             return GradientBinding(plan.parameters, updated)
         if self._rules is not optimizers.rules:  # another list, another optimizer or another rule
             self._bindings, self._rules = {}, optimizers.rules
+            for kept in self._plans.values():
+                kept.forget()
         mask = tuple(active)
         binding = self._bindings.get(mask)
         if binding is None:
@@ -99,10 +101,12 @@ class FusedPart:
             if state is last[0] and settings is last[1]:
                 results = ops.sweep_repeat_(plan, self._input(x), target, context, caller)
             else:
+                repeatable = plan.handle != 0 and step.optimizers is not None and not pending
                 results = ops.sweep_(
-                    plan, self._input(x), target, context, state, groups, settings, active, caller
-                )
-                last = (state, settings) if plan.handle else last
+                    plan, self._input(x), target, context, state, groups, settings, active, caller,
+                    repeatable,
+                )  # fmt: skip
+                last = (state, settings) if repeatable else (None, None)
             self._finish(plan, binding, state, pending)
             output, loss, synthesis_loss = results
             return loss, output, synthesis_loss

@@ -52,6 +52,7 @@ class Repetition:
         self._rules, self._given = step.optimizers.rules, given
         self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
         self._autocast, self._dtype = _autocast(device), step.x.dtype
+        self._batch = len(step.x)
 
     def take(
         self, x: Tensor, target: Tensor, optimizer: Optimizer, criterion: str, context
@@ -76,6 +77,7 @@ class Repetition:
                 or optimizers.reason is not None
                 or not x.device == target.device == device
                 or x.dtype is not self._dtype
+                or x.size(0) != self._batch
                 or (context is not None and context.device != device)
             ):
                 return None

@@ -123,7 +123,7 @@ def test_readme_tables_are_filled_from_results(benchmark, results):
     assert filled.startswith("before\n") and filled.endswith("\nafter\n")
     stored = json.loads((results / "network.json").read_text())
     value = stored["results"][0]["ratios"]["eager"]["value"]
-    assert "| 24-128-64-12, batch 10, SGD, sigmoid | " in filled and f" | {value:.2f} | " in filled
+    assert "| 7-9-6-5, batch 8, BatchNorm | " in filled and f" | {value:.2f} | " in filled
     assert "| cDNI (label context) | 784-12-12-10 | 8 | " in filled
     assert stored["hardware"]["commit"] in filled
 

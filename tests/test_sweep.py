@@ -213,12 +213,12 @@ def test_ops_are_registered_as_they_behave():
     names = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.fastdni.sweep_.default,
-        (*first, state, groups, settings, active),
+        (*first, state, groups, settings, active, True),
         test_utils=names,
     )
     torch.library.opcheck(
         torch.ops.fastdni.sweep_repeat_.default,
-        (plan.handle, "test", one.x, one.target, None),
+        (plan.handle, "test", torch.empty(0), one.x, one.target, None),
         test_utils=names,
     )
     torch.library.opcheck(
@@ -242,7 +242,7 @@ def test_a_repeated_step_is_the_same_step():
     first, plan, state, groups, settings = arguments()
     torch.manual_seed(0)
     _, twin, its_state, *_ = arguments()
-    ops.sweep_(plan, first.x, first.target, None, state, groups, settings, [1] * 4)
+    ops.sweep_(plan, first.x, first.target, None, state, groups, settings, [1] * 4, repeatable=True)
     ops.sweep_(twin, first.x, first.target, None, its_state, groups, settings, [1] * 4)
     plan.parameters[0].data = plan.parameters[0].data.clone()
     x, target = first.x.flip(0), first.target.flip(0)
@@ -255,9 +255,12 @@ def test_a_repeated_step_is_the_same_step():
 
 def test_what_a_repeated_step_refuses():
     one, plan, state, groups, settings = arguments()
-    with pytest.raises(RuntimeError, match="sweep: plan has no step to repeat"):
-        ops.sweep_repeat_(plan, one.x, one.target, None)
-    ops.sweep_(plan, one.x, one.target, None, state, groups, settings, [1] * 4)
+    given = (plan, one.x, one.target, None, state, groups, settings, [1] * 4)
+    for again in (lambda: None, lambda: ops.sweep_(*given), plan.forget):
+        again()
+        with pytest.raises(RuntimeError, match="sweep: plan has no step to repeat"):
+            ops.sweep_repeat_(plan, one.x, one.target, None)
+        ops.sweep_(*given, repeatable=True)
     before = [t.clone() for t in (*plan.parameters, *state)]
     with pytest.raises(RuntimeError, match=r"sweep: x must be \(B, K\)"):
         ops.sweep_repeat_(plan, one.x[:3], one.target, None)
@@ -303,7 +306,7 @@ def test_raw_ops_refuse_what_does_not_fit(change, message):
     given = {"plan": plan.handle, "caller": "sweep", "x": one.x, "target": one.target}
     given |= {"context": None, "parameters": list(plan.parameters)}
     given |= {"statistics": list(plan.statistics), "state": state, "groups": groups}
-    given |= {"settings": settings, "active": [1] * 4}
+    given |= {"settings": settings, "active": [1] * 4, "repeatable": False}
     before = [t.clone() for t in (*plan.parameters, *plan.statistics, *state)]
     changed = (*plan.parameters, *plan.statistics, *list(state))
     change(given)
@@ -319,4 +322,4 @@ def test_a_plan_lives_as_long_as_its_object():
     handle = plan.handle
     del plan
     with pytest.raises(RuntimeError, match="live plan"):
-        torch.ops.fastdni.sweep_(handle, "sweep", *given, [1] * 4)
+        torch.ops.fastdni.sweep_(handle, "sweep", *given, [1] * 4, False)

@@ -2,9 +2,9 @@
 // with their synthesizers. The equations are in fastdni/reference/sweep.py.
 //
 //   sweep_           the whole step of a whole network
-//   sweep_repeat_    the same step as the last one with other data: the same parameters,
-//   statistics,
-//                    state and settings are taken, and written, without being passed again
+//   sweep_repeat_    the same step as the last one with other data: the same parameters, statistics
+//                    and state are taken, and written, without being passed again; `written` stands
+//                    for them, so that nobody takes the op for one that only reads
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
 //   sweep_update_    the rest: the topmost synthesizer's regression, and every update
 //
@@ -317,18 +317,20 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
                                               const Tensors& parameters, const Tensors& statistics,
                                               const Tensors& state, const Integers& groups,
                                               const std::vector<double>& settings,
-                                              const Integers& active) {
+                                              const Integers& active, bool repeatable) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
+  plan->last = {};
   Binding binding{parameters, statistics, state, groups, settings, active};
   auto results = whole_step(caller, *plan, x, target, context, binding);
-  plan->last = std::move(binding);
+  if (repeatable) plan->last = std::move(binding);
   return results;
 }
 
 // The tensors are looked at again: a parameter's `data` may be another one by now.
 std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::string& caller,
-                                                const Tensor& x, const OptionalTensor& target,
+                                                const Tensor& /*written*/, const Tensor& x,
+                                                const OptionalTensor& target,
                                                 const OptionalTensor& context) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
@@ -400,10 +402,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "sweep_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
       "Tensor(a!)[] parameters, Tensor(b!)[] statistics, Tensor(c!)[] state, int[] groups, "
-      "float[] settings, int[] active) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
-  m.def(
-      "sweep_repeat_(int plan, str caller, Tensor x, Tensor? target, Tensor? context) -> "
+      "float[] settings, int[] active, bool repeatable) -> "
       "(Tensor output, Tensor loss, Tensor synthesis_loss)");
+  m.def(
+      "sweep_repeat_(int plan, str caller, Tensor(a!) written, Tensor x, Tensor? target, "
+      "Tensor? context) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
       "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
       "Tensor? network_input, Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "

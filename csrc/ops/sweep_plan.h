@@ -81,7 +81,7 @@ struct Plan {
   Signature expected;
   std::unique_ptr<Sweep> sweep;
   StepMemory memory;         // filled at each step; here to keep its allocations
-  Binding last;              // of the last whole step, to be repeated; no tensors before one
+  Binding last;              // of the last whole step, where it may be repeated
   std::vector<Tensor> held;  // what an update still reads of the forward pass's arguments
 };
 

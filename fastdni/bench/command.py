@@ -40,6 +40,7 @@ examples:
   python -m fastdni bench --net 784-256-256-10 --sweep width=64..1024 --quick --plot cost.png
   python -m fastdni bench --drop-in --peer dni
 """
+_MOST_THREADS = 1024
 _BUSY = 0.6  # load for each core from which on measurements are not to be trusted
 # Of `--sweep NAME=FROM..TO`: the least value, and the case of each value.
 SWEEPS: dict[str, tuple[int, Callable[[Case, int], Case]]] = {
@@ -113,9 +114,10 @@ def parse_peer(name: str) -> ModuleType:
     """
     try:
         module = importlib.import_module(name)
-    except Exception as reason:
-        raise ValueError(f"cannot import {name!r}: {reason}") from None
-    missing = [needed for needed in dropin.NAMES if not hasattr(module, needed)]
+    except (Exception, SystemExit) as reason:
+        first = str(reason).partition("\n")[0]
+        raise ValueError(f"cannot import {name!r}: {first}") from None
+    missing = [needed for needed in dropin.NAMES if not callable(getattr(module, needed, None))]
     if missing:
         raise ValueError(f"{name!r} has no {', '.join(missing)}: it is no dni-pytorch")
     return module
@@ -177,8 +179,11 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error("--device cuda: torch sees no CUDA GPU")
     if options.precision == "tf32" and options.device == "cpu":
         parser.error("--precision tf32 is one of CUDA GPUs; the CPU has fp32 and bf16")
-    if options.batch_norm and options.batch < 2:
+    swept = options.sweep[1][0] if options.sweep and options.sweep[0] == "batch" else options.batch
+    if options.batch_norm and min(swept, options.batch) < 2:
         parser.error("--batch must be at least 2 with --batch-norm")
+    if options.threads is not None and options.threads > _MOST_THREADS:
+        parser.error(f"--threads must be at most {_MOST_THREADS}, got {options.threads}")
     if not options.seconds > 0:
         parser.error(f"--seconds must be positive, got {options.seconds:g}")
     available, serving = dni.backends(), network.backends_for(options.device)
@@ -236,6 +241,15 @@ def run(options: argparse.Namespace) -> int:
     except ArithmeticError as reason:
         print(f"fastdni bench: not the same step, so nothing was timed: {reason}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nfastdni bench: interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as reason:  # no memory, say
+        first = str(reason).strip().partition("\n")[0]
+        print(f"fastdni bench: cannot be measured here: {first}", file=sys.stderr)
+        return 1
+    if not results:
+        return 1
     if options.json is not None:
         stored = {"hardware": info, "results": [result.stored() for result in results]}
         options.json.write_text(json.dumps(stored, indent=1) + "\n")
@@ -246,12 +260,15 @@ def run(options: argparse.Namespace) -> int:
             plots.bars(results, info, options.plot)
         else:
             name, values = options.sweep
-            points = list(zip(values, results, strict=True))
+            points = list(zip(values, results, strict=False))
             plots.lines({name: points}, str(case_of(options)), info, options.plot)
+    if options.trace is not None:
+        _trace(case_of(options), list(results[0].seconds), options)
     for path in (options.json, options.plot, options.trace):
         if path is not None:
             print(f"wrote {path}")
-    return 0
+    swept = 1 if options.sweep is None or options.drop_in else len(options.sweep[1])
+    return 0 if len(results) >= swept else 1
 
 
 def case_of(options: argparse.Namespace) -> Case:
@@ -277,32 +294,33 @@ def _network(options: argparse.Namespace, progress: bool, limits: dict) -> list[
         print(case, flush=True)
         found = network.measure(case, names, with_limit=True, progress=progress, **limits)
         print(report(found, options.markdown))
-        if options.trace is not None:
-            _trace(case, list(found.seconds), options)
         return [found]
     name, values = options.sweep
     results = []
     for value in values:
         point = SWEEPS[name][1](case, value)
         print(f"{name} {value}: {point}", flush=True)
-        results.append(
-            network.measure(
+        try:
+            found = network.measure(
                 point, names, with_limit=True, progress=progress,
                 labels={name: value, "case": str(point)}, **limits,
-            )
-        )  # fmt: skip
-    print("\n" + sweep_table(name, values, results, options.markdown))
-    if options.trace is not None:
-        _trace(case, [n for n in names if n != "products"], options)
+            )  # fmt: skip
+        except ArithmeticError as reason:
+            print(f"fastdni bench: not the same step, so it ends here: {reason}", file=sys.stderr)
+            break
+        results.append(found)
+    if results:
+        print("\n" + sweep_table(name, values[: len(results)], results, options.markdown))
     return results
 
 
 def sweep_table(name: str, values: list[int], results: list[Result], markdown: bool) -> str:
     """Microseconds against a size, and the share of the limit that fastdni reaches."""
-    ours, *others = results[0].seconds
+    ours, *others = max((result.seconds for result in results), key=len)
     rows = []
     for value, result in zip(values, results, strict=True):
-        times = [microseconds(timing.median) for timing in result.seconds.values()]
+        timings = [result.seconds.get(form) for form in (ours, *others)]
+        times = [microseconds(timing.median) if timing else "-" for timing in timings]
         best = result.strongest(forms.DECOUPLED)
         share = result.limit.seconds / result.seconds[ours].median
         rows.append([value, *times, f"{result.ratios[best].value:.2f}", f"{100 * share:.0f} %"])
@@ -321,11 +339,11 @@ def _trace(case: Case, names: list[str], options: argparse.Namespace) -> None:
 
 def _drop_in(options: argparse.Namespace, progress: bool, limits: dict) -> list[Result]:
     results = []
-    for scheme, name in dropin.SCHEMES.items():
+    for scheme in dropin.SCHEMES:
         for found in dropin.measure(
             scheme, options.net, options.batch, tuple(options.peer), progress, **limits
         ):
-            print(f"{name}, {', '.join(map(str, list(found.case.values())[1:]))}")
+            print(", ".join(map(str, found.case.values())))
             print(report(found, options.markdown) + "\n", flush=True)
             results.append(found)
     return results

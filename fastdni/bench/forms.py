@@ -37,17 +37,22 @@ from fastdni.stages import parse
 
 COMPILED = ("compiled", "backprop compiled")
 GRAPHED = ("graphed", "backprop graphed")
+GRAPH_WARMUP = 3
 # The families of baselines; the strongest of each is what fastdni is held against.
 DECOUPLED = ("eager", "eager fused", "compiled", "graphed", "easy")
 BACKPROP = ("backprop", "backprop compiled", "backprop graphed")
 
 # Parameters up to which the compiled form updates them inside its graph.
 _SMALL = 100_000
-# Norm of the difference to eager float64 after a step, relative to that of the change itself. In
+# Steps that are compared: from the third on fastdni repeats its last one, and a CUDA graph has
+# taken three in its warm-up.
+CHECK_STEPS = 4
+# Norm of the difference to eager float64 after them, relative to that of the change itself. In
 # float32 a ReLU may open in one and stay shut in the other; a wrong equation is off by 0.1 or more.
-# bfloat16 is looser: BatchNorm takes the means out of its gradients and leaves mostly rounding (the
-# eager form itself was off by 0.18 at 784-256x5-10).
-TOLERANCE = {"float64": 1e-9, "fp32": 1e-2, "tf32": 2e-2, "bf16": 0.3}
+TOLERANCE = {"float64": 1e-9, "fp32": 1e-2, "tf32": 2e-2, "bf16": 2e-2}
+# Where PyTorch's own eager form is further off (deep networks; BatchNorm in bfloat16, which takes
+# the means out of gradients and leaves mostly rounding), so many times its error.
+OWN_ERROR_FACTOR = 3
 
 _numbers = itertools.count()
 
@@ -101,7 +106,7 @@ def _graphed(step: Callable[[], object]) -> Callable[[], object]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # what is allocated once
+        for _ in range(GRAPH_WARMUP):  # what is allocated once
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -352,47 +357,67 @@ def _without_signs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Check:
-    """Compares the forms of a case with the eager one in float64, by a first step of each."""
+    """Compares the forms of a case with the eager one in float64, by first steps of each."""
 
     def __init__(self, case: Case):
         self._case = case
         self._exact = case._replace(precision="fp32")
         self._expected: dict[str, tuple] = {}
+        self._own: dict[tuple, float] = {}
 
     def _oracle(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if name not in self._expected:
             candidate = prepare(name, self._exact, torch.float64)
             start = changed(candidate)
-            candidate.step()
+            _take(candidate, CHECK_STEPS)
             self._expected[name] = (changed(candidate), start)
         return self._expected[name]
 
+    def _allowed(self, oracle: str, precision: str) -> float:
+        """The tolerance, or a multiple of the error that eager PyTorch itself makes."""
+        if precision == "float64":
+            return TOLERANCE[precision]
+        if (oracle, precision) not in self._own:
+            candidate = prepare(oracle, self._case._replace(precision=precision))
+            _take(candidate, CHECK_STEPS)
+            self._own[oracle, precision] = self._error(candidate, oracle, precision)[0]
+        return max(TOLERANCE[precision], OWN_ERROR_FACTOR * self._own[oracle, precision])
+
     def __call__(self, form: str, candidate: Candidate) -> None:
-        """Lets a candidate take its first step; fastdni takes one in float64, too, with a network
+        """Lets a candidate take its first steps; fastdni takes some in float64, too, with a network
         of its own.
 
         Raises:
             ArithmeticError: parameters, statistics or optimizer state change otherwise.
         """
-        if form in GRAPHED:  # its warm-up has taken steps already; eager is the same step
-            return
         precision = self._case.precision
         if form == "fastdni bf16":
             precision = "bf16"
         elif form.startswith("fastdni"):
-            self._compare(form, prepare(form, self._exact, torch.float64), "float64")
+            exact = prepare(form, self._exact, torch.float64)
+            _take(exact, CHECK_STEPS)
+            self._compare(form, exact, "float64")
+        _take(candidate, CHECK_STEPS - (GRAPH_WARMUP if form in GRAPHED else 0))
         self._compare(form, candidate, precision)
 
-    def _compare(self, form: str, candidate: Candidate, precision: str) -> None:
-        candidate.step()
-        oracle = self._oracle("backprop" if form.startswith("backprop") else "eager")
-        expected, start = oracle
+    def _error(self, candidate: Candidate, oracle: str, precision: str) -> tuple[float, str]:
+        expected, start = self._oracle(oracle)
         if precision == "bf16":
             expected = _without_signs(expected)
-        off, where = error(changed(candidate), expected, start)
-        allowed = TOLERANCE[precision]
+        return error(changed(candidate), expected, start)
+
+    def _compare(self, form: str, candidate: Candidate, precision: str) -> None:
+        oracle = "backprop" if form.startswith("backprop") else "eager"
+        off, where = self._error(candidate, oracle, precision)
+        allowed = self._allowed(oracle, precision)
         # Written so that NaN fails too.
         if not off <= allowed:
             raise ArithmeticError(
-                f"{form}, {self._case}, {precision}: {where} off by {off:.1e}, allowed {allowed}"
+                f"{form}, {self._case}, {precision}: {where} off by {off:.1e}, allowed "
+                f"{allowed:.1e}"
             )
+
+
+def _take(candidate: Candidate, steps: int) -> None:
+    for _ in range(steps):
+        candidate.step()

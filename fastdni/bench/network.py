@@ -16,7 +16,7 @@ from fastdni.bench.timing import BURST, Ratio, Timing, interleave
 
 # Steps this long do not find caches cold because others ran in between.
 _LONG = 3e-3
-_LEAST_ROUNDS = 8  # a band of fewer would be a guess
+LEAST_ROUNDS = 8  # a band of fewer would be a guess
 
 
 @dataclass
@@ -126,7 +126,7 @@ def measure(
     short = interleave(steps, rounds=1, warmup=1, device=case.device)
     burst = 2 if short[names[0]].median > _LONG else BURST
     timings = interleave(
-        steps, burst=burst, warmup=1, least=_LEAST_ROUNDS, device=case.device, progress=progress,
+        steps, burst=burst, warmup=1, least=LEAST_ROUNDS, device=case.device, progress=progress,
         **limits,
     )  # fmt: skip
     ordered = {name: timings[name] for name in names if name in timings}

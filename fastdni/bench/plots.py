@@ -89,7 +89,7 @@ def lines(
     for panel, (varied, points) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for number, form in enumerate(points[0][1].seconds):
+        for number, form in enumerate(max((r.seconds for _, r in points), key=len)):
             there = [(value, r.seconds[form]) for value, r in points if form in r.seconds]
             values = [value for value, _ in there]
             style = "-" if form.startswith("fastdni") else "--" if form in forms.BACKPROP else "-."

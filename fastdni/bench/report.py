@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+_MEASURED = (":/", ":(top,exclude)benchmarks/results")
+
 
 def cores() -> int:
     """Number of CPU cores this process may run on."""
@@ -99,6 +101,8 @@ def _commit() -> str | None:
     try:
         # An installed copy may lie inside another project's checkout: that commit is not ours.
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--exclude=*")
+        commit = git("describe", "--always", "--exclude=*")
+        # Results that are being written change nothing that they measure.
+        return commit + "-dirty" * bool(git("diff", "HEAD", "--stat", "--", *_MEASURED))
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -41,12 +41,15 @@ def _fake_results(handle: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastdni::sweep_")
-def _(plan, caller, x, target, context, parameters, statistics, state, groups, settings, active):
+def _(
+    plan, caller, x, target, context, parameters, statistics, state, groups, settings, active,
+    repeatable,
+):  # fmt: skip
     return _fake_results(plan, x)
 
 
 @torch.library.register_fake("fastdni::sweep_repeat_")
-def _(plan, caller, x, target, context):
+def _(plan, caller, written, x, target, context):
     return _fake_results(plan, x)
 
 
@@ -143,6 +146,7 @@ class SweepPlan:
         weight = stages[0].weight
         self.backend = sweep_backend(weight)
         self._memory, self._pending = None, None
+        self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
         self.handle = 0
         if self.backend != "reference":
             self._memory = _C.SweepPlan(
@@ -157,6 +161,11 @@ class SweepPlan:
             )
             self.handle = self._memory.handle
             _plans[self.handle] = self
+
+    def forget(self) -> None:
+        """Lets go of parameters and state that a repeated step would take."""
+        if self._memory is not None:
+            self._memory.forget()
 
     @property
     def workspace_bytes(self) -> int:
@@ -180,6 +189,7 @@ def sweep_(
     settings: list[float],
     active: list[int],
     caller: str = "sweep",
+    repeatable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A step of a whole network, in place: parameters, optimizer state, running statistics.
 
@@ -193,6 +203,7 @@ def sweep_(
         settings: see `flat`.
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         caller: whom error messages name.
+        repeatable: whether the plan keeps the tensors, for `sweep_repeat_`.
 
     Returns:
         The output (B, N), the loss (), and the synthesis losses: (S,), or in complete unlock
@@ -214,6 +225,7 @@ def sweep_(
             groups,
             settings,
             active,
+            repeatable,
         )
     output, loss, _ = sweep_forward_(plan, x, target, context, active, caller)
     return output, loss, sweep_update_(plan, None, state, groups, settings, active, caller)
@@ -229,10 +241,9 @@ def sweep_repeat_(
     their storage is it asks anew.
 
     Args, returns, raises:
-        As `sweep_`; also RuntimeError where the plan is one of the reference backend, or has taken
-        no step.
+        As `sweep_`; also RuntimeError where the plan's last step was not repeatable.
     """
-    return _repeat(plan.handle, caller, x, target, context)
+    return _repeat(plan.handle, caller, plan._written, x, target, context)
 
 
 def sweep_forward_(
