@@ -226,7 +226,7 @@ class Trainer:
                 elif dtype not in (None, torch.bfloat16):
                     reason = f"autocast to {dtype}"
             elif served_by == "reference":
-                reason = 'plain PyTorch: the backend has no kernel here, or is "reference"'
+                reason = 'plain PyTorch: no kernel here, "reference", or on a GPU not asked for'
             elif number in fused and optimizers.reason is not None:
                 reason = f"its gradients; the update is the optimizer's own: {optimizers.reason}"
             rows.append(
