@@ -169,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("what is written")
     out.add_argument("--plot", type=Path, metavar="PNG", help="a picture")
     out.add_argument("--json", type=Path, metavar="FILE", help="the results")
-    out.add_argument("--trace", type=Path, metavar="FILE", help="a profile for chrome://tracing")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="a profile, for Chrome or Perfetto")
     out.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 

@@ -15,7 +15,7 @@ def trace(steps: Mapping[str, Callable[[], object]], device: str, path: Path) ->
     Args:
         steps: form -> its step.
         device: "cpu" or "cuda".
-        path: of the JSON; chrome://tracing and ui.perfetto.dev show it.
+        path: of the JSON, which Chrome (its page "tracing") and Perfetto show.
 
     Returns:
         Rows of: form, operators that a step sends through torch's dispatcher, kernels that it
