@@ -205,12 +205,6 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
                 parser.error(f"--drop-in goes without --{name}")
         if options.batch < 2:
             parser.error("--batch must be at least 2 with --drop-in: its network has BatchNorm")
-    for path in (options.plot, options.json, options.trace):
-        if path is not None:
-            try:
-                path.open("ab").close()
-            except OSError as reason:
-                parser.error(f"cannot write {path}: {reason.strerror}")
     if options.plot is not None:
         try:
             canvas = importlib.import_module("matplotlib.backend_bases").FigureCanvasBase
@@ -219,6 +213,12 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         kinds = canvas.get_supported_filetypes()
         if options.plot.suffix.removeprefix(".") not in kinds:
             parser.error(f"--plot must be a picture such as speedup.png, got {options.plot}")
+    for path in (options.plot, options.json, options.trace):
+        if path is not None:
+            try:
+                path.open("ab").close()
+            except OSError as reason:
+                parser.error(f"cannot write {path}: {reason.strerror}")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -33,18 +33,13 @@ class Result:
 
     case: dict[str, object]
     seconds: dict[str, Timing]
-    ratios: dict[str, Ratio] = field(default_factory=dict)
     limit: Limit | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    ratios: dict[str, Ratio] = field(init=False)
 
     def __post_init__(self):
-        ours = next(iter(self.seconds))
-        if not self.ratios:
-            self.ratios = {
-                form: Ratio.of(timing, self.seconds[ours])
-                for form, timing in self.seconds.items()
-                if form != ours
-            }
+        ours, *others = self.seconds
+        self.ratios = {f: Ratio.of(self.seconds[f], self.seconds[ours]) for f in others}
 
     def strongest(self, family: Sequence[str]) -> str | None:
         """The fastest form of a family of baselines."""
@@ -131,7 +126,7 @@ def measure(
     )  # fmt: skip
     ordered = {name: timings[name] for name in names if name in timings}
     found = limit(case, timings) if with_limit else None
-    return Result(labels or {"case": str(case)}, ordered, {}, found, left_out)
+    return Result(labels or {"case": str(case)}, ordered, found, left_out)
 
 
 def _say(what: str, progress: bool) -> None:
