@@ -7,10 +7,11 @@ namespace fastdni::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <class T>
+// The sum over kLanes neighbours of a warp, which every lane of it takes part in.
+template <int kLanes = kWarpSize, class T>
 __device__ T warp_sum(T value) {
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   return value;

@@ -18,17 +18,12 @@ std::vector<Task> sweep_tasks(const SweepProgram& program) {
   return tasks;
 }
 
+namespace {
+
 template <class T>
-cudaError_t launch_sweep_rows(const SweepStep<T>& step, const SweepProgram& program,
-                              const std::vector<Segment>& segments, bool split,
-                              cudaStream_t stream) {
-  const auto reductions = static_cast<int64_t>(program.reductions.size());
+cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& program,
+                            const std::vector<Segment>& segments, bool split, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  if (reductions > 0 && segments.data() == program.forward.data()) {
-    const int64_t blocks = (reductions + kWarpSize - 1) / kWarpSize;
-    error = launch(sweep_count_kernel<T>, {blocks, kWarpSize}, stream, step,
-                   static_cast<int>(reductions));
-  }
   for (const Segment& segment : segments) {
     for (int r = segment.reduce_first; r < segment.reduce_last && error == cudaSuccess; ++r) {
       const int64_t columns = program.reductions[r].columns;
@@ -48,6 +43,27 @@ cudaError_t launch_sweep_rows(const SweepStep<T>& step, const SweepProgram& prog
   return error;
 }
 
+}  // namespace
+
+template <class T>
+cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program, bool split,
+                                 cudaStream_t stream) {
+  const auto reductions = static_cast<int64_t>(program.reductions.size());
+  if (reductions > 0) {
+    const int64_t blocks = (reductions + kWarpSize - 1) / kWarpSize;
+    const cudaError_t error = launch(sweep_count_kernel<T>, {blocks, kWarpSize}, stream, step,
+                                     static_cast<int>(reductions));
+    if (error != cudaSuccess) return error;
+  }
+  return launch_segments(step, program, program.forward, split, stream);
+}
+
+template <class T>
+cudaError_t launch_sweep_regression(const SweepStep<T>& step, const SweepProgram& program,
+                                    bool split, cudaStream_t stream) {
+  return launch_segments(step, program, program.regression, split, stream);
+}
+
 template <class T>
 cudaError_t launch_sweep_loss(const SweepStep<T>& step, cudaStream_t stream) {
   return launch(sweep_loss_kernel<T>, {1, kSweepThreads}, stream, step);
@@ -58,10 +74,12 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream) {
   return launch(sweep_update_kernel<T>, {step.task_count + 1, kSweepThreads}, stream, step);
 }
 
-#define INSTANTIATE(T)                                                                     \
-  template cudaError_t launch_sweep_rows(const SweepStep<T>&, const SweepProgram&,         \
-                                         const std::vector<Segment>&, bool, cudaStream_t); \
-  template cudaError_t launch_sweep_loss(const SweepStep<T>&, cudaStream_t);               \
+#define INSTANTIATE(T)                                                                         \
+  template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, bool,    \
+                                            cudaStream_t);                                     \
+  template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, bool, \
+                                               cudaStream_t);                                  \
+  template cudaError_t launch_sweep_loss(const SweepStep<T>&, cudaStream_t);                   \
   template cudaError_t launch_sweep_update(const SweepStep<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

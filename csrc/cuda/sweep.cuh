@@ -194,15 +194,7 @@ __device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
   }
 }
 
-// Of a row's 16 threads: the sum, or the maximum. Lanes of a row are neighbours in a warp.
-template <class T>
-__device__ T row_sum(T value) {
-#pragma unroll
-  for (int distance = kSweepLanes / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
-  }
-  return value;
-}
+// Of the threads of a row, which are neighbours in a warp.
 template <class T>
 __device__ T row_maximum(T value) {
 #pragma unroll
@@ -257,7 +249,7 @@ __device__ void run_criterion(const SweepStep<T>& step, const Instruction& op) {
     for (int c = thread.lane; thread.inside && c < op.columns; c += kSweepLanes) {
       sum += exponential(h[c] - largest);
     }
-    sum = row_sum(sum);
+    sum = warp_sum<kSweepLanes>(sum);
     if (thread.inside) {
       const int64_t label = static_cast<const int64_t*>(step.target)[thread.row];
       const bool ignored = label == kIgnoredLabel;

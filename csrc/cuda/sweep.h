@@ -69,13 +69,17 @@ struct SweepStep {
 
 std::vector<Task> sweep_tasks(const SweepProgram& program);
 
-// Runs segments: each in one launch of a block for every kSweepRows rows, or where `split` is set
-// in one launch for each instruction, with blocks for every kSweepColumns columns, too. The bits
-// are the same.
+// F, S and D of every stage. Each segment is one launch of a block for every kSweepRows rows, or
+// where `split` is set one for each instruction, with blocks for every kSweepColumns columns, too.
+// The bits are the same.
 template <class T>
-cudaError_t launch_sweep_rows(const SweepStep<T>& step, const SweepProgram& program,
-                              const std::vector<Segment>& segments, bool split,
-                              cudaStream_t stream);
+cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program, bool split,
+                                 cudaStream_t stream);
+
+// The topmost synthesizer's errors, once `gradient` is there.
+template <class T>
+cudaError_t launch_sweep_regression(const SweepStep<T>& step, const SweepProgram& program,
+                                    bool split, cudaStream_t stream);
 
 // The loss of the criterion, where it is wanted before the update.
 template <class T>

@@ -13,6 +13,7 @@
 
 #include <optional>
 
+#include "ops/range.h"
 #include "ops/sweep_plan.h"
 #if defined(FASTDNI_CUDA)
 #include "ops/cuda.h"
@@ -287,6 +288,17 @@ Tensor make_synthesis_loss(Plan& plan, const Tensor& like) {
   return loss;
 }
 
+void run_forward(Plan& plan) {
+  const Range range("fastdni::sweep forward, synthesize, propagate");
+  plan.sweep->forward(plan.memory);
+}
+
+void run_update(Plan& plan, const std::vector<const Tensor*>& steps) {
+  const Range range("fastdni::sweep weight gradients and updates");
+  raise_steps(steps);
+  plan.sweep->update(plan.memory);
+}
+
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
                                               const Tensor& x, const OptionalTensor& target,
                                               const OptionalTensor& context,
@@ -305,9 +317,8 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
 
-  plan.sweep->forward(plan.memory);
-  raise_steps(steps);
-  plan.sweep->update(plan.memory);
+  run_forward(plan);
+  run_update(plan, steps);
   return {output, loss, synthesis_loss};
 }
 
@@ -364,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
   for (const OptionalTensor& given : {inputs.target, inputs.context, inputs.network_input}) {
     if (given.has_value()) plan->held.push_back(*given);
   }
-  plan->sweep->forward(plan->memory);
+  run_forward(*plan);
   return {output, loss, input_gradient};
 }
 
@@ -390,8 +401,7 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
     plan->memory.gradient = arrived->data_ptr();
   }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
-  raise_steps(steps);
-  plan->sweep->update(plan->memory);
+  run_update(*plan, steps);
   plan->held.clear();
   return synthesis_loss;
 }

@@ -42,7 +42,6 @@ class CpuSweep final : public Sweep {
         for (int64_t i = first; i < last; ++i) run(packings_[i]);
       });
     }
-    const Range range("fastdni::sweep forward, synthesize, propagate");
     run(forward_program_);
     report();
   }
@@ -51,7 +50,6 @@ class CpuSweep final : public Sweep {
     memory_ = &memory;
     if (memory.gradient != nullptr) run(regression_program_);
     report_synthesis();
-    const Range range("fastdni::sweep weight gradients and updates");
     updates_.run(memory);
   }
 

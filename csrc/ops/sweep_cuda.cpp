@@ -5,6 +5,7 @@
 #if defined(FASTDNI_CUDA)
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "cuda/sweep.h"
 #include "ops/cuda.h"
@@ -77,7 +78,7 @@ class CudaSweep final : public Sweep {
 
   void forward(const StepMemory& memory) override {
     cuda::SweepStep<T> step = begin(memory);
-    run(step, program_.forward, memory);
+    cuda::check(kOp, cuda::launch_sweep_forward(step, program_, split_, stream(memory)));
     if (spec_.input_gradient && step.loss != nullptr) {
       cuda::check(kOp, cuda::launch_sweep_loss(step, stream(memory)));
     }
@@ -86,18 +87,15 @@ class CudaSweep final : public Sweep {
   void update(const StepMemory& memory) override {
     cuda::SweepStep<T> step = begin(memory);
     if (spec_.input_gradient) step.loss = nullptr;  // it is there since `forward`
-    if (memory.gradient != nullptr) run(step, program_.regression, memory);
+    if (memory.gradient != nullptr) {
+      cuda::check(kOp, cuda::launch_sweep_regression(step, program_, split_, stream(memory)));
+    }
     cuda::check(kOp, cuda::launch_sweep_update(step, stream(memory)));
   }
 
  private:
   static cudaStream_t stream(const StepMemory& memory) {
     return static_cast<cudaStream_t>(memory.stream);
-  }
-
-  void run(const cuda::SweepStep<T>& step, const std::vector<cuda::Segment>& segments,
-           const StepMemory& memory) {
-    cuda::check(kOp, cuda::launch_sweep_rows(step, program_, segments, split_, stream(memory)));
   }
 
   // The tables on the device, and everything the kernels are told.

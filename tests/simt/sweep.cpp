@@ -147,8 +147,8 @@ void run(simt::Case& io) {
   step.statistics = statistics.data();
 
   const bool split = io.integer("split");
-  cuda::launch_sweep_rows(step, program, program.forward, split, nullptr);
-  cuda::launch_sweep_rows(step, program, program.regression, split, nullptr);
+  cuda::launch_sweep_forward(step, program, split, nullptr);
+  cuda::launch_sweep_regression(step, program, split, nullptr);
   if (spec.input_gradient && step.loss != nullptr) {
     cuda::launch_sweep_loss(step, nullptr);
     step.loss = nullptr;
