@@ -8,6 +8,7 @@ import torch
 from network_cases import OPTIMIZERS, batch, network, state_of
 
 import fastdni
+from fastdni.__main__ import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
@@ -145,3 +146,13 @@ def test_a_label_that_is_none_makes_the_loss_nan(bad):
     with fastdni.use_backend("cuda"):
         result = net.step(optimizer=OPTIMIZERS["sgd"](net.parameters()), **given)
     assert result.loss.isnan() and result.output.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_bench_measures_every_form_in_graphs_too(capsys, precision):
+    size = ["--net", "70-64-64-10", "--batch", "64", "--rounds", "2", "--quick"]
+    assert main(["bench", *size, "--device", "cuda", "--precision", precision]) == 0
+    out = capsys.readouterr().out
+    for form in ("fastdni cuda", "fastdni reference", "graphed", "backprop graphed", "products"):
+        assert f"\n{form}  " in out
+    assert "not measured" not in out
