@@ -68,6 +68,13 @@ fastdni::StageSpec stage_spec(const py::dict& given) {
   return spec;
 }
 
+fastdni::Products products_named(const std::string& name) {
+  return name == "tf32"       ? fastdni::Products::tf32
+         : name == "tf32x3"   ? fastdni::Products::tf32x3
+         : name == "bfloat16" ? fastdni::Products::bfloat16
+                              : fastdni::Products::exact;
+}
+
 // Owns a registered plan.
 struct PlanHandle {
   int64_t handle;
@@ -75,7 +82,7 @@ struct PlanHandle {
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
              const std::string& device, const std::string& criterion, bool input_gradient,
-             bool bfloat16, bool separate_input) {
+             const std::string& products, bool separate_input) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
@@ -83,7 +90,7 @@ struct PlanHandle {
                      : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
                                                     : fastdni::Criterion::none;
     spec.input_gradient = input_gradient;
-    spec.bfloat16 = bfloat16;
+    spec.products = products_named(products);
     spec.separate_input = separate_input;
     const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
     auto plan = fastdni::make_plan(std::move(spec), type, device == "cuda");
@@ -123,9 +130,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
-                    const std::string&, bool, bool, bool>(),
+                    const std::string&, bool, const std::string&, bool>(),
            py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("device"),
-           py::arg("criterion"), py::arg("input_gradient"), py::arg("bfloat16"),
+           py::arg("criterion"), py::arg("input_gradient"), py::arg("products"),
            py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def(

@@ -14,7 +14,7 @@ except ImportError as error:
         f"`pip install --no-build-isolation -e .` ({error})"
     ) from error
 
-from fastdni.backend import backends, set_backend, use_backend
+from fastdni.backend import backends, set_backend, set_fp32_precision, use_backend
 from fastdni.explain import explain
 from fastdni.graphs import make_graphed_step
 from fastdni.interfaces import (
@@ -46,6 +46,7 @@ __all__ = [
     "make_graphed_step",
     "regression_loss",
     "set_backend",
+    "set_fp32_precision",
     "synthesizer_context",
     "use_backend",
 ]

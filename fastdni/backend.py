@@ -40,6 +40,7 @@ class _Choice(threading.local):
 
 _choice = _Choice()
 _default = "auto"
+_fp32_precision = "torch"
 
 
 def backends() -> dict[str, str]:
@@ -92,6 +93,34 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.override = previous
+
+
+def set_fp32_precision(name: str) -> None:
+    """Fixes how the CUDA kernels of a network's step multiply float32, in this process.
+
+    Args:
+        name: `"torch"` (the default): what `torch.backends.cuda.matmul.fp32_precision` says, exact
+            or TF32; `"tf32x3"`: on tensor cores, from the upper and lower parts of the operands,
+            nearly as exact as float32.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    global _fp32_precision
+    if name not in ("torch", "tf32x3"):
+        raise ValueError(f'fastdni: fp32 precision must be "torch" or "tf32x3", got {name!r}')
+    _fp32_precision = name
+
+
+def products(device: torch.device, autocast: torch.dtype | None) -> str:
+    """The arithmetic of a step's products (see `ops.SweepPlan`) as torch's settings ask for it."""
+    if autocast == torch.bfloat16:
+        return "bfloat16"
+    if device.type != "cuda":
+        return "exact"
+    if _fp32_precision == "tf32x3":
+        return "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "exact"
 
 
 def choice() -> str:

@@ -39,17 +39,17 @@ class FusedPart:
         stages: theirs, as the sweep sees them.
         first: the number of the lowest in the network.
         criterion: name of the network's, if the topmost stage is among them.
-        bfloat16: see `ops.SweepPlan`.
+        products: see `ops.SweepPlan`.
     """
 
-    def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, bfloat16: bool):
+    def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, products: str):
         self.stages, self.first = stages, first
         self.backend = ops.sweep_backend(stages[0].weight)
         self._how = {
             "criterion": criterion,
             "input_gradient": first > 0,
             "separate_input": first > 0 and stages[0].input_synthesizer is not None,
-            "bfloat16": bfloat16,
+            "products": products,
         }
         self._plans: dict[int, ops.SweepPlan] = {}
         self._bindings: dict[tuple[int, ...], Binding] = {}
@@ -123,7 +123,7 @@ class FusedPart:
     def _input(self, x: Tensor) -> Tensor:
         """x in the parameters' dtype, where a stage below or autocast gave it another one."""
         dtype = self.stages[0].weight.dtype
-        cast = x.dtype != dtype and (self.first > 0 or self._how["bfloat16"])
+        cast = x.dtype != dtype and (self.first > 0 or self._how["products"] == "bfloat16")
         return x.to(dtype) if cast else x
 
     def check_state(self, step: Step) -> None:

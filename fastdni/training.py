@@ -52,6 +52,7 @@ class Repetition:
         self._rules, self._given = step.optimizers.rules, given
         self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
         self._autocast, self._dtype = _autocast(device), step.x.dtype
+        self._products = backend.products(device, self._autocast)
         self._batch = len(step.x)
 
     def take(
@@ -65,6 +66,7 @@ class Repetition:
             or criterion is not self._criterion
             or backend.choice() != self._backend
             or _autocast(device) is not self._autocast
+            or backend.products(device, self._autocast) != self._products
             or torch.is_inference_mode_enabled()
             or not self._watch.unchanged()
             or not optimizers.unchanged()
@@ -177,7 +179,11 @@ class Trainer:
     def _parts_for(self, criterion, dtype: torch.dtype | None) -> list:
         """The network as parts, from below."""
         name = criterion if isinstance(criterion, str) else None
-        choice = (name, dtype, backend.choice())
+        # Where every stage is on the CPU the key is the same whatever torch says of GPUs.
+        devices = [stage.weight.device for stage in self.parsed if stage is not None]
+        asked = next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
+        products = backend.products(asked, dtype)
+        choice = (name, dtype, backend.choice(), products)
         parts = self._parts.get(choice)
         if parts is not None:
             return parts
@@ -188,8 +194,8 @@ class Trainer:
             if run:
                 top = end == count
                 first = end - len(run)
-                rounded = dtype == torch.bfloat16
-                parts.append(FusedPart(list(run), first, name if top else None, rounded))
+                of_part = backend.products(run[0].weight.device, dtype)
+                parts.append(FusedPart(list(run), first, name if top else None, of_part))
                 run.clear()
 
         for number, stage in enumerate(self.parsed):

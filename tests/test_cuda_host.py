@@ -156,7 +156,7 @@ BARRIER = "  __syncthreads();\n"
                 "heap-buffer-overflow",
                 33,
                 0,
-                Fault(KERNELS, "begin + k < n ? source", "begin + k <= n ? source"),
+                Fault("cuda/vector.cuh", "begin + k < n ? source", "begin + k <= n ? source"),
             ),
             (
                 "vector_unaligned",

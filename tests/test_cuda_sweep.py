@@ -1,5 +1,6 @@
 """The sweep's CUDA kernels and launchers, run on the host (tests/simt) against the reference."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -12,6 +13,7 @@ from sweep_problem import CONTEXT, Problem, cast, fresh_state, stages
 from fastdni import ops, reference
 
 RULES = reference.RULES
+SPREADS = ["rows", "clusters", "instructions"]
 KEPT = {"gradient": 1, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adamw": 2}
 
 
@@ -26,7 +28,7 @@ def arrays_of(tensors):
     return [np.ascontiguousarray(t.numpy()) for t in tensors]
 
 
-def host_step(one: Problem, given: dict, dtype, run, split=False, gradient=None, **how):
+def host_step(one: Problem, given: dict, dtype, run, spread="rows", gradient=None, **how):
     """What the kernels make of a step: results, parameters, what is kept of them, statistics."""
     own = cast(one.given, dtype)
     parameters = [p for stage in own for p in stage.parameters()]
@@ -73,7 +75,8 @@ def host_step(one: Problem, given: dict, dtype, run, split=False, gradient=None,
         "steps": 2,
         "sizes": "-".join(str(p.numel()) for p in parameters),
         "stages": "-".join(map(str, with_plan.parameter_stages)),
-        "split": int(split),
+        "spread": spread,
+        "products": "exact",
         **how,
     }
     number = np.float64 if dtype == torch.float64 else np.float32
@@ -154,11 +157,12 @@ def problem(name, **more):
     return Problem(stages(**given), **how, **more), given
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["one launch", "a launch an instruction"])
+@pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_step(name, split):
+def test_a_step(name, spread):
     one, given = problem(name)
-    compare(host_step(one, given, torch.float64, built("plain"), split), reference_step(one), 1e-10)
+    found = host_step(one, given, torch.float64, built("plain"), spread)
+    compare(found, reference_step(one), 1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -201,9 +205,40 @@ def test_the_upper_part_of_a_network():
 
 def test_operands_rounded_to_bfloat16():
     one, given = problem("mlp")
-    found = host_step(one, given, torch.float64, built("plain"), rounded=1)
+    found = host_step(one, given, torch.float64, built("plain"), products="bfloat16")
     # The reference in PyTorch rounds the same operands, up to those that lie between two.
     compare(found, reference_step(one, rounded=True), 1e-2)
+
+
+def rounded_to_tf32(x):
+    bits = x.float().numpy().view(np.int32)
+    return torch.from_numpy(((bits + 0x1000) & ~0x1FFF).view(np.float32)).double()
+
+
+@pytest.mark.parametrize("spread", ["rows", "clusters"])
+@pytest.mark.parametrize("name", ["wide rows", "mlp", "given context", "unlocked, norm"])
+@pytest.mark.parametrize("products", ["tf32", "bfloat16"])
+def test_tensor_cores_multiply_rounded_operands(monkeypatch, products, name, spread):
+    one, given = problem(name)
+    found = host_step(one, given, torch.float32, built("plain"), spread, products=products)
+    exact = reference_step(one)
+    if products == "tf32":
+        module = importlib.import_module("fastdni.reference.sweep")
+        tf32 = rounded_to_tf32
+        monkeypatch.setattr(module, "_rounded_product", lambda a, b: tf32(a) @ tf32(b))
+    rounded = reference_step(one, rounded=True)
+    # Half a unit of an operand, where another order of a sum before moved it across.
+    unit = {"tf32": 2**-11, "bfloat16": 2**-8}[products]
+    compare(found, rounded, 4 * unit)
+    off = [np.abs(a - b.detach().double().numpy().reshape(-1)) for a, b in zip(found, exact, strict=True)]
+    assert max(a.max() for a in off if a.size) > unit / 8  # they were rounded at all
+
+
+@pytest.mark.parametrize("name", ["wide rows", "mlp", "given context", "unlocked, norm"])
+def test_three_products_of_parts_are_nearly_float32(name):
+    one, given = problem(name)
+    found = host_step(one, given, torch.float32, built("plain"), products="tf32x3")
+    compare(found, reference_step(one), 2e-4)
 
 
 def test_rows_that_are_ignored_and_labels_that_are_none():
@@ -225,57 +260,77 @@ def test_the_same_bits_in_any_order_of_threads_and_launches(name):
     one, given = problem(name)
     run = built("plain")
     first = host_step(one, given, torch.float32, run)
-    for how in ({"seed": 1}, {"seed": 2}, {"split": True}, {"split": True, "seed": 3}):
+    for how in (
+        {"seed": 1},
+        {"spread": "clusters", "seed": 2},
+        {"spread": "instructions"},
+        {"spread": "instructions", "seed": 3},
+    ):
         assert_same_bits(first, host_step(one, given, torch.float32, run, **how))
 
 
 @pytest.mark.parametrize(
-    "name, split",
-    [("wide rows", True), ("one of each", False), ("mlp", False), ("unlocked, norm", True)],
+    "name, spread",
+    [
+        ("wide rows", "instructions"),
+        ("one of each", "rows"),
+        ("mlp", "rows"),
+        ("unlocked, norm", "clusters"),
+    ],
 )
-def test_stays_in_bounds(name, split):
+def test_stays_in_bounds(name, spread):
     one, given = problem(name)
-    found = host_step(one, given, torch.float64, built("address"), split)
+    found = host_step(one, given, torch.float64, built("address"), spread)
     compare(found, reference_step(one), 1e-10)
 
 
-@pytest.mark.parametrize("name, split", [("mlp", False), ("norm", True), ("mse", False)])
-def test_has_no_race(name, split):
+@pytest.mark.parametrize(
+    "name, spread",
+    [("mlp", "rows"), ("norm", "instructions"), ("mse", "rows"), ("wide rows", "clusters")],
+)
+def test_has_no_race(name, spread):
     one, given = problem(name)
-    found = host_step(one, given, torch.float64, built("thread"), split, seed=1)
+    found = host_step(one, given, torch.float64, built("thread"), spread, seed=1)
     compare(found, reference_step(one), 1e-10)
 
 
-KERNELS = "cuda/sweep.cuh"
+KERNELS, TILE = "cuda/sweep.cuh", "cuda/tile_product.cuh"
 FAULTS = {
-    "no barrier before a tile is used": (
-        "thread", "data race", "plain",
-        "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kSweepDepth; ++i) {",
-        "#pragma unroll\n    for (int i = 0; i < kSweepDepth; ++i) {",
+    "no barrier before a chunk is used": (
+        TILE, "thread", "data race", "plain", "rows",
+        "b_chunk);\n      __syncwarp();", "b_chunk);",
+    ),
+    "no barrier before the warps' sums are added": (
+        TILE, "thread", "data race", "plain", "rows",
+        "      __syncthreads();\n      if (row / kPassRows", "      if (row / kPassRows",
     ),
     "no barrier after an instruction": (
-        "thread", "data race", "norm",
-        "    __syncthreads();  // what the block has written is there for all of it\n", "",
+        KERNELS, "thread", "data race", "norm", "rows",
+        "      __syncthreads();\n    }\n  }\n}", "    }\n  }\n}",
+    ),
+    "no barrier in a cluster": (
+        KERNELS, "thread", "data race", "wide rows", "clusters",
+        "      cluster_barrier();", "      __syncthreads();",
     ),
     "a row too many": (
-        "address", "heap-buffer-overflow", "plain",
+        KERNELS, "address", "heap-buffer-overflow", "plain", "rows",
         "row < step.batch};", "row <= step.batch};",
     ),
-    "a column too many": (
-        "address", "heap-buffer-overflow", "plain",
-        "row < depth && column < columns", "row <= depth && column < columns",
+    "a chunk past the depth": (
+        TILE, "address", "heap-buffer-overflow", "plain", "rows",
+        "along = side.depth_first ? depth - k", "along = side.depth_first ? depth - k + 1",
     ),
-    "a tile of the update past the batch": (
-        "address", "heap-buffer-overflow", "plain",
-        "if (row < step.batch && output < job.outputs)", "if (output < job.outputs)",
+    "a chunk past the columns": (
+        TILE, "address", "heap-buffer-overflow", "plain", "rows",
+        "? side.wide - wide : depth - k;", "? side.wide - wide + 1 : depth - k + 1;",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault):
-    variant, report, name, old, new = FAULTS[fault]
+    header, variant, report, name, spread, old, new = FAULTS[fault]
     one, given = problem(name)
-    run = built(variant, Fault(KERNELS, old, new))
+    run = built(variant, Fault(header, old, new))
     with pytest.raises(HostRunError, match=report):
-        host_step(one, given, torch.float64, run, seed=1)
+        host_step(one, given, torch.float64, run, spread, seed=1)

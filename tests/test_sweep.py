@@ -91,8 +91,8 @@ def test_bfloat16_products_are_right(unlocked):
     one = Problem(
         stages((7, 9, 33, 5), n_hidden=1, context=True, unlocked=unlocked), 30, dtype=torch.float32
     )
-    found = one.run("cpu", torch.float32, bfloat16=True)
-    oracle = one.run("reference", torch.float32, bfloat16=True)
+    found = one.run("cpu", torch.float32, products="bfloat16")
+    oracle = one.run("reference", torch.float32, products="bfloat16")
     exact = one.run("reference", torch.float32)
     assert_equal(found, oracle, 2e-3)
     rounded = max((a - b).abs().max().item() for a, b in zip(oracle, exact, strict=True))

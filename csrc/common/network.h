@@ -30,13 +30,22 @@ struct StageSpec {
 
 enum class Criterion { none, cross_entropy, mse };
 
+// The arithmetic of products of float32; sums and all else are float32 whatever it is. The CPU
+// has tensor cores for none of it: there tf32 and tf32x3 are exact.
+enum class Products {
+  exact,
+  tf32,      // operands rounded to 10 bits of mantissa
+  tf32x3,    // three of those products, of the operands' upper and lower parts: nearly float32
+  bfloat16,  // operands rounded to bfloat16
+};
+
 // Consecutive stages of a network.
 struct NetworkSpec {
   std::vector<StageSpec> stages;
   int64_t batch = 0;
   Criterion criterion = Criterion::none;  // none: the network goes on above the last stage
   bool input_gradient = false;            // delta of the first stage's input is wanted
-  bool bfloat16 = false;                  // operands of products are rounded to bfloat16
+  Products products = Products::exact;
 
   bool separate_input = false;  // I predicts from another tensor than the first stage's x
 

@@ -2,9 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
-// An array in shared memory: FASTDNI_SHARED(float, warp_sums, 8) declares warp_sums[8]. The host
-// run (tests/simt) defines it first, to give every block an array of its own that is watched for
-// accesses out of bounds.
+// An array in shared memory, aligned for vectors: FASTDNI_SHARED(float, warp_sums, 8) declares
+// warp_sums[8]. The host run (tests/simt) defines it first, to give every block an array of its own
+// that is watched for accesses out of bounds.
 #ifndef FASTDNI_SHARED
-#define FASTDNI_SHARED(type, name, count) __shared__ type name[count]
+#define FASTDNI_SHARED(type, name, count) alignas(16) __shared__ type name[count]
 #endif

@@ -9,16 +9,41 @@
 
 namespace fastdni::cuda {
 
-template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), LaunchPlan plan, cudaStream_t stream,
-                   const std::type_identity_t<Parameters>&... arguments) {
+// A plan as the runtime takes it; `attribute` must outlive it.
+inline cudaLaunchConfig_t configured(LaunchPlan plan, cudaStream_t stream,
+                                     cudaLaunchAttribute& attribute) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.columns));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.stream = stream;
+  if (plan.clusters) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = attribute.val.clusterDim.z = 1;
+    attribute.val.clusterDim.y = config.gridDim.y;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), LaunchPlan plan, cudaStream_t stream,
+                   const std::type_identity_t<Parameters>&... arguments) {
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = configured(plan, stream, attribute);
   cudaLaunchKernelEx(&config, kernel, arguments...);
   // Also clears the error: a refused launch must not be blamed on whoever asks next.
   return cudaGetLastError();
+}
+
+// How many clusters of such a launch the current GPU holds at a time.
+template <class... Parameters>
+int most_clusters(void (*kernel)(Parameters...), LaunchPlan plan) {
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = configured(plan, nullptr, attribute);
+  int clusters = 0;
+  cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  return cudaGetLastError() == cudaSuccess ? clusters : 0;
 }
 
 }  // namespace fastdni::cuda

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/sweep.cuh"
 
@@ -7,11 +9,11 @@ std::vector<Task> sweep_tasks(const SweepProgram& program) {
   std::vector<Task> tasks;
   for (size_t j = 0; j < program.jobs.size(); ++j) {
     const Job& job = program.jobs[j];
-    for (int32_t output = 0; output < job.outputs; output += kUpdateTile) {
+    for (int32_t output = 0; output < job.outputs; output += kSweepRows) {
       int32_t input = 0;
       do {
         tasks.push_back({static_cast<int32_t>(j), output, input});
-        input += kUpdateTile;
+        input += kUpdateColumns;
       } while (input < job.inputs);
     }
   }
@@ -20,9 +22,34 @@ std::vector<Task> sweep_tasks(const SweepProgram& program) {
 
 namespace {
 
+// Calls body with the kernels' template argument. float64, which is for proofs, has no tensor
+// cores.
+template <class T, class Body>
+cudaError_t with_products(Products products, const Body& body) {
+  const auto call = [&]<Products kind>() {
+    return body(std::integral_constant<Products, kind>{});
+  };
+  if (products == Products::bfloat16) return call.template operator()<Products::bfloat16>();
+  if constexpr (std::is_same_v<T, float>) {
+    if (products == Products::tf32) return call.template operator()<Products::tf32>();
+    if (products == Products::tf32x3) return call.template operator()<Products::tf32x3>();
+  }
+  return call.template operator()<Products::exact>();
+}
+
+template <class T>
+cudaError_t launch_instructions(const SweepStep<T>& step, int first, int last, LaunchPlan plan,
+                                cudaStream_t stream) {
+  return with_products<T>(step.products, [&](auto products) {
+    return launch(sweep_rows_kernel<products(), T>, plan, stream, step, first, last,
+                  plan.clusters);
+  });
+}
+
 template <class T>
 cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& program,
-                            const std::vector<Segment>& segments, bool split, cudaStream_t stream) {
+                            const std::vector<Segment>& segments, Spread spread,
+                            cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   for (const Segment& segment : segments) {
     for (int r = segment.reduce_first; r < segment.reduce_last && error == cudaSuccess; ++r) {
@@ -31,13 +58,18 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
       error = launch(sweep_reduction_kernel<T>, {blocks, kSweepThreads}, stream, step, r,
                      program.row_blocks);
     }
-    for (int i = segment.first; i < segment.last && error == cudaSuccess;) {
-      const int last = split ? i + 1 : segment.last;
-      const int64_t columns = program.instructions[i].columns;
-      const int64_t tiles = split ? (columns + kSweepColumns - 1) / kSweepColumns : 1;
-      error = launch(sweep_rows_kernel<T>, {program.row_blocks, kSweepThreads, tiles}, stream, step,
-                     i, last);
-      i = last;
+    LaunchPlan plan{program.row_blocks, kSweepThreads};
+    if (spread != Spread::instructions) {
+      plan.clusters = spread == Spread::clusters;
+      plan.columns = plan.clusters ? kSweepCluster : 1;
+      if (error == cudaSuccess && segment.first < segment.last) {
+        error = launch_instructions(step, segment.first, segment.last, plan, stream);
+      }
+      continue;
+    }
+    for (int i = segment.first; i < segment.last && error == cudaSuccess; ++i) {
+      plan.columns = (program.instructions[i].columns + kSweepColumns - 1) / kSweepColumns;
+      error = launch_instructions(step, i, i + 1, plan, stream);
     }
   }
   return error;
@@ -45,9 +77,20 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
 
 }  // namespace
 
+bool sweep_clusters() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return false;
+  }
+  if (major < 9) return false;
+  LaunchPlan plan{1, kSweepThreads, kSweepCluster, true};
+  return most_clusters(sweep_rows_kernel<Products::exact, float>, plan) > 0;
+}
+
 template <class T>
-cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program, bool split,
-                                 cudaStream_t stream) {
+cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program,
+                                 Spread spread, cudaStream_t stream) {
   const auto reductions = static_cast<int64_t>(program.reductions.size());
   if (reductions > 0) {
     const int64_t blocks = (reductions + kWarpSize - 1) / kWarpSize;
@@ -55,13 +98,13 @@ cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& p
                                      static_cast<int>(reductions));
     if (error != cudaSuccess) return error;
   }
-  return launch_segments(step, program, program.forward, split, stream);
+  return launch_segments(step, program, program.forward, spread, stream);
 }
 
 template <class T>
 cudaError_t launch_sweep_regression(const SweepStep<T>& step, const SweepProgram& program,
-                                    bool split, cudaStream_t stream) {
-  return launch_segments(step, program, program.regression, split, stream);
+                                    Spread spread, cudaStream_t stream) {
+  return launch_segments(step, program, program.regression, spread, stream);
 }
 
 template <class T>
@@ -71,13 +114,16 @@ cudaError_t launch_sweep_loss(const SweepStep<T>& step, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream) {
-  return launch(sweep_update_kernel<T>, {step.task_count + 1, kSweepThreads}, stream, step);
+  return with_products<T>(step.products, [&](auto products) {
+    return launch(sweep_update_kernel<products(), T>, {step.task_count + 1, kSweepThreads}, stream,
+                  step);
+  });
 }
 
 #define INSTANTIATE(T)                                                                         \
-  template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, bool,    \
+  template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, Spread,    \
                                             cudaStream_t);                                     \
-  template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, bool, \
+  template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, Spread, \
                                                cudaStream_t);                                  \
   template cudaError_t launch_sweep_loss(const SweepStep<T>&, cudaStream_t);                   \
   template cudaError_t launch_sweep_update(const SweepStep<T>&, cudaStream_t);

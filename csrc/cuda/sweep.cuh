@@ -4,16 +4,18 @@
 
 #include "cuda/block_reduce.cuh"
 #include "cuda/sweep.h"
+#include "cuda/tile_product.cuh"
 
 namespace fastdni::cuda {
 
-constexpr int kSweepDepth = 16;  // of a product, kept in shared memory at a time
-constexpr int kSweepLanes = 16;  // threads of a row
-constexpr int kColumnsPerThread = kSweepColumns / kSweepLanes;
-constexpr int kSweepBlocks = 2;  // on a multiprocessor at least: 128 registers a thread
+constexpr int kSweepLanes = kTileLanes;  // threads of a row
 constexpr int64_t kIgnoredLabel = -100;
-static_assert(kSweepThreads == kSweepRows * kSweepLanes);
-static_assert(kSweepRows * kSweepDepth == kSweepThreads);
+static_assert(kSweepThreads == kTileThreads && kSweepRows == kTileRows);
+static_assert(kSweepColumns == kTileColumns && kUpdateColumns == kTileColumns);
+// Blocks on a multiprocessor at least: 128 registers a thread, 255 for float64, which is for
+// proofs.
+template <class T>
+constexpr int kSweepBlocks = sizeof(T) == sizeof(float) ? 2 : 1;
 
 template <class T>
 __device__ T* resolve(const SweepStep<T>& step, const Operand& operand) {
@@ -37,11 +39,6 @@ __device__ T* resolve(const SweepStep<T>& step, const Operand& operand) {
     default:
       return nullptr;
   }
-}
-
-template <class T>
-__device__ T rounded_to(T value, bool rounded) {
-  return rounded ? static_cast<T>(static_cast<float>(bfloat16(static_cast<float>(value)))) : value;
 }
 
 template <class T>
@@ -75,100 +72,81 @@ __device__ T differentiated(Activation activation, T grad, T h) {
 // What a thread of a block of rows works on: row `row` of the batch, in every tile of columns the
 // columns lane, lane + kSweepLanes, ...
 struct RowThread {
-  int64_t row;
+  int row;
   int lane;
   bool inside;  // a row of the batch
+
+  __device__ int64_t begin(int columns) const { return static_cast<int64_t>(row) * columns; }
 };
 
 template <class T>
 __device__ RowThread row_thread(const SweepStep<T>& step) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSweepRows + threadIdx.x / kSweepLanes;
+  const int row = blockIdx.x * kSweepRows + threadIdx.x / kSweepLanes;
   return {row, static_cast<int>(threadIdx.x % kSweepLanes), row < step.batch};
 }
 
-// sums[j] += a[row] . w[column of j], through shared memory; every thread of the block takes part.
-template <class T>
-__device__ void add_products(const SweepStep<T>& step, const RowThread& thread, const T* a,
-                             const T* weight, bool transposed, int depth, int first, int columns,
-                             T (&sums)[kColumnsPerThread]) {
-  FASTDNI_SHARED(T, a_tile, kSweepRows * kSweepDepth);
-  // One column more than there are: threads that write down a column meet different banks.
-  FASTDNI_SHARED(T, w_tile, kSweepDepth * (kSweepColumns + 1));
-  const int own_row = threadIdx.x / kSweepLanes;
-  for (int from = 0; from < depth; from += kSweepDepth) {
-    const int k = from + thread.lane;
-    a_tile[own_row * kSweepDepth + thread.lane] =
-        thread.inside && k < depth ? rounded_to(a[thread.row * depth + k], step.rounded) : T(0);
-#pragma unroll
-    for (int i = threadIdx.x; i < kSweepDepth * kSweepColumns; i += kSweepThreads) {
-      // Neighbours read neighbours: along a row of the weight, which is k where it is transposed.
-      const int of_k = transposed ? i / kSweepColumns : i % kSweepDepth;
-      const int of_column = transposed ? i % kSweepColumns : i / kSweepDepth;
-      const int64_t row = from + of_k, column = first + of_column;
-      T value = 0;
-      if (row < depth && column < columns) {
-        value = weight[transposed ? row * columns + column : column * depth + row];
-      }
-      w_tile[of_k * (kSweepColumns + 1) + of_column] = rounded_to(value, step.rounded);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kSweepDepth; ++i) {
-      const T factor = a_tile[own_row * kSweepDepth + i];
-#pragma unroll
-      for (int j = 0; j < kColumnsPerThread; ++j) {
-        sums[j] += factor * w_tile[i * (kSweepColumns + 1) + thread.lane + j * kSweepLanes];
-      }
-    }
-    __syncthreads();
-  }
-}
-
-// The context's part of a product: of one-hot labels a column of the weight.
-template <class T>
-__device__ void add_context(const SweepStep<T>& step, const RowThread& thread,
-                            const Instruction& op, int first, T (&sums)[kColumnsPerThread]) {
-  const T* weight = resolve(step, op.context_weight);
-  if (step.context != nullptr) {
-    add_products(step, thread, step.context, weight, false, op.context, first, op.columns, sums);
-    return;
-  }
+// The context's part where it is one-hot labels: a column of the weight.
+template <Products products, class T>
+__device__ void add_label(const SweepStep<T>& step, const RowThread& thread, const Instruction& op,
+                          int first, T (&sums)[kTileResults]) {
   if (!thread.inside) return;
+  const T* weight = resolve(step, op.context_weight);
   const int64_t label = static_cast<const int64_t*>(step.target)[thread.row];
   if (label < 0 || label >= op.context) return;
 #pragma unroll
-  for (int j = 0; j < kColumnsPerThread; ++j) {
+  for (int j = 0; j < kTileResults; ++j) {
     const int64_t column = first + thread.lane + j * kSweepLanes;
     if (column < op.columns) {
-      sums[j] += rounded_to(weight[column * op.context + label], step.rounded);
+      sums[j] += TileProduct<products, T>::operand(weight[column * op.context + label]);
     }
   }
 }
 
-template <class T>
+// Columns [first, ...) of an instruction's product, this thread's.
+template <Products products, class T>
+__device__ void multiply(const SweepStep<T>& step, const RowThread& thread, const Instruction& op,
+                         int first, T (&sums)[kTileResults]) {
+  const int first_row = blockIdx.x * kSweepRows, rows = static_cast<int>(step.batch);
+  const bool given = op.context > 0 && step.context != nullptr;
+  const bool weighted = op.weight.place != Place::none;
+  if (weighted || given) {
+    TileProduct<products, T> tile;
+#pragma unroll 1  // one piece of code for both parts
+    for (int part = weighted ? 0 : 1; part <= given; ++part) {
+      const bool of_context = part == 1;
+      const int depth = of_context ? op.context : op.depth;
+      const T* weight = resolve(step, of_context ? op.context_weight : op.weight);
+      const bool transposed = !of_context && op.transposed;
+      tile.add({of_context ? step.context : resolve(step, op.a), depth, true, rows},
+               first_row, {weight, transposed ? op.columns : depth, !transposed, op.columns},
+               first, depth);
+    }
+    tile.finish(sums);
+  }
+  if (op.context > 0 && !given) add_label<products>(step, thread, op, first, sums);
+}
+
+template <Products products, class T>
 __device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
   const RowThread thread = row_thread(step);
-  const T* a = resolve(step, op.a);
-  const T* weight = resolve(step, op.weight);
-  const T* bias = resolve(step, op.bias);
-  const T* second_bias = resolve(step, op.second_bias);
-  const T* other = resolve(step, op.other);
-  T* out = resolve(step, op.out);
+  const bool computed = op.weight.place != Place::none;
   const int tiles = (op.columns + kSweepColumns - 1) / kSweepColumns;
   for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     const int first = tile * kSweepColumns;
-    T sums[kColumnsPerThread] = {};
-    if (weight != nullptr) {
-      add_products(step, thread, a, weight, op.transposed, op.depth, first, op.columns, sums);
-    }
-    if (op.context > 0) add_context(step, thread, op, first, sums);
+    T sums[kTileResults] = {};
+    multiply<products>(step, thread, op, first, sums);
+    const T* a = resolve(step, op.a);
+    const T* bias = resolve(step, op.bias);
+    const T* second_bias = resolve(step, op.second_bias);
+    const T* other = resolve(step, op.other);
+    T* out = resolve(step, op.out);
     T squares = 0;
 #pragma unroll
-    for (int j = 0; j < kColumnsPerThread; ++j) {
+    for (int j = 0; j < kTileResults; ++j) {
       const int column = first + thread.lane + j * kSweepLanes;
       if (!thread.inside || column >= op.columns) continue;
-      const int64_t at = thread.row * op.columns + column;
-      T c = weight == nullptr ? a[at] : sums[j];
+      const int64_t at = thread.begin(op.columns) + column;
+      T c = computed ? sums[j] : a[at] + sums[j];
       switch (op.finish) {
         case Finish::activate:
           if (bias != nullptr) c += bias[column];
@@ -226,12 +204,12 @@ template <class T>
 __device__ void run_criterion(const SweepStep<T>& step, const Instruction& op) {
   if (blockIdx.y != 0) return;
   const RowThread thread = row_thread(step);
-  const T* h = resolve(step, op.a) + thread.row * op.columns;
-  T* out = resolve(step, op.out) + thread.row * op.columns;
+  const T* h = resolve(step, op.a) + thread.begin(op.columns);
+  T* out = resolve(step, op.out) + thread.begin(op.columns);
   T loss = 0;
   if (step.criterion == Criterion::mse) {
     const T scale = T(2) / (static_cast<T>(step.batch) * op.columns);
-    const T* target = static_cast<const T*>(step.target) + thread.row * op.columns;
+    const T* target = static_cast<const T*>(step.target) + thread.begin(op.columns);
     for (int c = thread.lane; thread.inside && c < op.columns; c += kSweepLanes) {
       const T error = h[c] - target[c];
       loss += error * error;
@@ -319,7 +297,7 @@ __device__ void run_normalize(const SweepStep<T>& step, const Instruction& op) {
   const T batch = static_cast<T>(step.batch);
   for (int c = blockIdx.y * kSweepLanes + thread.lane; thread.inside && c < op.columns;
        c += gridDim.y * kSweepLanes) {
-    const int64_t at = thread.row * op.columns + c;
+    const int64_t at = thread.begin(op.columns) + c;
     if (op.op == Op::normalize) {
       const T z = (out[at] - mean[c]) * inverse[c];
       out[at] = z;
@@ -331,16 +309,17 @@ __device__ void run_normalize(const SweepStep<T>& step, const Instruction& op) {
   }
 }
 
-// Instructions [first, last) of the program, on the rows of this block.
-template <class T>
-__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
-    sweep_rows_kernel(const SweepStep<T> step, int first, int last) {
+// Instructions [first, last) of the program, on the rows of this block; in a cluster, on those of
+// all of its blocks.
+template <Products products, class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
+    sweep_rows_kernel(const SweepStep<T> step, int first, int last, bool cluster) {
   for (int i = first; i < last; ++i) {
     const Instruction& op = step.instructions[i];
     if (op.stage >= 0 && !step.active.has(op.stage)) continue;
     switch (op.op) {
       case Op::product:
-        run_product(step, op);
+        run_product<products>(step, op);
         break;
       case Op::criterion:
         run_criterion(step, op);
@@ -352,13 +331,18 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
       default:
         run_normalize(step, op);
     }
-    __syncthreads();  // what the block has written is there for all of it
+    // What has been written is there for all who work on these rows.
+    if (cluster) {
+      cluster_barrier();
+    } else {
+      __syncthreads();
+    }
   }
 }
 
 // A column of a BatchNorm to each thread: joins the moments of the row blocks (Chan et al. 1979).
 template <class T>
-__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_reduction_kernel(const SweepStep<T> step, int number, int64_t row_blocks) {
   const Reduction& op = step.reductions[number];
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kSweepThreads + threadIdx.x;
@@ -438,66 +422,45 @@ __device__ bool is_updated(const SweepStep<T>& step, int parameter) {
   return parameter >= 0 && step.parameters[parameter].update.rule != Rule::none;
 }
 
-// A tile of grad^T input, whole over the batch, and its update: 4 x 4 elements a thread.
-template <class T>
+// A tile of grad^T input, whole over the batch, and its update.
+template <Products products, class T>
 __device__ void update_weight(const SweepStep<T>& step, const Job& job, const Task& task) {
-  constexpr int kSide = kUpdateTile / kSweepLanes;
-  FASTDNI_SHARED(T, grad_tile, kSweepDepth * kUpdateTile);
-  FASTDNI_SHARED(T, input_tile, kSweepDepth * kUpdateTile);
-  const T* grad = resolve(step, job.grad);
-  const T* input = resolve(step, job.input);  // null: one-hot labels
-  const auto* labels = static_cast<const int64_t*>(step.target);
-  const int ty = threadIdx.x / kSweepLanes, tx = threadIdx.x % kSweepLanes;
-  T sums[kSide][kSide] = {};
-  for (int64_t from = 0; from < step.batch; from += kSweepDepth) {
-#pragma unroll
-    for (int i = threadIdx.x; i < kSweepDepth * kUpdateTile; i += kSweepThreads) {
-      const int64_t row = from + i / kUpdateTile;
-      const int output = task.output + i % kUpdateTile, column = task.input + i % kUpdateTile;
-      T of_grad = 0, of_input = 0;
-      if (row < step.batch && output < job.outputs) of_grad = grad[row * job.outputs + output];
-      if (row < step.batch && column < job.inputs) {
-        of_input = input == nullptr ? T(labels[row] == column) : input[row * job.inputs + column];
-      }
-      grad_tile[i] = rounded_to(of_grad, step.rounded);
-      input_tile[i] = rounded_to(of_input, step.rounded);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kSweepDepth; ++k) {
-#pragma unroll
-      for (int i = 0; i < kSide; ++i) {
-        const T left = grad_tile[k * kUpdateTile + ty + i * kSweepLanes];
-#pragma unroll
-        for (int j = 0; j < kSide; ++j) {
-          sums[i][j] += left * input_tile[k * kUpdateTile + tx + j * kSweepLanes];
-        }
-      }
-    }
-    __syncthreads();
-  }
+  Side<T> input{resolve(step, job.input), job.inputs, false, job.inputs};
+  if (input.data == nullptr) input.labels = static_cast<const int64_t*>(step.target);
+  TileProduct<products, T> tile;
+  tile.add({resolve(step, job.grad), job.outputs, false, job.outputs}, task.output, input,
+           task.input, static_cast<int>(step.batch));
+  T sums[kTileResults];
+  tile.finish(sums);
   const SweepParameter<T> parameter = step.parameters[job.weight];
+  const int64_t output = task.output + threadIdx.x / kSweepLanes;
 #pragma unroll
-  for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-    for (int j = 0; j < kSide; ++j) {
-      const int64_t output = task.output + ty + i * kSweepLanes;
-      const int64_t column = task.input + tx + j * kSweepLanes;
-      if (output < job.outputs && column < job.inputs) {
-        update_at(parameter, sums[i][j], output * job.inputs + column);
-      }
+  for (int j = 0; j < kTileResults; ++j) {
+    const int64_t column = task.input + threadIdx.x % kSweepLanes + j * kSweepLanes;
+    if (output < job.outputs && column < job.inputs) {
+      update_at(parameter, sums[j], output * job.inputs + column);
     }
   }
 }
 
-// The columns' sums of grad, a column to each thread: the biases of a tile's outputs.
+// The columns' sums of grad: the biases of a tile's outputs.
 template <class T>
 __device__ void update_biases(const SweepStep<T>& step, const Job& job, const Task& task) {
-  const int output = task.output + threadIdx.x;
-  if (threadIdx.x >= kUpdateTile || output >= job.outputs) return;
-  const T* grad = resolve(step, job.grad) + output;
+  constexpr int kWarps = kSweepThreads / kWarpSize, kGroups = kSweepThreads / kSweepRows;
+  FASTDNI_SHARED(T, sums, kWarps * kSweepRows);
+  static_assert(kGroups == 2 * kWarps);
+  const int column = threadIdx.x % kSweepRows, group = threadIdx.x / kSweepRows;
+  const int64_t output = task.output + column;
   T sum = 0;
-  for (int64_t r = 0; r < step.batch; ++r) sum += grad[r * job.outputs];
+  if (output < job.outputs) {
+    const T* grad = resolve(step, job.grad) + output;
+    for (int64_t r = group; r < step.batch; r += kGroups) sum += grad[r * job.outputs];
+  }
+  sum += __shfl_xor_sync(kAllLanes, sum, kSweepRows);
+  if (group % 2 == 0) sums[group / 2 * kSweepRows + column] = sum;
+  __syncthreads();
+  if (group > 0 || output >= job.outputs) return;
+  for (int w = 1; w < kWarps; ++w) sum += sums[w * kSweepRows + column];
   if (is_updated(step, job.bias)) update_at(step.parameters[job.bias], sum, output);
   if (is_updated(step, job.second_bias)) update_at(step.parameters[job.second_bias], sum, output);
 }
@@ -530,8 +493,8 @@ __device__ void report(const SweepStep<T>& step) {
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+template <Products products, class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_update_kernel(const SweepStep<T> step) {
   if (static_cast<int32_t>(blockIdx.x) == step.task_count) {
     report(step);
@@ -543,17 +506,17 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
   if (job.inputs == 0) {
     const T* grad = resolve(step, job.grad);
     const int output = task.output + threadIdx.x;
-    if (threadIdx.x < kUpdateTile && output < job.outputs && is_updated(step, job.weight)) {
+    if (threadIdx.x < kSweepRows && output < job.outputs && is_updated(step, job.weight)) {
       update_at(step.parameters[job.weight], grad[output], output);
     }
     return;
   }
-  if (is_updated(step, job.weight)) update_weight(step, job, task);
+  if (is_updated(step, job.weight)) update_weight<products>(step, job, task);
   if (task.input == 0) update_biases(step, job, task);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks)
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_loss_kernel(const SweepStep<T> step) {
   report_criterion(step);
 }

@@ -11,8 +11,8 @@
 namespace fastdni::cuda {
 
 constexpr int kSweepThreads = 256;
-// Rows and columns of a weight's gradient that a block makes.
-constexpr int kUpdateTile = 64;
+// Columns of a weight's gradient that a block makes, of kSweepRows rows.
+constexpr int kUpdateColumns = 64;
 // Stages and one above that a mask has room for.
 constexpr int kSweepStages = 256;
 
@@ -64,22 +64,31 @@ struct SweepStep {
   int64_t batch;
   int32_t outputs;  // N
   Criterion criterion;
-  bool rounded;  // operands of products to bfloat16
+  Products products;
 };
 
 std::vector<Task> sweep_tasks(const SweepProgram& program);
 
-// F, S and D of every stage. Each segment is one launch of a block for every kSweepRows rows, or
-// where `split` is set one for each instruction, with blocks for every kSweepColumns columns, too.
-// The bits are the same.
+// How a program's segments are spread over a GPU. The bits are the same.
+enum class Spread {
+  rows,          // one launch a segment, a block for every kSweepRows rows
+  clusters,      // one launch a segment, for every kSweepRows rows a cluster of kSweepCluster blocks
+  instructions,  // one launch an instruction, with blocks for every kSweepColumns columns, too
+};
+// The largest cluster that every GPU with clusters takes.
+constexpr int kSweepCluster = 8;
+// Whether the current GPU takes clusters of that many of the sweep's blocks.
+bool sweep_clusters();
+
+// F, S and D of every stage.
 template <class T>
-cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program, bool split,
-                                 cudaStream_t stream);
+cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program,
+                                 Spread spread, cudaStream_t stream);
 
 // The topmost synthesizer's errors, once `gradient` is there.
 template <class T>
 cudaError_t launch_sweep_regression(const SweepStep<T>& step, const SweepProgram& program,
-                                    bool split, cudaStream_t stream);
+                                    Spread spread, cudaStream_t stream);
 
 // The loss of the criterion, where it is wanted before the update.
 template <class T>

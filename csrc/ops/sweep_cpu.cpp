@@ -25,7 +25,8 @@ class CpuSweep final : public Sweep {
         batch_(spec.batch),
         blocks_(pieces<T>(spec.batch, largest_weight(spec))),
         arena_(spec.batch),
-        updates_(spec.batch, spec.bfloat16) {
+        bfloat16_(spec.products == Products::bfloat16),
+        updates_(spec.batch, bfloat16_) {
     build();
     values_.resize(next_parameter_);
   }
@@ -402,13 +403,13 @@ class CpuSweep final : public Sweep {
   void multiply_rows(const Matrix<T>& a, const T* panels, Rows rows, bool add, const Matrix<T>& c) {
     cpu::multiply<isa, T>(cpu::row_major<T>(a.row(rows.begin), a.stride), panels,
                           rows.end - rows.begin, a.columns, 0, cpu::panels<isa, T>(c.columns),
-                          spec_.bfloat16, add, c.row(rows.begin), c.stride);
+                          bfloat16_, add, c.row(rows.begin), c.stride);
   }
 
   void pack_rows(const Activations<T>& input, Rows rows) {
     const int64_t columns = input.rows.columns;
     cpu::pack_rows<isa, T>(input.rows.data, input.rows.stride, batch_, columns, 0,
-                           cpu::panels<isa, T>(columns), rows.begin, rows.end, spec_.bfloat16,
+                           cpu::panels<isa, T>(columns), rows.begin, rows.end, bfloat16_,
                            input.panels);
   }
 
@@ -628,10 +629,10 @@ class CpuSweep final : public Sweep {
     const cpu::Strided<T> w = cpu::row_major<T>(value(weight.parameter), weight.inputs);
     if (packing.backward) {
       cpu::pack<isa, T>(w, weight.outputs, weight.inputs, packing.panel, packing.panel + 1,
-                        spec_.bfloat16, weight.backward);
+                        bfloat16_, weight.backward);
     } else {
       cpu::pack<isa, T>(w.transposed(), weight.inputs, weight.outputs, packing.panel,
-                        packing.panel + 1, spec_.bfloat16, weight.forward);
+                        packing.panel + 1, bfloat16_, weight.forward);
     }
   }
 
@@ -639,6 +640,7 @@ class CpuSweep final : public Sweep {
   int64_t batch_, blocks_;
   int64_t row_work_ = 0, pack_work_ = 0;
   Arena<isa, T> arena_;
+  bool bfloat16_;
   Updates<isa, T> updates_;
   size_t next_parameter_ = 0, next_statistic_ = 0;
 

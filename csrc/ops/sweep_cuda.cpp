@@ -5,6 +5,7 @@
 #if defined(FASTDNI_CUDA)
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 
 #include "cuda/sweep.h"
@@ -16,7 +17,7 @@ namespace {
 constexpr const char* kOp = "sweep";
 // Wider stages have enough columns to give every multiprocessor a tile of one instruction; below,
 // launches cost more than idle multiprocessors do. Estimated, not measured.
-constexpr int64_t kSplitOutputs = 512;
+constexpr int64_t kWideOutputs = 512;
 
 // Tables in one piece of device memory, written anew when they have changed.
 class DeviceTables {
@@ -71,14 +72,18 @@ class CudaSweep final : public Sweep {
     jobs_ = fixed_.add(program_.jobs);
     tasks_ = fixed_.add(tasks);
     losses_ = fixed_.add(program_.synthesis);
-    for (const StageSpec& stage : spec.stages) split_ |= stage.outputs > kSplitOutputs;
+    bool wide = false;
+    for (const StageSpec& stage : spec.stages) wide |= stage.outputs > kWideOutputs;
+    spread_ = wide                       ? cuda::Spread::instructions
+              : cuda::sweep_clusters() ? cuda::Spread::clusters
+                                       : cuda::Spread::rows;
   }
 
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
 
   void forward(const StepMemory& memory) override {
     cuda::SweepStep<T> step = begin(memory);
-    cuda::check(kOp, cuda::launch_sweep_forward(step, program_, split_, stream(memory)));
+    cuda::check(kOp, cuda::launch_sweep_forward(step, program_, spread_, stream(memory)));
     if (spec_.input_gradient && step.loss != nullptr) {
       cuda::check(kOp, cuda::launch_sweep_loss(step, stream(memory)));
     }
@@ -88,7 +93,7 @@ class CudaSweep final : public Sweep {
     cuda::SweepStep<T> step = begin(memory);
     if (spec_.input_gradient) step.loss = nullptr;  // it is there since `forward`
     if (memory.gradient != nullptr) {
-      cuda::check(kOp, cuda::launch_sweep_regression(step, program_, split_, stream(memory)));
+      cuda::check(kOp, cuda::launch_sweep_regression(step, program_, spread_, stream(memory)));
     }
     cuda::check(kOp, cuda::launch_sweep_update(step, stream(memory)));
   }
@@ -149,7 +154,7 @@ class CudaSweep final : public Sweep {
     step.batch = spec_.batch;
     step.outputs = static_cast<int32_t>(spec_.stages.back().outputs);
     step.criterion = spec_.criterion;
-    step.rounded = spec_.bfloat16;
+    step.products = spec_.products;
     return step;
   }
 
@@ -169,7 +174,7 @@ class CudaSweep final : public Sweep {
   NetworkSpec spec_;
   cuda::SweepProgram program_;
   int32_t task_count_;
-  bool split_ = false;
+  cuda::Spread spread_;
   DeviceTables fixed_, of_step_;
   size_t instructions_, reductions_, jobs_, tasks_, losses_;
   std::optional<Tensor> workspace_;
@@ -180,6 +185,8 @@ class CudaSweep final : public Sweep {
 std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype) {
   FASTDNI_CHECK(spec.stages.size() < cuda::kSweepStages, "sweep: a CUDA plan must have fewer than ",
                 cuda::kSweepStages, " stages, got ", spec.stages.size());
+  FASTDNI_CHECK(spec.batch <= std::numeric_limits<int32_t>::max() - cuda::kSweepRows,
+                "sweep: a CUDA plan must have fewer than 2^31 rows, got ", spec.batch);
   if (dtype == ScalarType::Double) return std::make_unique<CudaSweep<double>>(spec);
   return std::make_unique<CudaSweep<float>>(spec);
 }

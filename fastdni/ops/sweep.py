@@ -118,8 +118,9 @@ class SweepPlan:
         input_gradient: whether the gradient of the lowest stage's input is wanted.
         separate_input: whether the input synthesizers predict from another tensor than the lowest
             stage's x: a part of a completely unlocked network.
-        bfloat16: whether the operands of products are rounded to bfloat16 (autocast); sums, errors,
-            losses, parameters and optimizer state keep the parameters' dtype.
+        products: the arithmetic of products; sums, errors, losses, parameters and optimizer state
+            keep the parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
+            "tf32" and "tf32x3" on a GPU's tensor cores, elsewhere exact.
     """
 
     def __init__(
@@ -129,10 +130,10 @@ class SweepPlan:
         criterion: str | None = None,
         input_gradient: bool = False,
         separate_input: bool = False,
-        bfloat16: bool = False,
+        products: str = "exact",
     ):
         self.stages, self.batch, self.criterion = stages, batch, criterion
-        self.input_gradient, self.bfloat16 = input_gradient, bfloat16
+        self.input_gradient, self.products = input_gradient, products
         self.separate_input = separate_input
         self.parameters = [p for stage in stages for p in stage.parameters()]
         self.statistics = [t for stage in stages for t in stage.statistics()]
@@ -156,7 +157,7 @@ class SweepPlan:
                 device=weight.device.type,
                 criterion=criterion or "none",
                 input_gradient=input_gradient,
-                bfloat16=bfloat16,
+                products=products,
                 separate_input=separate_input,
             )
             self.handle = self._memory.handle
@@ -291,7 +292,7 @@ def sweep_forward_(
             context,
             plan.criterion,
             list(map(bool, active)),
-            plan.bfloat16,
+            plan.products == "bfloat16",
             network_input,
         )
     plan._pending = done

@@ -1,6 +1,9 @@
 // Stands for CUDA's header of the same name when kernels are compiled for the host: as much of the
 // vocabulary as the kernels use, spelled with simt.h.
 #pragma once
+#include <cmath>
+
+#include "common/scalar.h"
 #include "simt.h"
 
 #define __global__
@@ -17,21 +20,62 @@ inline void __syncthreads(simt::Where where = simt::Where::current()) {
   simt::block_barrier(where);
 }
 
+inline void __syncwarp(simt::Where where = simt::Where::current()) {
+  simt::warp_barrier(~0u, where);
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance,
                   simt::Where where = simt::Where::current()) {
   return simt::exchange(mask, value, simt::current->lane ^ distance, where);
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  simt::launch(config->gridDim, config->blockDim, [&] { kernel(Parameters(arguments)...); });
+  dim3 cluster;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& [x, y, z] = config->attrs[i].val.clusterDim;
+    cluster = {x, y, z};
+  }
+  simt::launch(config->gridDim, config->blockDim, cluster,
+               [&] { kernel(Parameters(arguments)...); });
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
+  *clusters = 1;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+// Those of an H100, as far as they are asked for.
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 9;
   return cudaSuccess;
 }
 

@@ -2,12 +2,14 @@
 //
 // Every CUDA thread is a fiber. The fibers of a block take turns on one OS thread and change at
 // barriers and warp collectives only. What it models:
-//   - __syncthreads and the warp collectives, with a diagnosis when threads disagree about them;
-//   - any order of threads and blocks: with a seed, both are shuffled;
+//   - __syncthreads, the warp collectives, the tensor cores' products and the barrier of a cluster,
+//     with a diagnosis when threads disagree about them;
+//   - any order of threads and blocks: with a seed, both are shuffled; the blocks of a cluster run
+//     together;
 //   - shared memory: each block gets fresh arrays filled with NaN, on the heap, so that the address
 //     sanitizer sees accesses out of bounds;
 //   - races: under the thread sanitizer nothing but a barrier or a collective orders the threads of
-//     a block, and nothing but the end of a launch orders its blocks.
+//     a block, and nothing but the end of a launch (or a cluster's barrier) orders its blocks.
 // What it does not: cooperative launches; atomics and fences as order between blocks; copies and
 // products that run beside the thread (wgmma, TMA, mbarrier); the limits of a device (registers,
 // shared memory, occupancy); stack overflow, except under the address sanitizer; floating point
@@ -59,6 +61,7 @@ struct Meeting {
   unsigned expected;
   unsigned arrived = 0, left = 0;
   std::array<uint64_t, kLanes> values{};  // by lane
+  std::shared_ptr<void> shared;           // or what all of them fill
   char order = 0;                         // its address is the object that is released and acquired
 
   bool complete() const { return arrived == expected; }
@@ -101,8 +104,14 @@ struct FreeShared {
   static constexpr std::align_val_t kAlignment{128};
 };
 
+struct Cluster {
+  Group everyone;
+  unsigned threads = 0;
+};
+
 struct Block {
   uint3 index;
+  Cluster* cluster;
   Group everyone;
   std::vector<Group> warps;
   std::vector<std::unique_ptr<Thread>> threads;
@@ -118,12 +127,15 @@ struct Launch {
 inline Thread* current = nullptr;
 inline Launch* launched = nullptr;
 
-// The calling thread's part in a collective: waits for the others, then their values can be read.
+// The calling thread's part in a collective: hands something in and waits for the others, whose
+// values can then be read.
 class Collective {
  public:
-  Collective(Group& group, unsigned mask, unsigned expected, const Where& where, uint64_t value = 0)
+  template <class HandIn>
+  Collective(Group& group, unsigned mask, unsigned expected, const Where& where,
+             const HandIn& hand_in)
       : self_(current), meeting_(group.join(mask, expected, where)) {
-    meeting_->values[self_->lane] = value;
+    hand_in(*meeting_);
     self_->waiting = meeting_;
     release(&meeting_->order);
     Fiber::suspend();
@@ -139,6 +151,7 @@ class Collective {
     if (!(meeting_->mask >> lane & 1)) fail("a lane outside the mask is read" + at());
     return meeting_->values[lane];
   }
+  const void* shared() const { return meeting_->shared.get(); }
 
  private:
   std::string at() const { return ": " + to_string(meeting_->where); }
@@ -150,7 +163,26 @@ class Collective {
 
 inline void block_barrier(const Where& where) {
   Block& block = *current->block;
-  Collective(block.everyone, ~0u, block.threads.size(), where);
+  Collective(block.everyone, ~0u, block.threads.size(), where, [](Meeting&) {});
+}
+
+inline void cluster_barrier(const Where& where) {
+  Cluster& cluster = *current->block->cluster;
+  Collective(cluster.everyone, ~0u, cluster.threads, where, [](Meeting&) {});
+}
+
+inline void warp_barrier(unsigned mask, const Where& where) {
+  Collective(*current->warp, mask, __builtin_popcount(mask), where, [](Meeting&) {});
+}
+
+// All lanes of a warp write to one Shared, and read it when all have.
+template <class Shared, class Write, class Read>
+void together(const Write& write, const Read& read, const Where& where) {
+  const Collective lanes(*current->warp, ~0u, kLanes, where, [&](Meeting& meeting) {
+    if (!meeting.shared) meeting.shared = std::make_shared<Shared>();
+    write(*static_cast<Shared*>(meeting.shared.get()));
+  });
+  read(*static_cast<const Shared*>(lanes.shared()));
 }
 
 // Every lane of the mask hands in a value and receives that of lane `source`.
@@ -160,7 +192,8 @@ T exchange(unsigned mask, T value, unsigned source, const Where& where) {
   if (!(mask >> current->lane & 1)) fail("a lane is outside its own mask: " + to_string(where));
   uint64_t word = 0;
   std::memcpy(&word, &value, sizeof value);
-  const Collective lanes(*current->warp, mask, __builtin_popcount(mask), where, word);
+  const Collective lanes(*current->warp, mask, __builtin_popcount(mask), where,
+                         [&](Meeting& meeting) { meeting.values[current->lane] = word; });
   word = lanes.value(source);
   std::memcpy(&value, &word, sizeof value);
   return value;
@@ -203,21 +236,27 @@ void shuffle(List& list) {
   fail(message);
 }
 
-inline std::unique_ptr<Block> run_block(uint3 index) {
+using Blocks = std::vector<std::unique_ptr<Block>>;
+
+// Runs the blocks of a cluster.
+inline Blocks run_blocks(const std::vector<uint3>& indices) {
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;
-  auto owner = std::make_unique<Block>();
-  Block& block = *owner;
-  block.index = index;
-  block.warps.resize((count + kLanes - 1) / kLanes);
+  Cluster cluster{{}, count * static_cast<unsigned>(indices.size())};
+  Blocks blocks;
   std::vector<Thread*> order;
-  for (unsigned i = 0; i < count; ++i) {
-    const uint3 at{i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
-    block.threads.emplace_back(
-        new Thread{&block, &block.warps[i / kLanes], at, i % kLanes, Fiber(run_thread)});
-    order.push_back(block.threads.back().get());
+  for (const uint3& index : indices) {
+    Block& block = *blocks.emplace_back(std::make_unique<Block>());
+    block.index = index;
+    block.cluster = &cluster;
+    block.warps.resize((count + kLanes - 1) / kLanes);
+    for (unsigned i = 0; i < count; ++i) {
+      const uint3 at{i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+      block.threads.emplace_back(
+          new Thread{&block, &block.warps[i / kLanes], at, i % kLanes, Fiber(run_thread)});
+      order.push_back(block.threads.back().get());
+    }
   }
 
-  blockIdx = index;
   for (bool progress = true; progress;) {
     progress = false;
     shuffle(order);
@@ -226,17 +265,22 @@ inline std::unique_ptr<Block> run_block(uint3 index) {
       progress = true;
       current = thread;
       threadIdx = thread->index;
+      blockIdx = thread->block->index;
       thread->fiber.resume();
     }
   }
-  if (!std::all_of(order.begin(), order.end(), [](auto* t) { return t->exited; })) {
-    fail_deadlock(block);
+  for (const auto& block : blocks) {
+    const auto& threads = block->threads;
+    if (!std::all_of(threads.begin(), threads.end(), [](auto& t) { return t->exited; })) {
+      fail_deadlock(*block);
+    }
   }
-  return owner;
+  return blocks;
 }
 
-// Runs `kernel` once per CUDA thread, a block at a time, and returns when all have ended.
-inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
+// Runs `kernel` once per CUDA thread, a cluster of blocks at a time, and returns when all have
+// ended.
+inline void launch(dim3 grid, dim3 block, dim3 cluster, std::function<void()> kernel) {
   const Unwatched unwatched;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
@@ -247,18 +291,25 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
   launched = &launch;
   gridDim = grid;
   blockDim = block;
-  std::vector<uint3> order;
+  if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) {
+    fail("bad launch: the grid is not made of whole clusters");
+  }
+  std::map<std::array<unsigned, 3>, std::vector<uint3>> clusters;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) order.push_back({x, y, z});
+      for (unsigned x = 0; x < grid.x; ++x) {
+        clusters[{z / cluster.z, y / cluster.y, x / cluster.x}].push_back({x, y, z});
+      }
     }
   }
+  std::vector<std::vector<uint3>> order;
+  for (auto& [at, indices] : clusters) order.push_back(std::move(indices));
   shuffle(order);
   release(&launch.started);
-  // A block stays until the next one has run: to the thread sanitizer a fiber made after another's
+  // Blocks stay until the next ones have run: to the thread sanitizer a fiber made after another's
   // end may be the same thread, and a race between them none.
-  std::unique_ptr<Block> previous;
-  for (const uint3& index : order) previous = run_block(index);
+  Blocks previous;
+  for (const auto& indices : order) previous = run_blocks(indices);
   acquire(&launch.ended);
 }
 

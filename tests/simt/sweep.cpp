@@ -32,7 +32,11 @@ NetworkSpec read_spec(simt::Case& io) {
   spec.criterion = criterion == "mse"             ? Criterion::mse
                    : criterion == "cross_entropy" ? Criterion::cross_entropy
                                                   : Criterion::none;
-  spec.bfloat16 = io.integer("rounded", 0);
+  const std::string products = io.text("products");
+  spec.products = products == "tf32"       ? Products::tf32
+                  : products == "tf32x3"   ? Products::tf32x3
+                  : products == "bfloat16" ? Products::bfloat16
+                                           : Products::exact;
   spec.input_gradient = io.integer("input_gradient", 0);
   const auto synthesizer = [&](int64_t inputs, int64_t outputs) {
     SynthesizerSpec made;
@@ -84,7 +88,7 @@ void run(simt::Case& io) {
   step.batch = spec.batch;
   step.outputs = static_cast<int32_t>(outputs);
   step.criterion = spec.criterion;
-  step.rounded = spec.bfloat16;
+  step.products = spec.products;
   step.x = io.input<T>(spec.batch * inputs);
   if (spec.criterion == Criterion::mse) {
     step.target = io.input<T>(spec.batch * outputs);
@@ -146,9 +150,12 @@ void run(simt::Case& io) {
   }
   step.statistics = statistics.data();
 
-  const bool split = io.integer("split");
-  cuda::launch_sweep_forward(step, program, split, nullptr);
-  cuda::launch_sweep_regression(step, program, split, nullptr);
+  const std::string named = io.text("spread");
+  const cuda::Spread spread = named == "rows"       ? cuda::Spread::rows
+                              : named == "clusters" ? cuda::Spread::clusters
+                                                    : cuda::Spread::instructions;
+  cuda::launch_sweep_forward(step, program, spread, nullptr);
+  cuda::launch_sweep_regression(step, program, spread, nullptr);
   if (spec.input_gradient && step.loss != nullptr) {
     cuda::launch_sweep_loss(step, nullptr);
     step.loss = nullptr;
