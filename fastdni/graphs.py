@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastdni.network import DecoupledSequential, StepResult
+from fastdni.network import Criterion, DecoupledSequential, StepResult
+from fastdni.training import Trainer
 
 
 def make_graphed_step(
@@ -15,16 +16,21 @@ def make_graphed_step(
     x: Tensor,
     target: Tensor,
     warmup: int = 3,
-    **arguments,
+    criterion: Criterion = "cross_entropy",
+    context: Tensor | None = None,
+    update_mask: Sequence[bool] | None = None,
 ) -> Callable[[Tensor, Tensor], StepResult]:
     """Captures `net.step` in a CUDA graph; each call of the result is one replay.
+
+    The learning rates are read at every call, as a scheduler leaves them; everything else of the
+    optimizer, and the modules, are as they were at the capture.
 
     Args:
         net: the network, on a CUDA device.
         optimizer: as for `net.step`; its groups must be `capturable=True`.
         x, target: a batch of the shapes to come. It is trained on in the warm-up and the capture.
-        warmup: steps before the capture.
-        arguments: further ones of `net.step`; tensors among them keep their memory.
+        warmup: steps before the capture, at least one.
+        criterion, context, update_mask: as for `net.step`; a context tensor keeps its memory.
 
     Returns:
         step(x, target) -> StepResult. The result's tensors are the graph's own: the next call
@@ -32,12 +38,15 @@ def make_graphed_step(
 
     Raises:
         RuntimeError: the network is not on a CUDA device, or an optimizer is not capturable.
+        ValueError: no warm-up.
     """
     if x.device.type != "cuda":
         raise RuntimeError(
             f"make_graphed_step: x must be on a CUDA device, got {x.device}; on the CPU net.step "
             "is one call already"
         )
+    if warmup < 1:
+        raise ValueError(f"make_graphed_step: warmup must be at least 1, got {warmup}")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     for each in optimizers:
         if not all(group.get("capturable") for group in each.param_groups):
@@ -46,24 +55,62 @@ def make_graphed_step(
                 "that its step count and learning rate live on the device"
             )
     static_x, static_target = x.clone(), target.clone()
+    rates = [_Rate(group, x.device) for each in optimizers for group in each.param_groups]
+    mask = None if update_mask is None else list(update_mask)
+    # Plans of its own: ordinary steps of the network leave what the graph reads as it is.
+    trainer = Trainer(net)
 
     def run() -> StepResult:
-        return net.step(static_x, static_target, optimizer, **arguments)
+        how = (optimizer, criterion, context, mask)
+        return StepResult(*trainer.step(static_x, static_target, *how))
 
-    side = torch.cuda.Stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(side):
-        for _ in range(warmup):
-            run()
-    torch.cuda.current_stream(x.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    for rate in rates:
+        rate.take()
+    try:
+        side = torch.cuda.Stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            for _ in range(warmup):
+                run()
+        torch.cuda.current_stream(x.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+    finally:
+        for rate in rates:
+            rate.give_back()
 
     def step(x: Tensor, target: Tensor) -> StepResult:
         static_x.copy_(x)
         static_target.copy_(target)
+        for rate in rates:
+            rate.refresh()
         graph.replay()
         return result
 
+    step.trainer = trainer  # whose memory the graph uses
     return step
+
+
+class _Rate:
+    """A group's learning rate where a graph reads it: a tensor of the group's own, or one that
+    follows the group's number."""
+
+    def __init__(self, group: dict, device: torch.device):
+        self._group, self._number = group, group["lr"]
+        self._followed = not isinstance(self._number, Tensor)
+        if self._followed:
+            self._tensor = torch.tensor(float(self._number), dtype=torch.float64, device=device)
+
+    def take(self) -> None:
+        if self._followed:
+            self._group["lr"] = self._tensor
+
+    def give_back(self) -> None:
+        if self._followed:
+            self._group["lr"] = self._number
+
+    def refresh(self) -> None:
+        if self._followed and self._group["lr"] != self._number:
+            self._number = self._group["lr"]
+            self._tensor.fill_(self._number)

@@ -24,8 +24,10 @@ _KEPT = {
     "adam": ("exp_avg", "exp_avg_sq", "step"),
     "adamw": ("exp_avg", "exp_avg_sq", "step"),
 }
-# Options that ask for another update than the fused step makes.
-_UNFUSED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
+# Options that ask for another update than the fused step makes, and those that say where Adam's
+# step count lives.
+_UNFUSED_OPTIONS = ("amsgrad", "maximize", "differentiable")
+_ON_DEVICE_OPTIONS = ("capturable", "fused")
 _NUMBERS = {
     SGD: itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov"),
     Adam: itemgetter("lr", "weight_decay", "betas", "eps", "decoupled_weight_decay"),
@@ -41,7 +43,8 @@ def _rule(optimizer: Optimizer, group: dict) -> str:
 
 def _settings(rule: str, group: dict) -> list[float]:
     """A row of the sweep's `settings`: see `fastdni.reference.OptimizerSettings`."""
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    lr, decay = group["lr"], float(group["weight_decay"])
+    lr = math.nan if isinstance(lr, Tensor) else float(lr)  # a tensor is handed over as state
     if rule in ("adam", "adamw"):
         beta1, beta2 = group["betas"]
         rest = [float(beta1), float(beta2), float(group["eps"]), 0.0]
@@ -51,8 +54,8 @@ def _settings(rule: str, group: dict) -> list[float]:
 
 
 def _numbers(group: dict) -> list:
-    """A group's numbers, of any of the optimizers."""
-    names = ("lr", "weight_decay", "momentum", "dampening", "eps")
+    """A group's numbers but the learning rate, of any of the optimizers."""
+    names = ("weight_decay", "momentum", "dampening", "eps")
     return [group.get(name) for name in names] + list(group.get("betas", ()))
 
 
@@ -129,10 +132,11 @@ class Optimizers:
         self.group_of = {id(p): number for number, p in held}
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
-        self._watch = OptimizerWatch(self.all, (*_UNFUSED_OPTIONS, "betas"))
+        self._watch = OptimizerWatch(self.all, (*_UNFUSED_OPTIONS, *_ON_DEVICE_OPTIONS, "betas"))
         self.unchanged = self._watch.unchanged
         self._numbers = [_NUMBERS.get(type(o)) for o, _ in self.groups]
         self._said: list | None = None
+        self._kinds: list[type] = []
         self.settings: list[float] = []
         self.rules: list[str] = []
 
@@ -149,27 +153,29 @@ class Optimizers:
             ValueError: a learning rate is not finite.
         """
         said = [read(group) for read, (_, group) in zip(self._numbers, self.groups)]  # noqa: B905
-        if said == self._said:
+        kinds = [type(numbers[0]) for numbers in said]  # a tensor may well equal a float
+        if kinds == self._kinds and said == self._said:
             return
         self.check()
         rules = [_rule(*group) for group in self.groups]
         self.settings = [
             x for rule, (_, g) in zip(rules, self.groups, strict=True) for x in _settings(rule, g)
         ]
-        self._said = said
+        changed, self._said, self._kinds = kinds != self._kinds, said, kinds
         if any(isinstance(n, Tensor) for _, group in self.groups for n in _numbers(group)):
             # Which may change without being another.
             self.reason = "there is a tensor among the optimizer's numbers"
-        if rules != self.rules:  # the same list as long as nothing else is said
+        if rules != self.rules or changed:  # the same list as long as nothing else is said
             self.rules = rules
 
     def check(self) -> None:
         """Refuses learning rates that are not finite."""
         for _, group in self.groups:
-            if not isinstance(group["lr"], float | int | Tensor) or not math.isfinite(group["lr"]):
-                raise ValueError(
-                    f"net.step: optimizer must have finite learning rates, got {group['lr']}"
-                )
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                continue  # to look would be to wait for the GPU
+            if not isinstance(lr, float | int | Tensor) or not math.isfinite(lr):
+                raise ValueError(f"net.step: optimizer must have finite learning rates, got {lr}")
 
     def step(self) -> None:
         """Their own steps, on p.grad."""
@@ -186,6 +192,11 @@ def _undamped(settings: list[float], rows: int) -> list[float]:
     """The same rows with a dampening of zero."""
     width = len(settings) // rows
     return [0.0 if i % width == 4 else x for i, x in enumerate(settings)]
+
+
+def _further(group: dict) -> list[Tensor]:
+    """What the sweep is handed over besides a parameter's state."""
+    return [group["lr"]] if isinstance(group["lr"], Tensor) else []
 
 
 class Binding:
@@ -207,7 +218,9 @@ class Binding:
         self._optimizers = optimizers
         self._chosen = [(*optimizers.groups[g], p, _KEPT[optimizers.rules[g]]) for p, g in chosen]
         self._keeps = [
-            (optimizer, p, keys) for optimizer, _, p, keys in self._chosen if len(keys) > 0
+            (optimizer, p, keys, _further(group))
+            for optimizer, group, p, keys in self._chosen
+            if keys or _further(group)
         ]
         self._found: StateWatch | None = None  # what they kept when it was last looked for
 
@@ -220,7 +233,7 @@ class Binding:
         """
         if self._found is None or not self._found.unchanged():
             # `get`: a look into a defaultdict must not leave an entry behind.
-            entries = [(o.state.get(p) or {}, keys) for o, p, keys in self._keeps]
+            entries = [(o.state.get(p) or {}, keys) for o, p, keys, _ in self._keeps if keys]
             if any(kept.get(key) is None for kept, keys in entries for key in keys):
                 return self._made()
             self._found = StateWatch(self._keeps)
@@ -236,7 +249,9 @@ class Binding:
                 fresh.add(id(parameter))
             elif keys and not kept:
                 dtype = _torch_optimizer._get_scalar_dtype(group.get("fused"))
-                made = {"step": torch.zeros((), dtype=dtype)}
+                on_device = any(map(group.get, _ON_DEVICE_OPTIONS))
+                device = parameter.device if on_device else "cpu"
+                made = {"step": torch.zeros((), dtype=dtype, device=device)}
                 made |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             if made:
                 pending.append((optimizer, parameter, made))
@@ -246,7 +261,7 @@ class Binding:
                     f"net.step: optimizer state must hold {', '.join(keys)}, got "
                     f"{', '.join(kept) or 'nothing'}"
                 )
-            tensors += [found[key] for key in keys]
+            tensors += [*(found[key] for key in keys), *_further(group)]
         order = self._optimizers.order
         pending.sort(key=lambda entry: order[id(entry[1])])  # as their own step would add them
         # A new momentum buffer is the gradient itself, undamped: from rows of their own.
@@ -259,11 +274,11 @@ class Binding:
     def check(self, tensors: list[Tensor], caller: str) -> None:
         """Refuses state of another shape or dtype than the parameter's."""
         left = iter(tensors)
-        for _, _, parameter, keys in self._chosen:
-            for key in keys:
+        for _, group, parameter, keys in self._chosen:
+            for key in (*keys, *(["lr"] if _further(group) else [])):
                 tensor = next(left)
                 fits = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
-                if tensor.numel() != 1 if key == "step" else not fits:
+                if tensor.numel() != 1 if key in ("step", "lr") else not fits:
                     raise RuntimeError(
                         f"{caller}: a parameter's optimizer state {key} must be {parameter.dtype} "
                         f"{tuple(parameter.shape)}, got {tensor.dtype} {tuple(tensor.shape)}"

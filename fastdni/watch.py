@@ -105,7 +105,7 @@ class OptimizerWatch:
 
     Args:
         optimizers: to be watched.
-        options: keys of the groups.
+        options: keys of the groups; a learning rate that is a tensor is watched besides.
     """
 
     def __init__(self, optimizers: list[Optimizer], options: tuple[str, ...]):
@@ -117,7 +117,8 @@ class OptimizerWatch:
             sized += [groups, *(own[name] for name in OPTIMIZER_HOOKS)]
             entries += [(groups, i) for i in range(len(groups))]
             for group in groups:
-                entries += [(group, name) for name in ("params", *options)]
+                of_tensors = [n for n in ("lr",) if isinstance(group.get(n), Tensor)]
+                entries += [(group, name) for name in ("params", *options, *of_tensors)]
                 if isinstance(group["params"], list):
                     entries += [(group["params"], i) for i in range(len(group["params"]))]
                     sized.append(group["params"])
@@ -129,23 +130,25 @@ class StateWatch:
     """What optimizers keep of parameters.
 
     Args:
-        kept: (optimizer, parameter, keys of its state).
+        kept: (optimizer, parameter, keys of its state, further tensors).
 
     Attributes:
         tensors: the state, in that order.
         unchanged: () -> whether it is still these tensors that the optimizers keep.
     """
 
-    def __init__(self, kept: list[tuple[Optimizer, Tensor, tuple[str, ...]]]):
+    def __init__(self, kept: list[tuple[Optimizer, Tensor, tuple[str, ...], list]]):
         items = []
-        for optimizer, parameter, keys in kept:
+        for optimizer, parameter, keys, _ in kept:
+            if not keys:
+                continue
             entry = optimizer.state[parameter]
             items += [(vars(optimizer), "state", optimizer.state)]
             items += [(optimizer.state, parameter, entry)]
             items += [(entry, key, entry[key]) for key in keys]
-        self.tensors = [
-            optimizer.state[parameter][key] for optimizer, parameter, keys in kept for key in keys
-        ]
+        self.tensors = []
+        for optimizer, parameter, keys, further in kept:
+            self.tensors += [*(optimizer.state[parameter][key] for key in keys), *further]
         self._watch = _Watch(items)
         self.unchanged = self._watch.unchanged
 

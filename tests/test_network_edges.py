@@ -161,6 +161,28 @@ def adam(net, **how):
     return torch.optim.Adam(net.parameters(), **how)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_learning_rate_in_a_tensor_is_read_at_every_step(name):
+    net = network()
+    plain = local(net)
+    values = []
+    for twin in (net, plain):
+        kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+        rate = torch.tensor(0.01, dtype=torch.float64)
+        optimizer = kinds[name](twin.parameters(), lr=rate, foreach=False)
+        found = train(twin, optimizer, 3)
+        rate.fill_(0.02)
+        found += train(twin, optimizer, 2)
+        optimizer.param_groups[0]["lr"] = 0.02  # as large, and no tensor
+        found += train(twin, optimizer, 1)
+        optimizer.param_groups[0]["lr"] = rate
+        rate.fill_(0.005)
+        values.append(found + train(twin, optimizer, 2))
+    same(*values)
+    optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.01))
+    assert not explained(net, optimizer)[0]["reason"]
+
+
 def test_tensors_among_the_numbers_take_the_optimizers_own_step():
     net = network()
     plain = local(net)

@@ -27,6 +27,12 @@ struct OptimizerSettings {
   bool nesterov = false;
 };
 
+// A number that lives in a GPU's memory, as float32 or as float64; null where it does not.
+struct DeviceNumber {
+  void* at = nullptr;
+  bool wide = false;
+};
+
 // One parameter's update, with what does not depend on the element worked out.
 template <class T>
 struct Update {
@@ -43,7 +49,8 @@ struct Update {
 
 // The numbers of a step; `power(beta, step)` is beta^step.
 template <class T, class Power>
-Update<T> prepared(const OptimizerSettings& s, double step, const Power& power) {
+FASTDNI_HOST_DEVICE Update<T> prepared(const OptimizerSettings& s, double step,
+                                       const Power& power) {
   Update<T> u{};
   u.rule = s.rule;
   u.lr = static_cast<T>(s.lr);
@@ -56,7 +63,7 @@ Update<T> prepared(const OptimizerSettings& s, double step, const Power& power) 
     u.b = static_cast<T>(1 - s.b);
   } else if (s.rule == Rule::adam || s.rule == Rule::adamw) {
     u.lr = static_cast<T>(s.lr / (1 - power(s.a, step)));
-    u.root_correction = static_cast<T>(1 / std::sqrt(1 - power(s.b, step)));
+    u.root_correction = static_cast<T>(1 / square_root(1 - power(s.b, step)));
     u.a = static_cast<T>(1 - s.a);
     u.one_minus_b = static_cast<T>(1 - s.b);
     if (s.rule == Rule::adamw) u.weight_decay = static_cast<T>(1 - s.lr * s.weight_decay);

@@ -6,7 +6,7 @@ namespace fastdni::cuda {
 
 struct LaunchPlan {
   int64_t blocks;
-  int threads;          // per block
+  int threads;            // per block
   int64_t columns = 1;    // blocks in the grid's second direction
   bool clusters = false;  // whether those of one column make a cluster
 };

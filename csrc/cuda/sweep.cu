@@ -26,9 +26,7 @@ namespace {
 // cores.
 template <class T, class Body>
 cudaError_t with_products(Products products, const Body& body) {
-  const auto call = [&]<Products kind>() {
-    return body(std::integral_constant<Products, kind>{});
-  };
+  const auto call = [&]<Products kind>() { return body(std::integral_constant<Products, kind>{}); };
   if (products == Products::bfloat16) return call.template operator()<Products::bfloat16>();
   if constexpr (std::is_same_v<T, float>) {
     if (products == Products::tf32) return call.template operator()<Products::tf32>();
@@ -41,8 +39,7 @@ template <class T>
 cudaError_t launch_instructions(const SweepStep<T>& step, int first, int last, LaunchPlan plan,
                                 cudaStream_t stream) {
   return with_products<T>(step.products, [&](auto products) {
-    return launch(sweep_rows_kernel<products(), T>, plan, stream, step, first, last,
-                  plan.clusters);
+    return launch(sweep_rows_kernel<products(), T>, plan, stream, step, first, last, plan.clusters);
   });
 }
 
@@ -114,18 +111,23 @@ cudaError_t launch_sweep_loss(const SweepStep<T>& step, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream) {
+  if (step.prepares) {
+    const int64_t blocks = (step.parameter_count + kWarpSize - 1) / kWarpSize;
+    const cudaError_t error = launch(sweep_prepare_kernel<T>, {blocks, kWarpSize}, stream, step);
+    if (error != cudaSuccess) return error;
+  }
   return with_products<T>(step.products, [&](auto products) {
     return launch(sweep_update_kernel<products(), T>, {step.task_count + 1, kSweepThreads}, stream,
                   step);
   });
 }
 
-#define INSTANTIATE(T)                                                                         \
+#define INSTANTIATE(T)                                                                           \
   template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, Spread,    \
-                                            cudaStream_t);                                     \
+                                            cudaStream_t);                                       \
   template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, Spread, \
-                                               cudaStream_t);                                  \
-  template cudaError_t launch_sweep_loss(const SweepStep<T>&, cudaStream_t);                   \
+                                               cudaStream_t);                                    \
+  template cudaError_t launch_sweep_loss(const SweepStep<T>&, cudaStream_t);                     \
   template cudaError_t launch_sweep_update(const SweepStep<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

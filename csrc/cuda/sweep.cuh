@@ -117,9 +117,8 @@ __device__ void multiply(const SweepStep<T>& step, const RowThread& thread, cons
       const int depth = of_context ? op.context : op.depth;
       const T* weight = resolve(step, of_context ? op.context_weight : op.weight);
       const bool transposed = !of_context && op.transposed;
-      tile.add({of_context ? step.context : resolve(step, op.a), depth, true, rows},
-               first_row, {weight, transposed ? op.columns : depth, !transposed, op.columns},
-               first, depth);
+      tile.add({of_context ? step.context : resolve(step, op.a), depth, true, rows}, first_row,
+               {weight, transposed ? op.columns : depth, !transposed, op.columns}, first, depth);
     }
     tile.finish(sums);
   }
@@ -395,6 +394,32 @@ __global__ void sweep_count_kernel(const SweepStep<T> step, int reductions) {
 }
 
 // ---- updates ----
+
+inline __device__ double read(const DeviceNumber& number) {
+  return number.wide ? *static_cast<const double*>(number.at)
+                     : *static_cast<const float*>(number.at);
+}
+
+// The updates whose numbers are on the GPU: one thread for each parameter.
+template <class T>
+__global__ void sweep_prepare_kernel(const SweepStep<T> step) {
+  const int i = blockIdx.x * kWarpSize + threadIdx.x;
+  if (i >= step.parameter_count) return;
+  SweepParameter<T>& p = step.parameters[i];
+  if (p.step.at == nullptr && p.lr.at == nullptr) return;
+  double count = p.count;
+  if (p.step.at != nullptr) {
+    count = read(p.step) + 1;
+    if (p.step.wide) {
+      *static_cast<double*>(p.step.at) = count;
+    } else {
+      *static_cast<float*>(p.step.at) = static_cast<float>(count);
+    }
+  }
+  OptimizerSettings settings = p.settings;
+  if (p.lr.at != nullptr) settings.lr = read(p.lr);
+  p.update = prepared<T>(settings, count, [](double beta, double n) { return pow(beta, n); });
+}
 
 template <class T>
 __device__ void update_at(const SweepParameter<T>& p, T grad, int64_t at) {

@@ -30,6 +30,11 @@ struct SweepParameter {
   T* first;
   T* second;
   Update<T> update;
+  // What `update` is made of on the GPU, where the step count (raised then) or the learning rate
+  // is there.
+  OptimizerSettings settings;
+  double count;
+  DeviceNumber step, lr;
 };
 
 // One tile of a job.
@@ -45,11 +50,12 @@ struct SweepStep {
   const Job* jobs;
   const Task* tasks;
   const Loss* losses;  // of the synthesizers
-  int32_t task_count, loss_count;
+  int32_t task_count, loss_count, parameter_count;
+  bool prepares;  // some parameter has a number on the GPU
   Loss criterion_loss;
 
   T* workspace;
-  const SweepParameter<T>* parameters;
+  SweepParameter<T>* parameters;
   void* const* statistics;
   const T* x;              // (B, K)
   const T* network_input;  // (B, K), where input synthesizers predict from another tensor than x
@@ -71,8 +77,8 @@ std::vector<Task> sweep_tasks(const SweepProgram& program);
 
 // How a program's segments are spread over a GPU. The bits are the same.
 enum class Spread {
-  rows,          // one launch a segment, a block for every kSweepRows rows
-  clusters,      // one launch a segment, for every kSweepRows rows a cluster of kSweepCluster blocks
+  rows,      // one launch a segment, a block for every kSweepRows rows
+  clusters,  // one launch a segment, for every kSweepRows rows a cluster of kSweepCluster blocks
   instructions,  // one launch an instruction, with blocks for every kSweepColumns columns, too
 };
 // The largest cluster that every GPU with clusters takes.

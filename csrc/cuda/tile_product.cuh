@@ -140,8 +140,8 @@ class TileProduct {
     const int64_t stride = side.stride, step = further * stride;
     const int along = side.depth_first ? depth - k : side.wide - wide;
     const int across = side.depth_first ? side.wide - wide : depth - k;
-    const T* source = in_global_memory(side.data) +
-                      (side.depth_first ? wide * stride + k : k * stride + wide);
+    const T* source =
+        in_global_memory(side.data) + (side.depth_first ? wide * stride + k : k * stride + wide);
     if (along >= 4 && across > (kCount - 1) * further && side.stride % 4 == 0 &&
         is_vector_aligned(side.data)) {
 #pragma unroll
@@ -284,9 +284,7 @@ class TileProduct {
   }
 
   // c of multiply_add_..., for the n-th eight columns.
-  __device__ float (&fragment(int n))[4] {
-    return *reinterpret_cast<float(*)[4]>(sums_ + n * 4);
-  }
+  __device__ float (&fragment(int n))[4] { return *reinterpret_cast<float (*)[4]>(sums_ + n * 4); }
 
   // Writes this lane's sums of a pass's rows.
   __device__ void deposit(int pass, T* to) const {

@@ -11,6 +11,7 @@
 // Everything that can be told from the arguments is checked before anything is written.
 #include "cpu/sweep.h"
 
+#include <cmath>
 #include <optional>
 
 #include "ops/range.h"
@@ -199,8 +200,26 @@ OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group
   return result;
 }
 
+// Null where the number is on the CPU.
+DeviceNumber device_number(const std::string& caller, const char* name, const Tensor& tensor,
+                           const Plan& plan) {
+  const ScalarType dtype = tensor.scalar_type();
+  FASTDNI_CHECK(tensor.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+                caller, ": an optimizer's ", name, " must be one float32 or float64 number, got ",
+                to_string(dtype), " ", to_string(shape_of(tensor)));
+  if (tensor.is_cpu()) return {};
+  FASTDNI_CHECK(plan.on_cuda, caller, ": an optimizer's ", name,
+                " must be on the CPU, as the plan is");
+  return {tensor.data_ptr(), dtype == ScalarType::Double};
+}
+
+double host_number(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? *data<float>(tensor) : *data<double>(tensor);
+}
+
 // Takes each parameter's state in the order of `state`: p.grad, or momentum_buffer, or exp_avg,
-// exp_avg_sq, step. The step counts go into `steps`, to be raised when everything is checked.
+// exp_avg_sq, step; then its learning rate, where `settings` has NaN for it. The step counts on the
+// CPU go into `steps`, to be raised when everything is checked.
 void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
                     const Integers& groups, const std::vector<double>& settings,
                     std::vector<const Tensor*>& steps) {
@@ -221,6 +240,7 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
     ParameterMemory& memory = plan.memory.parameters[i];
     memory.settings = settings_of(settings, groups[i]);
     memory.first = memory.second = nullptr;
+    memory.device_step = memory.device_lr = {};
     const auto take_values = [&] {
       const Tensor& tensor = take();
       check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
@@ -240,18 +260,20 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
         memory.first = take_values();
         memory.second = take_values();
         const Tensor& step = take();
-        const ScalarType dtype = step.scalar_type();
-        FASTDNI_CHECK(step.is_cpu(), caller, ": an optimizer's step must be on the CPU");
-        FASTDNI_CHECK(
-            step.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-            caller, ": an optimizer's step must be one float32 or float64 number, got ",
-            to_string(dtype), " ", to_string(shape_of(step)));
-        memory.step = 1 + (dtype == ScalarType::Float ? *data<float>(step) : *data<double>(step));
-        steps.push_back(&step);
+        memory.device_step = device_number(caller, "step", step, plan);
+        if (memory.device_step.at == nullptr) {
+          memory.step = 1 + host_number(step);
+          steps.push_back(&step);
+        }
         break;
       }
       default:
         FASTDNI_CHECK(false, caller, ": settings must begin with a rule from 0 to 5");
+    }
+    if (std::isnan(memory.settings.lr)) {
+      const Tensor& lr = take();
+      memory.device_lr = device_number(caller, "learning rate", lr, plan);
+      if (memory.device_lr.at == nullptr) memory.settings.lr = host_number(lr);
     }
   }
   FASTDNI_CHECK(next == state.size(), caller, ": state holds too many tensors: ", state.size());
@@ -319,6 +341,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
 
   run_forward(plan);
   run_update(plan, steps);
+  plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
   return {output, loss, synthesis_loss};
 }
 
@@ -385,6 +408,7 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
+  FASTDNI_CHECK(plan->memory.x != nullptr, caller, ": plan has no forward pass to go on from");
   const OnDevice device(*plan, parameters[0]);
   bind_parameters(caller, *plan, parameters, active);
   std::vector<const Tensor*> steps;
@@ -402,7 +426,6 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
   run_update(*plan, steps);
-  plan->held.clear();
   return synthesis_loss;
 }
 

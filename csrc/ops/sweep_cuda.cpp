@@ -40,6 +40,13 @@ class DeviceTables {
   // what the stream does with the old tables.
   void upload(const Tensor& like, cudaStream_t stream) {
     if (bytes_ == uploaded_) return;
+    // A graph would go on reading where the host's bytes are now.
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    cuda::check(kOp, cudaStreamIsCapturing(stream, &capture));
+    FASTDNI_CHECK(capture == cudaStreamCaptureStatusNone, kOp,
+                  ": a step in a CUDA graph must be one like the step before it: run it once "
+                  "before the capture, with numbers of the optimizer that live on the GPU "
+                  "(capturable=True)");
     if (capacity_ < bytes_.size()) {
       memory_ = empty(like, {static_cast<int64_t>(bytes_.size())}, aoti_torch_dtype_uint8());
       capacity_ = bytes_.size();
@@ -49,9 +56,8 @@ class DeviceTables {
     uploaded_ = bytes_;
   }
   template <class Element>
-  const Element* at(size_t offset) const {
-    const auto* base = static_cast<const std::byte*>(memory_->data_ptr());
-    return reinterpret_cast<const Element*>(base + offset);
+  Element* at(size_t offset) const {
+    return reinterpret_cast<Element*>(static_cast<std::byte*>(memory_->data_ptr()) + offset);
   }
 
  private:
@@ -74,7 +80,7 @@ class CudaSweep final : public Sweep {
     losses_ = fixed_.add(program_.synthesis);
     bool wide = false;
     for (const StageSpec& stage : spec.stages) wide |= stage.outputs > kWideOutputs;
-    spread_ = wide                       ? cuda::Spread::instructions
+    spread_ = wide                     ? cuda::Spread::instructions
               : cuda::sweep_clusters() ? cuda::Spread::clusters
                                        : cuda::Spread::rows;
   }
@@ -113,14 +119,26 @@ class CudaSweep final : public Sweep {
     // What lies between the members is compared, too.
     std::memset(static_cast<void*>(parameters.data()), 0,
                 parameters.size() * sizeof(parameters[0]));
+    bool prepares = false;
     for (size_t i = 0; i < parameters.size(); ++i) {
       const ParameterMemory& from = memory.parameters[i];
-      parameters[i].value = static_cast<T*>(from.value);
-      parameters[i].first = static_cast<T*>(from.first);
-      parameters[i].second = static_cast<T*>(from.second);
-      const Update<T> update = prepared<T>(from.settings, from.step,
-                                           [](double beta, double n) { return std::pow(beta, n); });
-      assign(update, parameters[i].update);
+      cuda::SweepParameter<T>& to = parameters[i];
+      to.value = static_cast<T*>(from.value);
+      to.first = static_cast<T*>(from.first);
+      to.second = static_cast<T*>(from.second);
+      if (from.device_step.at == nullptr && from.device_lr.at == nullptr) {
+        assign(prepared<T>(from.settings, from.step,
+                           [](double beta, double n) { return std::pow(beta, n); }),
+               to.update);
+        continue;
+      }
+      // The rule, that there is something to do; the rest is the GPU's.
+      prepares = true;
+      to.update.rule = from.settings.rule;
+      assign(from.settings, to.settings);
+      to.count = from.step;
+      assign(from.device_step, to.step);
+      assign(from.device_lr, to.lr);
     }
     of_step_.clear();
     const size_t of_parameters = of_step_.add(parameters);
@@ -138,6 +156,8 @@ class CudaSweep final : public Sweep {
     step.criterion_loss = program_.criterion;
     step.workspace = static_cast<T*>(workspace_->data_ptr());
     step.parameters = of_step_.template at<cuda::SweepParameter<T>>(of_parameters);
+    step.parameter_count = static_cast<int32_t>(parameters.size());
+    step.prepares = prepares;
     step.statistics = of_step_.template at<void*>(of_statistics);
     step.x = static_cast<const T*>(memory.x);
     step.network_input = static_cast<const T*>(memory.network_input);
@@ -169,6 +189,19 @@ class CudaSweep final : public Sweep {
     to.root_correction = from.root_correction;
     to.eps = from.eps;
     to.nesterov = from.nesterov;
+  }
+  static void assign(const OptimizerSettings& from, OptimizerSettings& to) {
+    to.rule = from.rule;
+    to.lr = std::isnan(from.lr) ? 0 : from.lr;
+    to.weight_decay = from.weight_decay;
+    to.a = from.a;
+    to.b = from.b;
+    to.eps = from.eps;
+    to.nesterov = from.nesterov;
+  }
+  static void assign(const DeviceNumber& from, DeviceNumber& to) {
+    to.at = from.at;
+    to.wide = from.wide;
   }
 
   NetworkSpec spec_;

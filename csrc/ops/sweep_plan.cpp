@@ -6,6 +6,13 @@
 namespace fastdni {
 namespace {
 
+// In a build for tests the CUDA kernels are compiled for the host and serve CPU tensors.
+#if defined(FASTDNI_CUDA_ON_HOST)
+constexpr bool kCudaOnHost = true;
+#else
+constexpr bool kCudaOnHost = false;
+#endif
+
 void add_synthesizer(const SynthesizerSpec& spec, int64_t stage, Signature& signature) {
   if (!spec.present()) return;
   const auto add = [&](Shape shape) {
@@ -86,7 +93,8 @@ std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, bool on_cuda
   check_spec(spec);
   auto plan = std::make_shared<Plan>();
   plan->expected = signature(spec);
-  plan->sweep = on_cuda ? make_cuda_sweep(spec, dtype) : make_cpu_sweep(spec, dtype);
+  const bool cuda_kernels = on_cuda || kCudaOnHost;
+  plan->sweep = cuda_kernels ? make_cuda_sweep(spec, dtype) : make_cpu_sweep(spec, dtype);
   plan->dtype = dtype;
   plan->on_cuda = on_cuda;
   plan->memory.parameters.resize(plan->expected.parameters.size());

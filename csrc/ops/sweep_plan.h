@@ -29,6 +29,8 @@ struct ParameterMemory {
   void* second = nullptr;
   OptimizerSettings settings;
   double step = 0;  // Adam's, this one included
+  // Those that are on the GPU instead; Adam's step not yet raised.
+  DeviceNumber device_step, device_lr;
 };
 
 // What one step is given, checked. Null where there is none.
@@ -81,7 +83,7 @@ struct Plan {
   std::unique_ptr<Sweep> sweep;
   StepMemory memory;         // filled at each step; here to keep its allocations
   Binding last;              // of the last whole step, where it may be repeated
-  std::vector<Tensor> held;  // what an update still reads of the forward pass's arguments
+  std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
 };
 
 // Plans are handed to the ops by number.

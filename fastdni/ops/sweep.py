@@ -4,6 +4,7 @@ The formulas, shapes and letters are those of `fastdni.reference.sweep`, the upd
 `fastdni.reference.optimizer_update`.
 """
 
+import math
 import weakref
 from collections.abc import Sequence
 
@@ -201,7 +202,7 @@ def sweep_(
         context: (B, C), or None for one-hot labels where a synthesizer takes a context.
         state: of each parameter in turn what its rule keeps: see `reference.optimizer_update`.
         groups: for each parameter its row of `settings`; -1 leaves it as it is.
-        settings: see `flat`.
+        settings: see `flat`. A learning rate that is NaN is a tensor, next in `state`.
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         caller: whom error messages name.
         repeatable: whether the plan keeps the tensors, for `sweep_repeat_`.
@@ -339,6 +340,7 @@ def sweep_update_(
             rule, *numbers = settings[group * width : (group + 1) * width]
             row = OptimizerSettings(reference.RULES[int(rule)], *numbers)
             count = {"gradient": 1, "sgd_momentum": 1, "adam": 3, "adamw": 3}.get(row.rule, 0)
+            count += math.isnan(row.lr)
             own, left = left[:count], left[count:]
             reference.optimizer_update(row, parameter, found, own)
     return losses

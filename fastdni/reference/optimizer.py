@@ -1,5 +1,6 @@
 """The updates of torch.optim's SGD, Adam and AdamW, written out."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,9 +33,12 @@ def optimizer_update(
         settings: the rule and its numbers.
         parameter, gradient: of one shape.
         state: [] of SGD; [p.grad] of the rule "gradient"; [momentum_buffer] of SGD with momentum;
-            [exp_avg, exp_avg_sq, step] of Adam and AdamW.
+            [exp_avg, exp_avg_sq, step] of Adam and AdamW. Then the learning rate, 0-d, where that
+            of the settings is NaN.
     """
     rule, lr, weight_decay, a, b, eps, nesterov = settings
+    if math.isnan(lr):
+        *state, lr = state
     if rule == "gradient":
         state[0].copy_(gradient if a == 0 else state[0] + gradient)
     elif rule in ("sgd", "sgd_momentum"):
@@ -53,7 +57,8 @@ def optimizer_update(
             gradient = _decayed(gradient, weight_decay, parameter)
         average.lerp_(gradient, 1 - a)
         square.mul_(b).add_((1 - b) * gradient * gradient)
-        count = step.item()
+        # A count on a GPU stays there: nobody waits for it.
+        count = step.item() if step.device.type == "cpu" else step
         denominator = square.sqrt() / (1 - b**count) ** 0.5 + eps
         parameter.sub_(lr / (1 - a**count) * (average / denominator))
 

@@ -1,6 +1,7 @@
 // A step of a network that its parameters describe; see tests/test_cuda_sweep.py.
 #include "cuda/sweep.cu"
 
+#include <list>
 #include <sstream>
 
 #include "case.h"
@@ -122,6 +123,10 @@ void run(simt::Case& io) {
     std::copy(from, from + count, made);
     return made;
   };
+  // The step counts and the learning rate, where the kernels read them.
+  const bool on_device = io.integer("on_device", 0);
+  std::list<double> steps;
+  float lr = static_cast<float>(settings.lr);
   std::vector<cuda::SweepParameter<T>> parameters;
   const std::vector<int64_t> sizes = numbers(io.text("sizes"));
   const std::vector<int64_t> stages = numbers(io.text("stages"));
@@ -132,12 +137,23 @@ void run(simt::Case& io) {
       if (kept > 0) parameter.first = updated_copy(sizes[i]);
       if (kept > 1) parameter.second = updated_copy(sizes[i]);
       const double count = io.integer("steps") + 1;
-      parameter.update =
-          prepared<T>(settings, count, [](double beta, double n) { return std::pow(beta, n); });
+      if (on_device) {
+        parameter.update.rule = settings.rule;
+        parameter.settings = settings;
+        parameter.settings.lr = 0;
+        parameter.lr = {&lr, false};
+        steps.push_back(count - 1);
+        parameter.step = {&steps.back(), true};
+      } else {
+        parameter.update =
+            prepared<T>(settings, count, [](double beta, double n) { return std::pow(beta, n); });
+      }
     }
     parameters.push_back(parameter);
   }
   step.parameters = parameters.data();
+  step.parameter_count = static_cast<int32_t>(parameters.size());
+  step.prepares = on_device;
   std::vector<void*> statistics;
   for (const StageSpec& stage : spec.stages) {
     if (!stage.batch_norm || !stage.running) continue;
@@ -161,6 +177,9 @@ void run(simt::Case& io) {
     step.loss = nullptr;
   }
   cuda::launch_sweep_update(step, nullptr);
+  for (double count : steps) {
+    if (count != io.integer("steps") + 1) throw std::logic_error("a step count was not raised");
+  }
 }
 
 const simt::Register kCase("sweep", [](simt::Case& io) {

@@ -1,0 +1,50 @@
+"""The extension with its CUDA kernels compiled for the host, where they serve CPU tensors.
+
+As a pytest plugin (`-p simt.extension`) it takes the place of fastdni's own: the tests then run a
+network's step through everything that a GPU would run, from the public API down to the kernels.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "simt-extension"
+PATH = "FASTDNI_TEST_EXTENSION"
+
+
+@functools.cache
+def build() -> Path:
+    """Compiles it, unless that is done, and returns its file."""
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CXX_FLAGS_RELEASE": "-O2 -g1",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": BUILD / "made",
+        "FASTDNI_CUDA": "HOST",
+        "Python_EXECUTABLE": sys.executable,
+    }
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    for command in (
+        ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, *definitions],
+        ["cmake", "--build", BUILD],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+    (made,) = (BUILD / "made").glob("_C*.so")
+    return made
+
+
+def _take_its_place(path: str) -> None:
+    import torch  # noqa: F401  the extension finds torch's libraries already loaded
+
+    spec = importlib.util.spec_from_file_location("fastdni._C", path)
+    sys.modules["fastdni._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["fastdni._C"])
+
+
+if PATH in os.environ:
+    _take_its_place(os.environ[PATH])
