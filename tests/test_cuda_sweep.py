@@ -77,6 +77,7 @@ def host_step(one: Problem, given: dict, dtype, run, spread="rows", gradient=Non
         "stages": "-".join(map(str, with_plan.parameter_stages)),
         "spread": spread,
         "products": "exact",
+        "library_from": 2**62,
         **how,
     }
     number = np.float64 if dtype == torch.float64 else np.float32
@@ -162,6 +163,14 @@ def problem(name, **more):
 def test_a_step(name, spread):
     one, given = problem(name)
     found = host_step(one, given, torch.float64, built("plain"), spread)
+    compare(found, reference_step(one), 1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "one of each"])
+def test_a_step_whose_products_are_the_librarys(name):
+    """Every one of them, however small; the rest of the instructions goes on from there."""
+    one, given = problem(name)
+    found = host_step(one, given, torch.float64, built("plain"), "instructions", library_from=1)
     compare(found, reference_step(one), 1e-10)
 
 

@@ -44,9 +44,14 @@ cudaError_t launch_instructions(const SweepStep<T>& step, int first, int last, L
 }
 
 template <class T>
+void make(const SweepStep<T>& step, const LibraryProduct& product, const Library& library) {
+  if (product.stage < 0 || step.active.has(product.stage)) library(product);
+}
+
+template <class T>
 cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& program,
                             const std::vector<Segment>& segments, Spread spread,
-                            cudaStream_t stream) {
+                            const Library& library, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   for (const Segment& segment : segments) {
     for (int r = segment.reduce_first; r < segment.reduce_last && error == cudaSuccess; ++r) {
@@ -54,6 +59,9 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
       const int64_t blocks = (columns + kSweepThreads - 1) / kSweepThreads;
       error = launch(sweep_reduction_kernel<T>, {blocks, kSweepThreads}, stream, step, r,
                      program.row_blocks);
+    }
+    for (int p = segment.library_first; p < segment.library_last && error == cudaSuccess; ++p) {
+      make(step, program.library[p], library);
     }
     LaunchPlan plan{program.row_blocks, kSweepThreads};
     if (spread != Spread::instructions) {
@@ -87,7 +95,7 @@ bool sweep_clusters() {
 
 template <class T>
 cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program,
-                                 Spread spread, cudaStream_t stream) {
+                                 Spread spread, const Library& library, cudaStream_t stream) {
   const auto reductions = static_cast<int64_t>(program.reductions.size());
   if (reductions > 0) {
     const int64_t blocks = (reductions + kWarpSize - 1) / kWarpSize;
@@ -95,13 +103,13 @@ cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& p
                                      static_cast<int>(reductions));
     if (error != cudaSuccess) return error;
   }
-  return launch_segments(step, program, program.forward, spread, stream);
+  return launch_segments(step, program, program.forward, spread, library, stream);
 }
 
 template <class T>
 cudaError_t launch_sweep_regression(const SweepStep<T>& step, const SweepProgram& program,
-                                    Spread spread, cudaStream_t stream) {
-  return launch_segments(step, program, program.regression, spread, stream);
+                                    Spread spread, const Library& library, cudaStream_t stream) {
+  return launch_segments(step, program, program.regression, spread, library, stream);
 }
 
 template <class T>
@@ -110,7 +118,9 @@ cudaError_t launch_sweep_loss(const SweepStep<T>& step, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream) {
+cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& program,
+                                const Library& library, cudaStream_t stream) {
+  for (const LibraryProduct& gradient : program.gradients) make(step, gradient, library);
   if (step.prepares) {
     const int64_t blocks = (step.parameter_count + kWarpSize - 1) / kWarpSize;
     const cudaError_t error = launch(sweep_prepare_kernel<T>, {blocks, kWarpSize}, stream, step);
@@ -124,11 +134,12 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream) {
 
 #define INSTANTIATE(T)                                                                           \
   template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, Spread,    \
-                                            cudaStream_t);                                       \
+                                            const Library&, cudaStream_t);                       \
   template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, Spread, \
-                                               cudaStream_t);                                    \
+                                               const Library&, cudaStream_t);                    \
   template cudaError_t launch_sweep_loss(const SweepStep<T>&, cudaStream_t);                     \
-  template cudaError_t launch_sweep_update(const SweepStep<T>&, cudaStream_t);
+  template cudaError_t launch_sweep_update(const SweepStep<T>&, const SweepProgram&,             \
+                                           const Library&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

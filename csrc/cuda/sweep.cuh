@@ -18,30 +18,6 @@ template <class T>
 constexpr int kSweepBlocks = sizeof(T) == sizeof(float) ? 2 : 1;
 
 template <class T>
-__device__ T* resolve(const SweepStep<T>& step, const Operand& operand) {
-  switch (operand.place) {
-    case Place::workspace:
-      return step.workspace + operand.at;
-    case Place::parameter:
-      return step.parameters[operand.at].value;
-    case Place::x:
-      return const_cast<T*>(step.x);  // only ever read
-    case Place::network_input:
-      return const_cast<T*>(step.network_input);
-    case Place::context:
-      return const_cast<T*>(step.context);
-    case Place::gradient:
-      return const_cast<T*>(step.gradient);
-    case Place::output:
-      return step.output;
-    case Place::input_gradient:
-      return step.input_gradient;
-    default:
-      return nullptr;
-  }
-}
-
-template <class T>
 __device__ T activated(Activation activation, T u) {
   switch (activation) {
     case Activation::relu:
@@ -447,24 +423,33 @@ __device__ bool is_updated(const SweepStep<T>& step, int parameter) {
   return parameter >= 0 && step.parameters[parameter].update.rule != Rule::none;
 }
 
-// A tile of grad^T input, whole over the batch, and its update.
+// A tile of grad^T input, whole over the batch.
 template <Products products, class T>
-__device__ void update_weight(const SweepStep<T>& step, const Job& job, const Task& task) {
+__device__ void multiply_gradient(const SweepStep<T>& step, const Job& job, const Task& task,
+                                  T (&sums)[kTileResults]) {
   Side<T> input{resolve(step, job.input), job.inputs, false, job.inputs};
   if (input.data == nullptr) input.labels = static_cast<const int64_t*>(step.target);
   TileProduct<products, T> tile;
   tile.add({resolve(step, job.grad), job.outputs, false, job.outputs}, task.output, input,
            task.input, static_cast<int>(step.batch));
-  T sums[kTileResults];
   tile.finish(sums);
+}
+
+// A tile of a weight's gradient, and its update.
+template <Products products, class T>
+__device__ void update_weight(const SweepStep<T>& step, const Job& job, const Task& task) {
+  const bool is_ready = job.ready.place != Place::none;
+  T sums[kTileResults];
+  if (!is_ready) multiply_gradient<products>(step, job, task, sums);
+  const T* ready = resolve(step, job.ready);
   const SweepParameter<T> parameter = step.parameters[job.weight];
   const int64_t output = task.output + threadIdx.x / kSweepLanes;
 #pragma unroll
   for (int j = 0; j < kTileResults; ++j) {
     const int64_t column = task.input + threadIdx.x % kSweepLanes + j * kSweepLanes;
-    if (output < job.outputs && column < job.inputs) {
-      update_at(parameter, sums[j], output * job.inputs + column);
-    }
+    if (output >= job.outputs || column >= job.inputs) continue;
+    const int64_t at = output * job.inputs + column;
+    update_at(parameter, is_ready ? ready[at] : sums[j], at);
   }
 }
 
@@ -528,16 +513,9 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
   const Task& task = step.tasks[blockIdx.x];
   const Job& job = step.jobs[task.job];
   if (!step.active.has(job.stage)) return;
-  if (job.inputs == 0) {
-    const T* grad = resolve(step, job.grad);
-    const int output = task.output + threadIdx.x;
-    if (threadIdx.x < kSweepRows && output < job.outputs && is_updated(step, job.weight)) {
-      update_at(step.parameters[job.weight], grad[output], output);
-    }
-    return;
-  }
   if (is_updated(step, job.weight)) update_weight<products>(step, job, task);
-  if (task.input == 0) update_biases(step, job, task);
+  const bool biases = is_updated(step, job.bias) || is_updated(step, job.second_bias);
+  if (biases && task.input == 0) update_biases(step, job, task);
 }
 
 template <class T>

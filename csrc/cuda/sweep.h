@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "common/optimizer.h"
@@ -73,6 +74,31 @@ struct SweepStep {
   Products products;
 };
 
+// Where an operand lies: of a parameter its value, which only a GPU can look up.
+template <class T>
+FASTDNI_HOST_DEVICE T* resolve(const SweepStep<T>& step, const Operand& operand) {
+  switch (operand.place) {
+    case Place::workspace:
+      return step.workspace + operand.at;
+    case Place::parameter:
+      return step.parameters[operand.at].value;
+    case Place::x:
+      return const_cast<T*>(step.x);  // only ever read
+    case Place::network_input:
+      return const_cast<T*>(step.network_input);
+    case Place::context:
+      return const_cast<T*>(step.context);
+    case Place::gradient:
+      return const_cast<T*>(step.gradient);
+    case Place::output:
+      return step.output;
+    case Place::input_gradient:
+      return step.input_gradient;
+    default:
+      return nullptr;
+  }
+}
+
 std::vector<Task> sweep_tasks(const SweepProgram& program);
 
 // How a program's segments are spread over a GPU. The bits are the same.
@@ -86,15 +112,18 @@ constexpr int kSweepCluster = 8;
 // Whether the current GPU takes clusters of that many of the sweep's blocks.
 bool sweep_clusters();
 
+// Makes a product in the stream of the launches.
+using Library = std::function<void(const LibraryProduct&)>;
+
 // F, S and D of every stage.
 template <class T>
 cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& program,
-                                 Spread spread, cudaStream_t stream);
+                                 Spread spread, const Library& library, cudaStream_t stream);
 
 // The topmost synthesizer's errors, once `gradient` is there.
 template <class T>
 cudaError_t launch_sweep_regression(const SweepStep<T>& step, const SweepProgram& program,
-                                    Spread spread, cudaStream_t stream);
+                                    Spread spread, const Library& library, cudaStream_t stream);
 
 // The loss of the criterion, where it is wanted before the update.
 template <class T>
@@ -102,6 +131,7 @@ cudaError_t launch_sweep_loss(const SweepStep<T>& step, cudaStream_t stream);
 
 // Every update, and the losses.
 template <class T>
-cudaError_t launch_sweep_update(const SweepStep<T>& step, cudaStream_t stream);
+cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& program,
+                                const Library& library, cudaStream_t stream);
 
 }  // namespace fastdni::cuda

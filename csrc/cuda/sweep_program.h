@@ -5,6 +5,7 @@
 // The order of things is that of csrc/ops/sweep_cpu.cpp, the letters those of
 // fastdni/reference/sweep.py.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -86,16 +87,26 @@ struct Reduction {
   double eps = 0;
 };
 
-// Instructions [first, last), after the reductions [reduce_first, reduce_last).
+// Instructions [first, last), after the reductions [reduce_first, reduce_last) and the products
+// [library_first, library_last) of torch's library.
 struct Segment {
   int32_t reduce_first = 0, reduce_last = 0;
+  int32_t library_first = 0, library_last = 0;
   int32_t first = 0, last = 0;
 };
 
-// grad^T input is a weight's gradient, the columns' sums of grad that of its biases. Without an
-// input (`inputs` 0) grad is a row, and the gradient itself.
+// out (rows, columns) = a (rows, depth) b (depth, columns), each as it is or transposed in memory.
+struct LibraryProduct {
+  Operand a, b, out;
+  int64_t rows = 0, columns = 0, depth = 0;
+  bool a_transposed = false, b_transposed = false;
+  int32_t stage = -1;  // is left out where this stage is masked; -1: never
+};
+
+// grad^T input is a weight's gradient (unless `ready` holds it already), the columns' sums of grad
+// that of its biases.
 struct Job {
-  Operand grad, input;
+  Operand grad, input, ready;
   int32_t outputs = 0, inputs = 0;
   int32_t weight = -1, bias = -1, second_bias = -1;  // numbers of parameters
   int32_t stage = 0;
@@ -112,6 +123,8 @@ struct SweepProgram {
   std::vector<Instruction> instructions;
   std::vector<Reduction> reductions;
   std::vector<Segment> forward, regression;  // the latter once the gradient from above is there
+  std::vector<LibraryProduct> library;       // of the segments
+  std::vector<LibraryProduct> gradients;     // of weights, before the jobs
   std::vector<Job> jobs;
   Loss criterion;
   std::vector<Loss> synthesis;  // gradients', then inputs'
@@ -121,9 +134,15 @@ struct SweepProgram {
 
 class SweepProgramBuilder {
  public:
-  explicit SweepProgramBuilder(const NetworkSpec& spec) : spec_(spec) {
+  // Products of `library_from` multiply-adds and more are left to torch's library.
+  SweepProgramBuilder(const NetworkSpec& spec, int64_t library_from)
+      : spec_(spec), library_from_(library_from) {
     program_.row_blocks = (spec.batch + kSweepRows - 1) / kSweepRows;
     build();
+    hand_over(program_.forward);
+    hand_over(program_.regression);
+    place_products();
+    hand_over_gradients();
   }
 
   SweepProgram take() { return std::move(program_); }
@@ -213,7 +232,7 @@ class SweepProgramBuilder {
 
   // ---- segments ----
 
-  void begin() { open_ = {reductions(), reductions(), instructions(), instructions()}; }
+  void begin() { open_ = {reductions(), reductions(), 0, 0, instructions(), instructions()}; }
   void end(std::vector<Segment>& segments) {
     open_.reduce_last = reductions();
     open_.last = instructions();
@@ -448,12 +467,13 @@ class SweepProgramBuilder {
       if (stage.norm_weight < 0) continue;
       job = Job{};
       job.outputs = static_cast<int32_t>(outputs);
+      job.inputs = 1;
       job.stage = static_cast<int32_t>(s);
       job.weight = stage.norm_weight;
-      job.grad = {Place::workspace, stage.statistics + 3 * outputs};
+      job.ready = {Place::workspace, stage.statistics + 3 * outputs};
       program_.jobs.push_back(job);
       job.weight = stage.norm_bias;
-      job.grad = {Place::workspace, stage.statistics + 2 * outputs};
+      job.ready = {Place::workspace, stage.statistics + 2 * outputs};
       program_.jobs.push_back(job);
     }
 
@@ -515,7 +535,80 @@ class SweepProgramBuilder {
     }
   }
 
+  // ---- torch's library ----
+
+  bool is_large(int64_t rows, int64_t columns, int64_t depth) const {
+    return static_cast<double>(rows) * columns * depth >= static_cast<double>(library_from_);
+  }
+
+  // Cuts the segments in front of large products: the library makes them, and the instruction goes
+  // on from there.
+  void hand_over(std::vector<Segment>& segments) {
+    std::vector<Segment> cut;
+    const auto add = [&](const Segment& segment) {
+      if (segment.first < segment.last || segment.reduce_first < segment.reduce_last) {
+        cut.push_back(segment);
+      }
+    };
+    for (Segment segment : segments) {
+      for (int32_t i = segment.first; i < segment.last; ++i) {
+        Instruction& op = program_.instructions[i];
+        if (op.op != Op::product || op.weight.place == Place::none) continue;
+        if (!is_large(spec_.batch, op.columns, op.depth)) continue;
+        Segment before = segment;
+        before.last = i;
+        add(before);
+        LibraryProduct made;
+        made.a = op.a;
+        made.b = op.weight;
+        made.rows = spec_.batch;
+        made.columns = op.columns;
+        made.depth = op.depth;
+        made.b_transposed = !op.transposed;
+        made.stage = op.stage;
+        scratch_columns_ = std::max<int64_t>(scratch_columns_, op.columns);
+        const auto number = static_cast<int32_t>(program_.library.size());
+        program_.library.push_back(made);
+        segment = {segment.reduce_last, segment.reduce_last, number, number + 1, i, segment.last};
+        op.weight = {};
+      }
+      add(segment);
+    }
+    segments = std::move(cut);
+  }
+
+  // They are made one after the other in one place: what it holds is used before the next.
+  void place_products() {
+    if (program_.library.empty()) return;
+    const Operand scratch = matrix(scratch_columns_);
+    for (const std::vector<Segment>* segments : {&program_.forward, &program_.regression}) {
+      for (const Segment& segment : *segments) {
+        if (segment.library_first == segment.library_last) continue;
+        program_.library[segment.library_first].out = scratch;
+        program_.instructions[segment.first].a = scratch;
+      }
+    }
+  }
+
+  void hand_over_gradients() {
+    for (Job& job : program_.jobs) {
+      const bool given = job.ready.place != Place::none || job.input.place == Place::context;
+      if (given || !is_large(job.outputs, job.inputs, spec_.batch)) continue;
+      LibraryProduct made;
+      made.a = job.grad;
+      made.b = job.input;
+      made.out = job.ready = allocate(static_cast<int64_t>(job.outputs) * job.inputs);
+      made.rows = job.outputs;
+      made.columns = job.inputs;
+      made.depth = spec_.batch;
+      made.a_transposed = true;
+      made.stage = job.stage;
+      program_.gradients.push_back(made);
+    }
+  }
+
   const NetworkSpec& spec_;
+  int64_t library_from_, scratch_columns_ = 0;
   SweepProgram program_;
   Segment open_;
   int32_t next_parameter_ = 0, next_statistic_ = 0;
@@ -525,8 +618,8 @@ class SweepProgramBuilder {
   std::deque<Stage> stages_;
 };
 
-inline SweepProgram make_sweep_program(const NetworkSpec& spec) {
-  return SweepProgramBuilder(spec).take();
+inline SweepProgram make_sweep_program(const NetworkSpec& spec, int64_t library_from) {
+  return SweepProgramBuilder(spec, library_from).take();
 }
 
 }  // namespace fastdni::cuda

@@ -4,12 +4,14 @@
 
 #if defined(FASTDNI_CUDA)
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <optional>
 
 #include "cuda/sweep.h"
 #include "ops/cuda.h"
+#include "ops/library_product.h"
 
 namespace fastdni {
 namespace {
@@ -18,6 +20,9 @@ constexpr const char* kOp = "sweep";
 // Wider stages have enough columns to give every multiprocessor a tile of one instruction; below,
 // launches cost more than idle multiprocessors do. Estimated, not measured.
 constexpr int64_t kWideOutputs = 512;
+// Multiply-adds of a product from which on torch's library makes it: a block here reads all of a
+// weight for kSweepRows rows. Estimated, not measured.
+constexpr int64_t kLibraryFrom = int64_t{3} << 26;
 
 // Tables in one piece of device memory, written anew when they have changed.
 class DeviceTables {
@@ -70,7 +75,7 @@ template <class T>
 class CudaSweep final : public Sweep {
  public:
   explicit CudaSweep(const NetworkSpec& spec)
-      : spec_(spec), program_(cuda::make_sweep_program(spec)) {
+      : spec_(spec), program_(cuda::make_sweep_program(spec, library_from(spec))) {
     const std::vector<cuda::Task> tasks = cuda::sweep_tasks(program_);
     task_count_ = static_cast<int32_t>(tasks.size());
     instructions_ = fixed_.add(program_.instructions);
@@ -80,6 +85,7 @@ class CudaSweep final : public Sweep {
     losses_ = fixed_.add(program_.synthesis);
     bool wide = false;
     for (const StageSpec& stage : spec.stages) wide |= stage.outputs > kWideOutputs;
+    wide |= !program_.library.empty();
     spread_ = wide                     ? cuda::Spread::instructions
               : cuda::sweep_clusters() ? cuda::Spread::clusters
                                        : cuda::Spread::rows;
@@ -88,8 +94,9 @@ class CudaSweep final : public Sweep {
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
 
   void forward(const StepMemory& memory) override {
-    cuda::SweepStep<T> step = begin(memory);
-    cuda::check(kOp, cuda::launch_sweep_forward(step, program_, spread_, stream(memory)));
+    const cuda::SweepStep<T> step = begin(memory);
+    cuda::check(kOp, cuda::launch_sweep_forward(step, program_, spread_, library(memory, step),
+                                                stream(memory)));
     if (spec_.input_gradient && step.loss != nullptr) {
       cuda::check(kOp, cuda::launch_sweep_loss(step, stream(memory)));
     }
@@ -99,12 +106,51 @@ class CudaSweep final : public Sweep {
     cuda::SweepStep<T> step = begin(memory);
     if (spec_.input_gradient) step.loss = nullptr;  // it is there since `forward`
     if (memory.gradient != nullptr) {
-      cuda::check(kOp, cuda::launch_sweep_regression(step, program_, spread_, stream(memory)));
+      cuda::check(kOp, cuda::launch_sweep_regression(step, program_, spread_, library(memory, step),
+                                                     stream(memory)));
     }
-    cuda::check(kOp, cuda::launch_sweep_update(step, stream(memory)));
+    cuda::check(kOp,
+                cuda::launch_sweep_update(step, program_, library(memory, step), stream(memory)));
   }
 
  private:
+  // FASTDNI_LIBRARY_FROM is for tests. Where the library has no bfloat16 product that sums in
+  // float32, and for float64, it is not asked for one.
+  static int64_t library_from(const NetworkSpec& spec) {
+    const char* asked = std::getenv("FASTDNI_LIBRARY_FROM");
+    const bool rounded = spec.products == Products::bfloat16;
+    if (rounded && (kCudaOnHost || sizeof(T) == sizeof(double))) {
+      return std::numeric_limits<int64_t>::max();
+    }
+    return asked == nullptr ? kLibraryFrom : std::atoll(asked);
+  }
+
+  cuda::Library library(const StepMemory& memory, const cuda::SweepStep<T>& step) {
+    return [&memory, &step, this](const cuda::LibraryProduct& product) {
+      const auto at = [&](const cuda::Operand& operand) -> void* {
+        if (operand.place == cuda::Place::parameter) return memory.parameters[operand.at].value;
+        return cuda::resolve(step, operand);
+      };
+      const MatrixAt out{at(product.out), product.rows, product.columns, false};
+      const MatrixAt a{at(product.a), product.rows, product.depth, product.a_transposed};
+      const MatrixAt b{at(product.b), product.depth, product.columns, product.b_transposed};
+      if (spec_.products != Products::bfloat16) return library_product(*memory.like, out, a, b);
+      if (!narrow_) narrow_ = empty(*memory.like, {narrow_elements()}, aoti_torch_dtype_bfloat16());
+      library_product_bfloat16(*memory.like, out, a, b, narrow_->data_ptr());
+    };
+  }
+
+  // Of the two operands of the library's products, at most.
+  int64_t narrow_elements() const {
+    int64_t most = 0;
+    for (const auto* products : {&program_.library, &program_.gradients}) {
+      for (const cuda::LibraryProduct& p : *products) {
+        most = std::max(most, p.depth * (p.rows + p.columns));
+      }
+    }
+    return most;
+  }
+
   static cudaStream_t stream(const StepMemory& memory) {
     return static_cast<cudaStream_t>(memory.stream);
   }
@@ -210,7 +256,7 @@ class CudaSweep final : public Sweep {
   cuda::Spread spread_;
   DeviceTables fixed_, of_step_;
   size_t instructions_, reductions_, jobs_, tasks_, losses_;
-  std::optional<Tensor> workspace_;
+  std::optional<Tensor> workspace_, narrow_;
 };
 
 }  // namespace

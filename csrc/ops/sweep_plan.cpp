@@ -6,13 +6,6 @@
 namespace fastdni {
 namespace {
 
-// In a build for tests the CUDA kernels are compiled for the host and serve CPU tensors.
-#if defined(FASTDNI_CUDA_ON_HOST)
-constexpr bool kCudaOnHost = true;
-#else
-constexpr bool kCudaOnHost = false;
-#endif
-
 void add_synthesizer(const SynthesizerSpec& spec, int64_t stage, Signature& signature) {
   if (!spec.present()) return;
   const auto add = [&](Shape shape) {

@@ -13,6 +13,13 @@
 
 namespace fastdni {
 
+// In a build for tests the CUDA kernels are compiled for the host and serve CPU tensors.
+#if defined(FASTDNI_CUDA_ON_HOST)
+constexpr bool kCudaOnHost = true;
+#else
+constexpr bool kCudaOnHost = false;
+#endif
+
 // The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
 // weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
 struct Signature {

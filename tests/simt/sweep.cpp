@@ -67,12 +67,29 @@ NetworkSpec read_spec(simt::Case& io) {
   return spec;
 }
 
+// What torch's library makes on a GPU.
+template <class T>
+void multiply(const cuda::LibraryProduct& product, const T* a, const T* b, T* out) {
+  const auto& [of_a, of_b, of_out, rows, columns, depth, a_transposed, b_transposed, stage] =
+      product;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      T sum = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        sum += a[a_transposed ? k * rows + r : r * depth + k] *
+               b[b_transposed ? c * depth + k : k * columns + c];
+      }
+      out[r * columns + c] = sum;
+    }
+  }
+}
+
 // Arrays in the order of the test: x, target, [context], [gradient], then of each parameter its
 // value and what its optimizer keeps, then the statistics.
 template <class T>
 void run(simt::Case& io) {
   const NetworkSpec spec = read_spec(io);
-  const cuda::SweepProgram program = cuda::make_sweep_program(spec);
+  const cuda::SweepProgram program = cuda::make_sweep_program(spec, io.integer("library_from"));
   const std::vector<cuda::Task> tasks = cuda::sweep_tasks(program);
   const int64_t outputs = spec.stages.back().outputs, inputs = spec.stages[0].inputs;
 
@@ -170,13 +187,22 @@ void run(simt::Case& io) {
   const cuda::Spread spread = named == "rows"       ? cuda::Spread::rows
                               : named == "clusters" ? cuda::Spread::clusters
                                                     : cuda::Spread::instructions;
-  cuda::launch_sweep_forward(step, program, spread, nullptr);
-  cuda::launch_sweep_regression(step, program, spread, nullptr);
+  int64_t made = 0;
+  const cuda::Library library = [&](const cuda::LibraryProduct& product) {
+    const auto at = [&](const cuda::Operand& operand) { return cuda::resolve(step, operand); };
+    multiply(product, at(product.a), at(product.b), at(product.out));
+    ++made;
+  };
+  cuda::launch_sweep_forward(step, program, spread, library, nullptr);
+  cuda::launch_sweep_regression(step, program, spread, library, nullptr);
   if (spec.input_gradient && step.loss != nullptr) {
     cuda::launch_sweep_loss(step, nullptr);
     step.loss = nullptr;
   }
-  cuda::launch_sweep_update(step, nullptr);
+  cuda::launch_sweep_update(step, program, library, nullptr);
+  if ((made > 0) != (io.integer("library_from") == 1)) {
+    throw std::logic_error("the library made " + std::to_string(made) + " products");
+  }
   for (double count : steps) {
     if (count != io.integer("steps") + 1) throw std::logic_error("a step count was not raised");
   }

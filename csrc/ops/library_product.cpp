@@ -1,0 +1,56 @@
+#include "ops/library_product.h"
+
+#include <array>
+
+namespace fastdni {
+namespace {
+
+Tensor tensor_at(const Tensor& like, const MatrixAt& matrix, int32_t dtype) {
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int64_t sizes[] = {matrix.rows, matrix.columns};
+  const int64_t strides[] = {matrix.transposed ? 1 : matrix.columns,
+                             matrix.transposed ? matrix.rows : 1};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      matrix.data, 2, sizes, strides, 0, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+int32_t dtype_of(const Tensor& like) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return dtype;
+}
+
+// The result is the last argument, and a reference to it is handed back, to be let go.
+template <class... Arguments>
+void call(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+void library_product(const Tensor& like, const MatrixAt& out, const MatrixAt& a,
+                     const MatrixAt& b) {
+  const int32_t dtype = dtype_of(like);
+  call("aten::mm", "out", tensor_at(like, a, dtype), tensor_at(like, b, dtype),
+       tensor_at(like, out, dtype));
+}
+
+void library_product_bfloat16(const Tensor& like, const MatrixAt& out, const MatrixAt& a,
+                              const MatrixAt& b, void* scratch) {
+  const int32_t dtype = dtype_of(like), narrow = aoti_torch_dtype_bfloat16();
+  MatrixAt narrow_a = a, narrow_b = b;
+  narrow_a.data = scratch;
+  narrow_b.data = static_cast<bfloat16*>(scratch) + a.rows * a.columns;
+  Tensor of_a = tensor_at(like, narrow_a, narrow), of_b = tensor_at(like, narrow_b, narrow);
+  torch::stable::copy_(of_a, tensor_at(like, a, dtype));
+  torch::stable::copy_(of_b, tensor_at(like, b, dtype));
+  call("aten::mm", "dtype_out", of_a, of_b, ScalarType::Float, tensor_at(like, out, dtype));
+}
+
+}  // namespace fastdni
