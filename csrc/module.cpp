@@ -68,13 +68,6 @@ fastdni::StageSpec stage_spec(const py::dict& given) {
   return spec;
 }
 
-fastdni::Products products_named(const std::string& name) {
-  return name == "tf32"       ? fastdni::Products::tf32
-         : name == "tf32x3"   ? fastdni::Products::tf32x3
-         : name == "bfloat16" ? fastdni::Products::bfloat16
-                              : fastdni::Products::exact;
-}
-
 // Owns a registered plan.
 struct PlanHandle {
   int64_t handle;
@@ -90,7 +83,7 @@ struct PlanHandle {
                      : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
                                                     : fastdni::Criterion::none;
     spec.input_gradient = input_gradient;
-    spec.products = products_named(products);
+    spec.products = fastdni::products_named(products);
     spec.separate_input = separate_input;
     const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
     auto plan = fastdni::make_plan(std::move(spec), type, device == "cuda");

@@ -13,6 +13,8 @@ import torch
 from fastdni import _C
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+# Kernels that have run on the host alone, never on a GPU: whoever wants them asks for them.
+_NOT_BY_THEMSELVES = ("cuda",)
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # The schema of oneDNN's product, a private op of torch, that csrc/ops/product.cpp was written for.
@@ -149,7 +151,8 @@ def serves(tensor: torch.Tensor, devices: tuple[str, ...]) -> bool:
         return False
     device = tensor.device.type
     if name == "auto":
-        return device in devices and tensor.dtype in KERNEL_DTYPES
+        by_itself = device in devices and device not in _NOT_BY_THEMSELVES
+        return by_itself and tensor.dtype in KERNEL_DTYPES
     if name != device or device not in devices or tensor.dtype not in KERNEL_DTYPES:
         raise RuntimeError(
             f"fastdni: backend {name!r} has no kernel for this op on a {tensor.dtype} tensor on "

@@ -88,7 +88,7 @@ def test_kernel_devices_are_those_registered():
     assert ("cuda" in backend.kernel_devices("regression_loss_fwd")) == (
         fastdni._C.build_info()["cuda"] is not None
     )
-    assert backend.kernel_devices("synthesizer_fwd") == ("cpu",)
+    assert "cpu" in backend.kernel_devices("synthesizer_fwd")
 
 
 # ---- who serves an op ----

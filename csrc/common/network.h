@@ -1,6 +1,7 @@
 // What a network is made of, for every backend.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "common/activation.h"
@@ -38,6 +39,13 @@ enum class Products {
   tf32x3,    // three of those products, of the operands' upper and lower parts: nearly float32
   bfloat16,  // operands rounded to bfloat16
 };
+
+inline Products products_named(const std::string& name) {
+  return name == "tf32"       ? Products::tf32
+         : name == "tf32x3"   ? Products::tf32x3
+         : name == "bfloat16" ? Products::bfloat16
+                              : Products::exact;
+}
 
 // Consecutive stages of a network.
 struct NetworkSpec {

@@ -1,7 +1,6 @@
-#include <type_traits>
-
 #include "cuda/launch.h"
 #include "cuda/sweep.cuh"
+#include "cuda/with_products.h"
 
 namespace fastdni::cuda {
 
@@ -21,19 +20,6 @@ std::vector<Task> sweep_tasks(const SweepProgram& program) {
 }
 
 namespace {
-
-// Calls body with the kernels' template argument. float64, which is for proofs, has no tensor
-// cores.
-template <class T, class Body>
-cudaError_t with_products(Products products, const Body& body) {
-  const auto call = [&]<Products kind>() { return body(std::integral_constant<Products, kind>{}); };
-  if (products == Products::bfloat16) return call.template operator()<Products::bfloat16>();
-  if constexpr (std::is_same_v<T, float>) {
-    if (products == Products::tf32) return call.template operator()<Products::tf32>();
-    if (products == Products::tf32x3) return call.template operator()<Products::tf32x3>();
-  }
-  return call.template operator()<Products::exact>();
-}
 
 template <class T>
 cudaError_t launch_instructions(const SweepStep<T>& step, int first, int last, LaunchPlan plan,

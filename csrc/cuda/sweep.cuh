@@ -110,7 +110,7 @@ __device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
     const int first = tile * kSweepColumns;
     T sums[kTileResults] = {};
     multiply<products>(step, thread, op, first, sums);
-    const T* a = resolve(step, op.a);
+    const T* a = computed ? nullptr : resolve(step, op.a);  // null, too, where there is no depth
     const T* bias = resolve(step, op.bias);
     const T* second_bias = resolve(step, op.second_bias);
     const T* other = resolve(step, op.other);
@@ -121,7 +121,7 @@ __device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
       const int column = first + thread.lane + j * kSweepLanes;
       if (!thread.inside || column >= op.columns) continue;
       const int64_t at = thread.begin(op.columns) + column;
-      T c = computed ? sums[j] : a[at] + sums[j];
+      T c = a == nullptr ? sums[j] : a[at] + sums[j];
       switch (op.finish) {
         case Finish::activate:
           if (bias != nullptr) c += bias[column];
@@ -134,7 +134,7 @@ __device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
         case Finish::regress: {
           const T error = other[at] - c;
           squares += error * error;
-          out[at] = T(2) / static_cast<T>(step.batch) * error;
+          out[at] = static_cast<T>(2 / step.divisor) * error;
           break;
         }
       }
@@ -453,24 +453,31 @@ __device__ void update_weight(const SweepStep<T>& step, const Job& job, const Ta
   }
 }
 
-// The columns' sums of grad: the biases of a tile's outputs.
+// The sum of a column of grad (rows, columns) for each of the first kSweepRows threads: of column
+// first + threadIdx.x, where there is one.
 template <class T>
-__device__ void update_biases(const SweepStep<T>& step, const Job& job, const Task& task) {
+__device__ T column_sum(const T* grad, int64_t rows, int columns, int first) {
   constexpr int kWarps = kSweepThreads / kWarpSize, kGroups = kSweepThreads / kSweepRows;
   FASTDNI_SHARED(T, sums, kWarps * kSweepRows);
   static_assert(kGroups == 2 * kWarps);
   const int column = threadIdx.x % kSweepRows, group = threadIdx.x / kSweepRows;
-  const int64_t output = task.output + column;
   T sum = 0;
-  if (output < job.outputs) {
-    const T* grad = resolve(step, job.grad) + output;
-    for (int64_t r = group; r < step.batch; r += kGroups) sum += grad[r * job.outputs];
+  if (first + column < columns) {
+    for (int64_t r = group; r < rows; r += kGroups) sum += grad[r * columns + first + column];
   }
   sum += __shfl_xor_sync(kAllLanes, sum, kSweepRows);
   if (group % 2 == 0) sums[group / 2 * kSweepRows + column] = sum;
   __syncthreads();
-  if (group > 0 || output >= job.outputs) return;
+  if (group > 0) return sum;
   for (int w = 1; w < kWarps; ++w) sum += sums[w * kSweepRows + column];
+  return sum;
+}
+
+template <class T>
+__device__ void update_biases(const SweepStep<T>& step, const Job& job, const Task& task) {
+  const T sum = column_sum<T>(resolve(step, job.grad), step.batch, job.outputs, task.output);
+  const int output = task.output + threadIdx.x;
+  if (threadIdx.x >= kSweepRows || output >= job.outputs) return;
   if (is_updated(step, job.bias)) update_at(step.parameters[job.bias], sum, output);
   if (is_updated(step, job.second_bias)) update_at(step.parameters[job.second_bias], sum, output);
 }
@@ -499,7 +506,7 @@ __device__ void report(const SweepStep<T>& step) {
     sum = warp_sum(sum);
     if (lane != 0) continue;
     const bool masked = !step.active.has(loss.stage);
-    step.synthesis_loss[l] = masked ? T(__builtin_nan("")) : static_cast<T>(sum / step.batch);
+    step.synthesis_loss[l] = masked ? T(__builtin_nan("")) : static_cast<T>(sum / step.divisor);
   }
 }
 

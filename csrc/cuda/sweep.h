@@ -69,6 +69,7 @@ struct SweepStep {
   T* input_gradient;       // (B, K)
   StageMask active;
   int64_t batch;
+  double divisor;   // of the synthesis losses
   int32_t outputs;  // N
   Criterion criterion;
   Products products;
@@ -94,6 +95,8 @@ FASTDNI_HOST_DEVICE T* resolve(const SweepStep<T>& step, const Operand& operand)
       return step.output;
     case Place::input_gradient:
       return step.input_gradient;
+    case Place::address:
+      return reinterpret_cast<T*>(static_cast<intptr_t>(operand.at));
     default:
       return nullptr;
   }

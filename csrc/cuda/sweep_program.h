@@ -31,12 +31,18 @@ enum class Place : int32_t {
   gradient,
   output,
   input_gradient,
+  address,  // anywhere: `at` is the address itself
 };
 
 // A matrix of a step; its rows follow one another without gaps.
 struct Operand {
   Place place = Place::none;
   int64_t at = 0;  // workspace: of the first element; parameter: its number
+
+  static Operand address(const void* pointer) {
+    if (pointer == nullptr) return {};
+    return {Place::address, static_cast<int64_t>(reinterpret_cast<intptr_t>(pointer))};
+  }
 };
 
 enum class Op : int32_t {

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> regression_loss_cuda(const Tensor& prediction, const 
                                                 const std::string& reduction) {
   check_regression_loss(prediction, target, reduction);
   check_kernel_dtype(prediction);
-  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  const cuda::OnDevice device(prediction);
   Tensor loss = empty_accumulate(prediction, {});
   Tensor error = empty_accumulate(prediction, shape_of(prediction));
   const Tensor p = as_contiguous(prediction), t = as_contiguous(target);
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> regression_loss_cuda(const Tensor& prediction, const 
                                        mutable_data<A>(partials),
                                        n,
                                        reduction_divisor(kOp, reduction, prediction)};
-    cuda::check(kOp, cuda::launch_regression_loss(args, cuda::current_stream(prediction)));
+    cuda::check(kOp, cuda::launch_regression_loss(args, device.stream()));
   });
   return {loss, error};
 }
@@ -104,7 +104,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
+#if defined(FASTDNI_CUDA_ON_HOST)
+  m.impl("regression_loss_fwd", TORCH_BOX(&regression_loss_cuda));
+#else
   m.impl("regression_loss_fwd", TORCH_BOX(&regression_loss_cpu));
+#endif
 }
 
 #if defined(FASTDNI_CUDA)

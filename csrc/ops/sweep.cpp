@@ -141,15 +141,14 @@ class OnDevice {
   OnDevice(Plan& plan, const Tensor& like) {
     plan.memory.like = &like;
 #if defined(FASTDNI_CUDA)
-    if (!plan.on_cuda) return;
-    guard_.emplace(like.get_device_index());
-    plan.memory.stream = cuda::current_stream(like);
+    device_.emplace(like);
+    plan.memory.stream = device_->stream();
 #endif
   }
 
  private:
 #if defined(FASTDNI_CUDA)
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  std::optional<cuda::OnDevice> device_;
 #endif
 };
 
@@ -339,6 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
 
+  plan.memory.apart = false;
   run_forward(plan);
   run_update(plan, steps);
   plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
@@ -398,6 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
   for (const OptionalTensor& given : {inputs.target, inputs.context, inputs.network_input}) {
     if (given.has_value()) plan->held.push_back(*given);
   }
+  plan->memory.apart = true;
   run_forward(*plan);
   return {output, loss, input_gradient};
 }

@@ -20,9 +20,6 @@ constexpr const char* kOp = "sweep";
 // Wider stages have enough columns to give every multiprocessor a tile of one instruction; below,
 // launches cost more than idle multiprocessors do. Estimated, not measured.
 constexpr int64_t kWideOutputs = 512;
-// Multiply-adds of a product from which on torch's library makes it: a block here reads all of a
-// weight for kSweepRows rows. Estimated, not measured.
-constexpr int64_t kLibraryFrom = int64_t{3} << 26;
 
 // Tables in one piece of device memory, written anew when they have changed.
 class DeviceTables {
@@ -97,14 +94,14 @@ class CudaSweep final : public Sweep {
     const cuda::SweepStep<T> step = begin(memory);
     cuda::check(kOp, cuda::launch_sweep_forward(step, program_, spread_, library(memory, step),
                                                 stream(memory)));
-    if (spec_.input_gradient && step.loss != nullptr) {
+    if (memory.apart && step.loss != nullptr) {
       cuda::check(kOp, cuda::launch_sweep_loss(step, stream(memory)));
     }
   }
 
   void update(const StepMemory& memory) override {
     cuda::SweepStep<T> step = begin(memory);
-    if (spec_.input_gradient) step.loss = nullptr;  // it is there since `forward`
+    if (memory.apart) step.loss = nullptr;  // it is there since `forward`
     if (memory.gradient != nullptr) {
       cuda::check(kOp, cuda::launch_sweep_regression(step, program_, spread_, library(memory, step),
                                                      stream(memory)));
@@ -114,15 +111,14 @@ class CudaSweep final : public Sweep {
   }
 
  private:
-  // FASTDNI_LIBRARY_FROM is for tests. Where the library has no bfloat16 product that sums in
-  // float32, and for float64, it is not asked for one.
+  // Where the library has no bfloat16 product that sums in float32, and for float64, it is not
+  // asked for one.
   static int64_t library_from(const NetworkSpec& spec) {
-    const char* asked = std::getenv("FASTDNI_LIBRARY_FROM");
     const bool rounded = spec.products == Products::bfloat16;
     if (rounded && (kCudaOnHost || sizeof(T) == sizeof(double))) {
       return std::numeric_limits<int64_t>::max();
     }
-    return asked == nullptr ? kLibraryFrom : std::atoll(asked);
+    return cuda::library_from();
   }
 
   cuda::Library library(const StepMemory& memory, const cuda::SweepStep<T>& step) {
@@ -218,6 +214,7 @@ class CudaSweep final : public Sweep {
       if (memory.active[s]) step.active.set(static_cast<int>(s));
     }
     step.batch = spec_.batch;
+    step.divisor = static_cast<double>(spec_.batch);
     step.outputs = static_cast<int32_t>(spec_.stages.back().outputs);
     step.criterion = spec_.criterion;
     step.products = spec_.products;

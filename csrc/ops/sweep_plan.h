@@ -53,6 +53,7 @@ struct StepMemory {
   // in its place
   void* output = nullptr;
   void* loss = nullptr;            // ()
+  bool apart = false;              // `forward` and `update` are ops of their own
   void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'
   void* input_gradient = nullptr;  // (batch, inputs)
   const void* gradient = nullptr;  // (batch, outputs), what came back from the stage above

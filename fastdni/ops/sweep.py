@@ -15,8 +15,6 @@ from fastdni import _C, backend, reference
 from fastdni.reference import OptimizerSettings, SweepStage, SynthesizerParameters
 
 _DEVICES = backend.kernel_devices("sweep_")
-# Its kernels have run on the host alone, never on a GPU: whoever wants them asks for them.
-_NOT_BY_ITSELF = ("cuda",)
 _sweep = torch.ops.fastdni.sweep_.default
 _repeat = torch.ops.fastdni.sweep_repeat_.default
 _forward = torch.ops.fastdni.sweep_forward_.default
@@ -104,8 +102,6 @@ def _stage_spec(stage: SweepStage) -> dict:
 
 def sweep_backend(weight: Tensor) -> str:
     """The backend that serves a sweep over such stages: "cpu", "cuda" or "reference"."""
-    if backend.choice() == "auto" and weight.device.type in _NOT_BY_ITSELF:
-        return "reference"
     return weight.device.type if backend.serves(weight, _DEVICES) else "reference"
 
 

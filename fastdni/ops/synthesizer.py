@@ -21,14 +21,14 @@ _bwd = torch.ops.fastdni.synthesizer_bwd.default
 
 
 @torch.library.register_fake("fastdni::synthesizer_fwd")
-def _(trigger, context, weights, biases, context_weight, context_bias):
+def _(trigger, context, weights, biases, context_weight, context_bias, products="exact"):
     rows = trigger.shape[:-1].numel()
     hidden = [trigger.new_empty(rows, weight.shape[0]) for weight in weights[:-1]]
     return trigger.new_empty(*trigger.shape[:-1], weights[-1].shape[0]), hidden
 
 
 @torch.library.register_fake("fastdni::synthesizer_bwd")
-def _(target, prediction, hidden, trigger, context, weights, bias, reduction):
+def _(target, prediction, hidden, trigger, context, weights, bias, reduction, products="exact"):
     wide = reference.accumulate_dtype(prediction.dtype)
     grads = [weight.new_empty(weight.shape) for weight in weights]
     if bias:
@@ -90,7 +90,7 @@ def synthesizer_fwd(
     """
     _check_devices(trigger, context, parameters)
     if backend.serves(trigger, _DEVICES):
-        return _fwd(trigger, context, *parameters)
+        return _fwd(trigger, context, *parameters, backend.products(trigger.device, None))
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
     return reference.synthesizer_fwd(trigger, context, *parameters)
 
@@ -131,7 +131,7 @@ def synthesizer_bwd(
     """
     arguments = (target, prediction, hidden, trigger, context, weights, bias, reduction)
     if backend.serves(prediction, _DEVICES):
-        return _bwd(*arguments)
+        return _bwd(*arguments, backend.products(prediction.device, None))
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
     return reference.synthesizer_bwd(*arguments)
 

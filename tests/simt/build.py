@@ -63,7 +63,7 @@ def build(kernel: str, variant: str, fault: Fault | None = None) -> Run:
     Raises:
         Unavailable: no compiler here, or no runtime of that sanitizer.
     """
-    _require(variant)
+    require(variant)
     csrc = CSRC if fault is None else _plant(fault)
     # Only the kernel sees the fault, so that its build shares everything else with the sound one.
     with ThreadPoolExecutor() as pool:
@@ -159,7 +159,7 @@ def _unavailable(variant: str) -> str | None:
     return None
 
 
-def _require(variant: str) -> None:
+def require(variant: str) -> None:
     reason = _unavailable(variant)
     if reason is not None:
         raise Unavailable(reason)

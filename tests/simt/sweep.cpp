@@ -104,6 +104,7 @@ void run(simt::Case& io) {
   step.criterion_loss = program.criterion;
   step.workspace = io.scratch<T>(program.workspace);
   step.batch = spec.batch;
+  step.divisor = static_cast<double>(spec.batch);
   step.outputs = static_cast<int32_t>(outputs);
   step.criterion = spec.criterion;
   step.products = spec.products;

@@ -1,0 +1,37 @@
+#include "cuda/launch.h"
+#include "cuda/synthesizer.cuh"
+#include "cuda/with_products.h"
+
+namespace fastdni::cuda {
+
+template <class T>
+cudaError_t launch_synthesizer_layer(const SweepStep<T>& step, const Instruction& op,
+                                     cudaStream_t stream) {
+  const LaunchPlan plan{(step.batch + kSweepRows - 1) / kSweepRows, kSweepThreads,
+                        (op.columns + kSweepColumns - 1) / kSweepColumns};
+  return with_products<T>(step.products, [&](auto products) {
+    return launch(synthesizer_layer_kernel<products(), T>, plan, stream, step, op);
+  });
+}
+
+template <class T>
+cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Products products,
+                                        cudaStream_t stream) {
+  const bool tiled = args.weight != nullptr && args.inputs > 0;
+  const LaunchPlan plan{(args.outputs + kSweepRows - 1) / kSweepRows + 1, kSweepThreads,
+                        tiled ? (args.inputs + kSweepColumns - 1) / kSweepColumns : 1};
+  return with_products<T>(products, [&](auto kind) {
+    return launch(synthesizer_gradient_kernel<kind(), T>, plan, stream, args);
+  });
+}
+
+#define INSTANTIATE(T)                                                                      \
+  template cudaError_t launch_synthesizer_layer(const SweepStep<T>&, const Instruction&,    \
+                                                cudaStream_t);                              \
+  template cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>&, Products, \
+                                                   cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace fastdni::cuda
