@@ -72,6 +72,7 @@ fastdni::StageSpec stage_spec(const py::dict& given) {
 struct PlanHandle {
   int64_t handle;
   int64_t workspace_bytes;
+  std::string launches;
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
              const std::string& device, const std::string& criterion, bool input_gradient,
@@ -88,6 +89,7 @@ struct PlanHandle {
     const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
     auto plan = fastdni::make_plan(std::move(spec), type, device == "cuda");
     workspace_bytes = plan->sweep->workspace_bytes();
+    launches = plan->sweep->launches();
     handle = fastdni::register_plan(std::move(plan));
   }
   PlanHandle(const PlanHandle&) = delete;
@@ -131,8 +133,18 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "forget", [](const PlanHandle& plan) { fastdni::find_plan(plan.handle)->last = {}; },
           "Lets go of the tensors that a repeated step would take.")
+      .def_readonly("launches", &PlanHandle::launches, "How a GPU's launches divide the step.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)
+  m.def(
+      "cuda_versions",
+      [] {
+        int driver = 0, runtime = 0;
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&runtime);
+        return std::pair(driver, runtime);
+      },
+      "The newest CUDA that the driver serves and that of the kernels, as 1000 major + 10 minor.");
   m.def(
       "regression_loss_plan",
       [](int64_t n) {

@@ -42,7 +42,31 @@ class _Choice(threading.local):
 
 _choice = _Choice()
 _default = "auto"
+_found_available: set[str] = set()
 _fp32_precision = "torch"
+
+
+def _why_the_gpu_is_not_served() -> str | None:
+    """What keeps the CUDA kernels from the current GPU: its age, the driver's, the build."""
+    major, minor = torch.cuda.get_device_capability()
+    gpu = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    if major < 8:
+        return f"the kernels are for GPUs from sm_80 on, this is {gpu}"
+    driver, toolkit = _C.cuda_versions()
+    if driver // 1000 < toolkit // 1000:
+        served, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, toolkit))
+        return f"the driver serves CUDA {served}, the kernels are built with {built}"
+    built_for = _C.build_info()["cuda_architectures"].split()
+    if not any(_runs(architecture, 10 * major + minor) for architecture in built_for):
+        return f"the kernels are built for {', '.join(built_for)}; this is {gpu}"
+    return None
+
+
+def _runs(architecture: str, of_gpu: int) -> bool:
+    """Whether a GPU runs code for an architecture such as "80" or "90a"."""
+    if not architecture.isdigit():
+        return int(architecture[:-1]) == of_gpu
+    return int(architecture) <= of_gpu  # the newest is there as PTX, for GPUs after it
 
 
 def backends() -> dict[str, str]:
@@ -52,7 +76,7 @@ def backends() -> dict[str, str]:
     elif not torch.cuda.is_available():
         cuda = "torch sees no CUDA GPU"
     else:
-        cuda = "available"
+        cuda = _why_the_gpu_is_not_served() or "available"
     return {
         "cpu": "available",
         "cuda": cuda,
@@ -66,9 +90,11 @@ def _check(name: str) -> str:
         raise ValueError(
             f"fastdni: backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}"
         )
-    reason = backends().get(name, "available")
-    if reason != "available":
-        raise RuntimeError(f"fastdni: backend {name!r} is not available: {reason}")
+    if name not in _found_available:  # to look is slow, and what is there stays there
+        reason = backends().get(name, "available")
+        if reason != "available":
+            raise RuntimeError(f"fastdni: backend {name!r} is not available: {reason}")
+        _found_available.add(name)
     return name
 
 

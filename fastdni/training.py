@@ -215,7 +215,7 @@ class Trainer:
         optimizers = self._optimizers_of(optimizer)
         dims, dtype = self._input_dims(x), autocast_dtype(x)
         fused = {
-            number: part.backend
+            number: part
             for part in self._parts_for(criterion, dtype)
             if isinstance(part, FusedPart)
             for number in range(part.first, part.first + len(part.stages))
@@ -224,7 +224,11 @@ class Trainer:
         rows = []
         for number, stage in enumerate(self._net.stages):
             reason = self.reasons[number]
-            served_by = fused.get(number, "torch")
+            part = fused.get(number)
+            served_by = "torch" if part is None else part.backend
+            kernel = "autograd of the stage" if part is None else "sweep"
+            if served_by == "cuda":
+                kernel += f": {part.plan(len(x)).launches}"
             if number not in fused and reason is None:
                 reason = "the criterion is a callable"
                 if dims[number] != 2:
@@ -240,7 +244,7 @@ class Trainer:
                     "stage": " -> ".join(type(layer).__name__ for layer in layers_of(stage)),
                     "fused": served_by not in ("torch", "reference"),
                     "backend": served_by,
-                    "kernel": "sweep" if number in fused else "autograd of the stage",
+                    "kernel": kernel,
                     "reason": reason or "",
                 }
             )

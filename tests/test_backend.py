@@ -74,12 +74,31 @@ def test_backends_says_what_there_is_and_why_not():
     [
         (None, True, "built without CUDA kernels (no nvcc was found, or FASTDNI_CUDA=0)"),
         ("13.0", False, "torch sees no CUDA GPU"),
-        ("13.0", True, "available"),
     ],
 )
 def test_why_there_is_no_cuda(cuda, gpu, reason, monkeypatch):
     monkeypatch.setattr(fastdni._C, "build_info", lambda: {"cuda": cuda})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert fastdni.backends()["cuda"] == reason
+
+
+@pytest.mark.parametrize(
+    "capability, driver, built, reason",
+    [
+        ((7, 5), 13000, "80", "the kernels are for GPUs from sm_80 on, this is Some GPU (sm_75)"),
+        ((9, 0), 12040, "80 90a", "the driver serves CUDA 12.4, the kernels are built with 13.0"),
+        ((8, 0), 13000, "90a 100", "the kernels are built for 90a, 100; this is Some GPU (sm_80)"),
+        ((9, 0), 13010, "90a", "available"),
+        ((12, 0), 13000, "80 90a 100", "available"),
+    ],
+)
+def test_why_a_gpu_is_not_served(capability, driver, built, reason, monkeypatch):
+    info = {"cuda": "13.0", "cuda_architectures": built}
+    monkeypatch.setattr(fastdni._C, "build_info", lambda: info)
+    monkeypatch.setattr(fastdni._C, "cuda_versions", lambda: (driver, 13000), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     assert fastdni.backends()["cuda"] == reason
 
 

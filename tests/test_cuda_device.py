@@ -6,8 +6,10 @@ import copy
 import pytest
 import torch
 from network_cases import OPTIMIZERS, batch, network, state_of
+from synthesizer_problem import Sizes, backward, forward, problem
 
 import fastdni
+from fastdni import ops, reference
 from fastdni.__main__ import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
@@ -116,25 +118,79 @@ def test_a_device_that_is_not_the_current_one():
     assert all(map(torch.equal, *found))
 
 
-def test_a_step_is_captured_in_a_graph_and_replayed():
+@pytest.mark.parametrize("precision", ["exact", "tf32", "tf32x3", "bf16"])
+@pytest.mark.parametrize("library", [False, True], ids=["own products", "the library's"])
+def test_every_precision_is_as_near_as_torchs(monkeypatch, precision, library):
+    if library:
+        monkeypatch.setenv("FASTDNI_LIBRARY_FROM", "1")
+    net = network((70, 130, 65, 10), n_hidden=1, context=True)
+    given = on_gpu(batch(net, rows=50))
+    exact = [t.cpu() for t in trained_once(copy.deepcopy(net).cuda(), "reference", given)]
+    single = {k: v.float() if v.is_floating_point() else v for k, v in given.items()
+              if isinstance(v, torch.Tensor)}  # fmt: skip
+    fastdni.set_fp32_precision("tf32x3" if precision == "tf32x3" else "torch")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            found = trained_once(copy.deepcopy(net).float().cuda(), "cuda", {**given, **single})
+    finally:
+        fastdni.set_fp32_precision("torch")
+        torch.backends.cuda.matmul.allow_tf32 = False
+    bound = {"exact": 1e-5, "tf32x3": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision]
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double().cpu() - b).norm() <= bound * (b.norm() + 1)
+
+
+def trained_once(net, backend, given):
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    with fastdni.use_backend(backend):
+        results = net.step(optimizer=optimizer, **given)
+    return [*results, *net.state_dict().values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_hidden", [0, 2])
+@pytest.mark.parametrize("library", [False, True], ids=["own products", "the library's"])
+def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, library):
+    if library:
+        monkeypatch.setenv("FASTDNI_LIBRARY_FROM", "1")
+    p = problem((37,), Sizes(70, 65, 10), n_hidden, dtype=dtype, device="cuda")
+    found = []
+    for name, of in (("cuda", ops), ("reference", reference)):
+        with fastdni.use_backend(name):
+            found.append(backward(of, p, forward(of, p)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rates", ["tensor", "number"])
+def test_a_step_is_captured_in_a_graph_and_replayed(rates):
     net = network((7, 33, 20, 5), dtype=torch.float32).cuda()
     twin = copy.deepcopy(net)
     given = on_gpu(batch(net, rows=16))
     optimizers = [
-        torch.optim.Adam(n.parameters(), lr=torch.tensor(1e-3, device="cuda"), capturable=True)
-        for n in (net, twin)
+        torch.optim.Adam(n.parameters(), lr=lr, capturable=True)
+        for n, lr in ((net, tensor_or_number(rates)), (twin, 1e-3))
     ]
     with fastdni.use_backend("cuda"):
         step = fastdni.make_graphed_step(net, optimizers[0], given["x"], given["target"])
         for _ in range(4):  # the warm-up's three, and the capture runs nothing
             step(given["x"], given["target"])
-        optimizers[0].param_groups[0]["lr"].fill_(1e-2)
+        if rates == "tensor":
+            optimizers[0].param_groups[0]["lr"].fill_(1e-2)
+        else:
+            optimizers[0].param_groups[0]["lr"] = 1e-2
         step(given["x"], given["target"])
         for lr in [1e-3] * 7 + [1e-2]:
-            optimizers[1].param_groups[0]["lr"].fill_(lr)
+            optimizers[1].param_groups[0]["lr"] = lr
             twin.step(given["x"], given["target"], optimizers[1])
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def tensor_or_number(rates):
+    return torch.tensor(1e-3, device="cuda") if rates == "tensor" else 1e-3
 
 
 @pytest.mark.parametrize("bad", [5, 10**9, -1])

@@ -8,7 +8,7 @@ import torch
 from conftest import sample
 from sweep_problem import CONTEXT, OPTIMIZERS, Problem, cast, stages
 
-from fastdni import ops, use_backend
+from fastdni import _C, ops, use_backend
 
 CASES = sample(
     itertools.product(
@@ -313,6 +313,17 @@ def test_raw_ops_refuse_what_does_not_fit(change, message):
     with pytest.raises(RuntimeError, match=f"sweep: {message}"):
         torch.ops.fastdni.sweep_(**given)
     assert all(map(torch.equal, before, changed))
+
+
+def test_a_plan_says_how_a_gpu_divides_the_step():
+    """On a GPU (or in the host's build of its kernels); the CPU has no launches."""
+    if _C.build_info()["cuda_architectures"] != "host":
+        assert ops.SweepPlan(stages(), 4, "cross_entropy").launches == ""
+        return
+    small = ops.SweepPlan(stages(), 4, "cross_entropy").launches
+    large = ops.SweepPlan(stages((300, 600, 5)), 4000, "cross_entropy").launches
+    assert small == "a cluster of 8 blocks for 16 rows"
+    assert large == "a launch for each layer, 4 products by torch's library"
 
 
 def test_a_plan_lives_as_long_as_its_object():

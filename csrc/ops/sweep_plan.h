@@ -71,6 +71,8 @@ class Sweep {
   // What is left: the regression of the topmost synthesizer on `gradient`, and U of every stage.
   virtual void update(const StepMemory& memory) = 0;
   virtual int64_t workspace_bytes() const = 0;
+  // How a GPU's launches divide the step; empty on the CPU.
+  virtual std::string launches() const { return ""; }
 };
 
 // What a step of a whole network is given besides its data.

@@ -69,6 +69,33 @@ def bars(results: Sequence[Result], hardware: Mapping, path: Path) -> None:
     _save(figure, hardware, path)
 
 
+def roofline(results: Sequence[Result], hardware: Mapping, path: Path) -> None:
+    """Arithmetic reached against FLOP for each byte, for fastdni and the strongest decoupled form
+    of PyTorch, under the roofs that each case's limit was measured with."""
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    axes = figure.subplots()
+    for number, result in enumerate(r for r in results if r.limit is not None):
+        limit, colour = result.limit, f"C{number}"
+        intensity = limit.flop / limit.bytes
+        knee = limit.flop_per_second / limit.bytes_per_second
+        across = [min(intensity, knee) / 8, knee, max(intensity, knee) * 8]
+        roof = [min(x * limit.bytes_per_second, limit.flop_per_second) for x in across]
+        axes.plot(across, roof, color=colour, linewidth=0.8, alpha=0.6)
+        ours = next(iter(result.seconds))
+        for form, marker in ((ours, "o"), (result.strongest(forms.DECOUPLED), "x")):
+            if form is None:
+                continue
+            reached = limit.flop / result.seconds[form].median
+            name = f"{result.case.get('size', result.case['case'])}: {form}"
+            axes.plot([intensity], [reached], marker, color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set(xlabel="FLOP for each byte that must move", ylabel="FLOP/s")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    _save(figure, hardware, path)
+
+
 def title(case: Mapping[str, object]) -> str:
     """A case in words, numbers with their names, in lines that fit."""
     parts = [str(v) if isinstance(v, str) else f"{key} {v}" for key, v in case.items()]

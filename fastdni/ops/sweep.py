@@ -166,6 +166,11 @@ class SweepPlan:
             self._memory.forget()
 
     @property
+    def launches(self) -> str:
+        """How a GPU's launches divide the step, in words; empty on the CPU."""
+        return "" if self._memory is None else self._memory.launches
+
+    @property
     def workspace_bytes(self) -> int:
         """Memory that the plan holds between steps."""
         return 0 if self._memory is None else self._memory.workspace_bytes
