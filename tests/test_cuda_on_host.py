@@ -28,7 +28,10 @@ CHOSEN = {
     "test_regression_loss.py": "opcheck or nan",
 }
 # Where torch's library makes every product of a step.
-BY_LIBRARY = {"test_network_repetition.py": "steps_are", "test_synthesizer.py": "zero and not bfloat16"}
+BY_LIBRARY = {
+    "test_network_repetition.py": "steps_are",
+    "test_synthesizer.py": "zero and not bfloat16",
+}
 
 
 def run(file: str, chosen: str, **environment: str) -> None:

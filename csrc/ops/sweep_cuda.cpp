@@ -92,8 +92,7 @@ class CudaSweep final : public Sweep {
     if (spread_ == cuda::Spread::rows) return "a block for 16 rows";
     if (spread_ == cuda::Spread::clusters) return "a cluster of 8 blocks for 16 rows";
     const size_t products = program_.library.size() + program_.gradients.size();
-    return "a launch for each layer, " + std::to_string(products) +
-           " products by torch's library";
+    return "a launch for each layer, " + std::to_string(products) + " products by torch's library";
   }
 
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
