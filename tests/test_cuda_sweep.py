@@ -135,6 +135,8 @@ CASES = {
     "plain": ({}, {}),
     "wide rows": ({"widths": (70, 130, 65, 5)}, {"batch": 33, "settings": "adam"}),
     "one of each": ({"widths": (1, 1, 1)}, {"batch": 1}),
+    "one row": ({"context": True, "n_hidden": 1}, {"batch": 1, "settings": "adam"}),
+    "more stages than blocks": ({"widths": (3,) * 12}, {"batch": 5, "settings": "momentum"}),
     "mlp": ({"n_hidden": 2, "context": True}, {"settings": "adamw", "batch": 17}),
     "norm": ({"norm": True, "context": True}, {"settings": "nesterov", "batch": 35}),
     "norms in a row": ({"widths": (7, 9, 6, 8, 5), "norm": True, "n_hidden": 1}, {"batch": 20}),

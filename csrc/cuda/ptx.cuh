@@ -55,8 +55,8 @@ inline __device__ void multiply_add_bfloat16(float (&c)[4], const uint32_t (&a)[
 // GPUs have no clusters, and are never launched with any.
 inline __device__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

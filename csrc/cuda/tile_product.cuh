@@ -55,7 +55,10 @@ class TileProduct {
         load(a, a_first, from, depth, next_a);
         load(b, b_first, from, depth, next_b);
       }
-      if (from > start) multiply(a_chunk, b_chunk);
+      if (from > start) {
+        __syncwarp();  // loads at an edge may have parted lanes that multiply together
+        multiply(a_chunk, b_chunk);
+      }
       if (!more) return;
       __syncwarp();
       store<kAStride>(a, next_a, a_chunk);

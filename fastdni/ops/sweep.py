@@ -7,6 +7,7 @@ The formulas, shapes and letters are those of `fastdni.reference.sweep`, the upd
 import math
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -147,16 +148,19 @@ class SweepPlan:
         self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
         self.handle = 0
         if self.backend != "reference":
-            self._memory = _C.SweepPlan(
-                stages=[_stage_spec(stage) for stage in stages],
-                batch=batch,
-                dtype=str(weight.dtype).removeprefix("torch."),
-                device=weight.device.type,
-                criterion=criterion or "none",
-                input_gradient=input_gradient,
-                products=products,
-                separate_input=separate_input,
-            )
+            on_gpu = weight.device.type == "cuda"
+            # What a GPU allows is asked of the current one.
+            with torch.cuda.device(weight.device) if on_gpu else nullcontext():
+                self._memory = _C.SweepPlan(
+                    stages=[_stage_spec(stage) for stage in stages],
+                    batch=batch,
+                    dtype=str(weight.dtype).removeprefix("torch."),
+                    device=weight.device.type,
+                    criterion=criterion or "none",
+                    input_gradient=input_gradient,
+                    products=products,
+                    separate_input=separate_input,
+                )
             self.handle = self._memory.handle
             _plans[self.handle] = self
 
