@@ -148,7 +148,7 @@ def trained_once(net, backend, given):
     return [*results, *net.state_dict().values()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("n_hidden", [0, 2])
 @pytest.mark.parametrize("library", [False, True], ids=["own products", "the library's"])
 def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, library):
@@ -159,9 +159,10 @@ def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, li
     for name, of in (("cuda", ops), ("reference", reference)):
         with fastdni.use_backend(name):
             found.append(backward(of, p, forward(of, p)))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
 @pytest.mark.parametrize("rates", ["tensor", "number"])

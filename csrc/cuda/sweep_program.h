@@ -106,7 +106,8 @@ struct LibraryProduct {
   Operand a, b, out;
   int64_t rows = 0, columns = 0, depth = 0;
   bool a_transposed = false, b_transposed = false;
-  int32_t stage = -1;  // is left out where this stage is masked; -1: never
+  int32_t stage = -1;      // is left out where this stage is masked; -1: never
+  int32_t parameter = -1;  // of a gradient: the weight's number
 };
 
 // grad^T input is a weight's gradient (unless `ready` holds it already), the columns' sums of grad
@@ -609,6 +610,7 @@ class SweepProgramBuilder {
       made.depth = spec_.batch;
       made.a_transposed = true;
       made.stage = job.stage;
+      made.parameter = job.weight;
       program_.gradients.push_back(made);
     }
   }

@@ -1,6 +1,13 @@
 #include "ops/library_product.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <array>
+
+// Through the dispatcher a number could not be handed over. Of CUDA builds of torch alone.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
+                          AtenTensorHandle mat2, double beta, double alpha);
 
 namespace fastdni {
 namespace {
@@ -39,6 +46,16 @@ void library_product(const Tensor& like, const MatrixAt& out, const MatrixAt& a,
   const int32_t dtype = dtype_of(like);
   call("aten::mm", "out", tensor_at(like, a, dtype), tensor_at(like, b, dtype),
        tensor_at(like, out, dtype));
+}
+
+void add_library_product(const Tensor& like, const MatrixAt& out, const MatrixAt& a,
+                         const MatrixAt& b, double scale) {
+  const int32_t dtype = dtype_of(like);
+  const Tensor sum = tensor_at(like, out, dtype);
+  const Tensor left = tensor_at(like, a, dtype), right = tensor_at(like, b, dtype);
+  const auto add = like.is_cpu() ? aoti_torch_cpu_addmm_out : aoti_torch_cuda_addmm_out;
+  FASTDNI_CHECK(add != nullptr, "fastdni: this torch has no CUDA");
+  TORCH_ERROR_CODE_CHECK(add(sum.get(), sum.get(), left.get(), right.get(), 1.0, scale));
 }
 
 void library_product_bfloat16(const Tensor& like, const MatrixAt& out, const MatrixAt& a,

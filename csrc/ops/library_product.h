@@ -14,8 +14,12 @@ struct MatrixAt {
 // out = a b, in the dtype of `like`. TF32 as torch's settings say.
 void library_product(const Tensor& like, const MatrixAt& out, const MatrixAt& a, const MatrixAt& b);
 
-// The same with operands rounded to bfloat16 (in `scratch`, as many elements as both have) and sums
-// in float32; on a GPU only.
+// out += scale a b
+void add_library_product(const Tensor& like, const MatrixAt& out, const MatrixAt& a,
+                         const MatrixAt& b, double scale);
+
+// out = a b with operands rounded to bfloat16 (in `scratch`, as many elements as both have) and
+// sums in float32; on a GPU only.
 void library_product_bfloat16(const Tensor& like, const MatrixAt& out, const MatrixAt& a,
                               const MatrixAt& b, void* scratch);
 

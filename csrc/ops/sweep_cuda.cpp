@@ -137,10 +137,26 @@ class CudaSweep final : public Sweep {
       const MatrixAt out{at(product.out), product.rows, product.columns, false};
       const MatrixAt a{at(product.a), product.rows, product.depth, product.a_transposed};
       const MatrixAt b{at(product.b), product.depth, product.columns, product.b_transposed};
+      if (product.parameter >= 0) {
+        const OptimizerSettings& settings = memory.parameters[product.parameter].settings;
+        if (settings.rule == Rule::none) return;
+        if (is_folded(memory.parameters[product.parameter])) {
+          const MatrixAt weight{memory.parameters[product.parameter].value, product.rows,
+                                product.columns, false};
+          return add_library_product(*memory.like, weight, a, b, -settings.lr);
+        }
+      }
       if (spec_.products != Products::bfloat16) return library_product(*memory.like, out, a, b);
       if (!narrow_) narrow_ = empty(*memory.like, {narrow_elements()}, aoti_torch_dtype_bfloat16());
       library_product_bfloat16(*memory.like, out, a, b, narrow_->data_ptr());
     };
+  }
+
+  // Whether the library's product is the weight's whole update: w -= lr grad^T input.
+  bool is_folded(const ParameterMemory& parameter) const {
+    const OptimizerSettings& s = parameter.settings;
+    return s.rule == Rule::sgd && s.weight_decay == 0 && parameter.device_lr.at == nullptr &&
+           spec_.products != Products::bfloat16;
   }
 
   // Of the two operands of the library's products, at most.
@@ -188,6 +204,10 @@ class CudaSweep final : public Sweep {
       to.count = from.step;
       assign(from.device_step, to.step);
       assign(from.device_lr, to.lr);
+    }
+    for (const cuda::LibraryProduct& gradient : program_.gradients) {
+      const auto number = static_cast<size_t>(gradient.parameter);
+      if (is_folded(memory.parameters[number])) parameters[number].update.rule = Rule::none;
     }
     of_step_.clear();
     const size_t of_parameters = of_step_.add(parameters);

@@ -90,7 +90,11 @@ def synthesizer_fwd(
     """
     _check_devices(trigger, context, parameters)
     if backend.serves(trigger, _DEVICES):
-        return _fwd(trigger, context, *parameters, backend.products(trigger.device, None))
+        if not _is_narrow_on_a_gpu(trigger):
+            return _fwd(trigger, context, *parameters, backend.products(trigger.device, None))
+        trigger, context, parameters = cast(trigger, context, parameters, torch.float32)
+        prediction, hidden = _fwd(trigger, context, *parameters, "bfloat16")
+        return prediction.bfloat16(), [h.bfloat16() for h in hidden]
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
     return reference.synthesizer_fwd(trigger, context, *parameters)
 
@@ -131,9 +135,24 @@ def synthesizer_bwd(
     """
     arguments = (target, prediction, hidden, trigger, context, weights, bias, reduction)
     if backend.serves(prediction, _DEVICES):
-        return _bwd(*arguments, backend.products(prediction.device, None))
+        if not _is_narrow_on_a_gpu(prediction):
+            return _bwd(*arguments, backend.products(prediction.device, None))
+        loss, grads = _bwd(*map(_widened, arguments), "bfloat16")
+        return loss, [grad.bfloat16() for grad in grads]
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
     return reference.synthesizer_bwd(*arguments)
+
+
+def _is_narrow_on_a_gpu(tensor: Tensor) -> bool:
+    # The kernels there are for float32 in memory; their products may well be bfloat16.
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda"
+
+
+def _widened(value):
+    """Tensors, and lists of them, in float32."""
+    if isinstance(value, list):
+        return [_widened(v) for v in value]
+    return value.float() if isinstance(value, Tensor) else value
 
 
 def cast(

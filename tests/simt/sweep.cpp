@@ -70,8 +70,8 @@ NetworkSpec read_spec(simt::Case& io) {
 // What torch's library makes on a GPU.
 template <class T>
 void multiply(const cuda::LibraryProduct& product, const T* a, const T* b, T* out) {
-  const auto& [of_a, of_b, of_out, rows, columns, depth, a_transposed, b_transposed, stage] =
-      product;
+  const auto& [of_a, of_b, of_out, rows, columns, depth, a_transposed, b_transposed, stage,
+               parameter] = product;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       T sum = 0;
