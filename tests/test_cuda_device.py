@@ -159,7 +159,8 @@ def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, li
     for name, of in (("cuda", ops), ("reference", reference)):
         with fastdni.use_backend(name):
             found.append(backward(of, p, forward(of, p)))
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
+    # In bfloat16 the two round at other places, and a ReLU may open in one alone.
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 6e-2}[dtype]
     for a, b in zip(*found, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
