@@ -1,8 +1,10 @@
 """For all tests: the option --all, devices, seeds, threads, and memory that is never clean."""
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -31,6 +33,21 @@ def pytest_configure(config):
     global _take_all
     _take_all = config.getoption("--all")
     _fill_malloc()
+
+
+def pytest_collection_finish(session):
+    """In a run of the whole suite, compiles what later tests need while earlier ones run."""
+    if len(session.items) < 2000:
+        return
+    modules = dict.fromkeys(item.module for item in session.items)
+    needed = [build for module in modules for build in getattr(module, "BUILDS", [])]
+    threading.Thread(target=_build_all, args=(needed,), daemon=True).start()
+
+
+def _build_all(needed: Iterable[Callable]) -> None:
+    for build in needed:
+        with contextlib.suppress(Exception):  # whoever needs it will see it fail
+            build()
 
 
 def _fill_malloc() -> None:

@@ -22,16 +22,18 @@ TESTS = Path(__file__).parent
 CHOSEN = {
     "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored or registered or repeated"
     " or refuse or says_how",
-    "test_network_repetition.py": "steps_are or noticed or mask",
+    "test_network_repetition.py": "steps_are or mask",
     "test_network_edges.py": "learning_rate_in or same_step or infinite",
     "test_synthesizer.py": "(zero or opcheck) and not bfloat16",
-    "test_regression_loss.py": "opcheck or nan",
 }
 # Where torch's library makes every product of a step.
 BY_LIBRARY = {
     "test_network_repetition.py": "steps_are",
     "test_synthesizer.py": "zero and not bfloat16",
 }
+
+
+BUILDS = [build]
 
 
 def run(file: str, chosen: str, **environment: str) -> None:

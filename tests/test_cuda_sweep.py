@@ -1,5 +1,6 @@
 """The sweep's CUDA kernels and launchers, run on the host (tests/simt) against the reference."""
 
+import functools
 import importlib
 import itertools
 
@@ -345,6 +346,16 @@ FAULTS = {
         "? side.wide - wide : depth - k;", "? side.wide - wide + 1 : depth - k + 1;",
     ),
 }  # fmt: skip
+
+
+VARIANTS = ("plain", "address", "thread")
+BUILDS = [
+    *(functools.partial(build, "sweep", variant) for variant in VARIANTS),
+    *(
+        functools.partial(build, "sweep", variant, Fault(header, old, new))
+        for header, variant, *_, old, new in FAULTS.values()
+    ),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

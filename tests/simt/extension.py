@@ -9,11 +9,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt-extension"
 PATH = "FASTDNI_TEST_EXTENSION"
+_lock = threading.Lock()  # two builds in one folder would spoil each other's
 
 
 @functools.cache
@@ -27,13 +29,14 @@ def build() -> Path:
         "Python_EXECUTABLE": sys.executable,
     }
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
-    for command in (
-        ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, *definitions],
-        ["cmake", "--build", BUILD],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+    with _lock:
+        for command in (
+            ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, *definitions],
+            ["cmake", "--build", BUILD],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
     (made,) = (BUILD / "made").glob("_C*.so")
     return made
 
