@@ -1,0 +1,100 @@
+// A linear synthesizer's prediction and its regression, or one ReLU layer and the way back through
+// it; see tests/test_cuda_synthesizer.py.
+#include "cuda/synthesizer.cu"
+
+#include "case.h"
+
+namespace {
+
+using namespace fastdni;
+using cuda::Operand;
+
+template <class T>
+void run(simt::Case& io) {
+  const int64_t rows = io.integer("rows"), inputs = io.integer("inputs");
+  const int64_t outputs = io.integer("outputs"), context = io.integer("context");
+  const double divisor = io.real("divisor");
+  const T* x = io.input<T>(rows * inputs);
+  const T* weight = io.input<T>(outputs * inputs);
+  const T* bias = io.input<T>(outputs);
+  const T* ctx = io.input<T>(rows * context);
+  const T* ctx_weight = io.input<T>(outputs * context);
+  const T* ctx_bias = io.input<T>(outputs);
+  const T* target = io.input<T>(rows * outputs);
+  T* prediction = io.output<T>(rows * outputs);
+  T* grad = io.output<T>(rows * outputs);
+  T* below = io.output<T>(rows * inputs);
+  T* weight_grad = io.output<T>(outputs * inputs);
+  T* bias_grad = io.output<T>(outputs);
+  T* second_grad = io.output<T>(outputs);
+  T* ctx_grad = io.output<T>(outputs * context);
+  T* loss = io.output<T>(1);
+
+  cuda::SweepStep<T> step{};
+  step.batch = rows;
+  step.divisor = divisor;
+  step.context = ctx;
+  cuda::Instruction layer;
+  layer.columns = static_cast<int32_t>(outputs);
+  layer.depth = static_cast<int32_t>(inputs);
+  layer.a = Operand::address(x);
+  layer.weight = Operand::address(weight);
+  layer.bias = Operand::address(bias);
+  layer.second_bias = Operand::address(ctx_bias);
+  layer.context = static_cast<int32_t>(context);
+  layer.context_weight = Operand::address(ctx_weight);
+  layer.activation = Activation::relu;
+  layer.out = Operand::address(prediction);
+  cuda::launch_synthesizer_layer(step, layer, nullptr);
+
+  const int64_t partial_count = (rows + cuda::kSweepRows - 1) / cuda::kSweepRows *
+                                ((outputs + cuda::kSweepColumns - 1) / cuda::kSweepColumns);
+  step.workspace = io.scratch<T>(partial_count);
+  cuda::Instruction error;
+  error.columns = layer.columns;
+  error.finish = cuda::Finish::regress;
+  error.a = Operand::address(target);
+  error.other = layer.out;
+  error.out = Operand::address(grad);
+  error.partials = 0;
+  cuda::launch_synthesizer_layer(step, error, nullptr);
+
+  cuda::Instruction back;  // through a ReLU whose activations are x
+  back.columns = static_cast<int32_t>(inputs);
+  back.depth = static_cast<int32_t>(outputs);
+  back.transposed = true;
+  back.finish = cuda::Finish::differentiate;
+  back.activation = Activation::relu;
+  back.a = error.out;
+  back.weight = layer.weight;
+  back.other = layer.a;
+  back.out = Operand::address(below);
+  cuda::launch_synthesizer_layer(step, back, nullptr);
+
+  cuda::SynthesizerGradient<T> args{};
+  args.grad = grad;
+  args.input = x;
+  args.rows = rows;
+  args.outputs = layer.columns;
+  args.inputs = layer.depth;
+  args.weight = weight_grad;
+  args.bias = bias_grad;
+  args.second_bias = second_grad;
+  args.loss = loss;
+  args.partials = step.workspace;
+  args.partial_count = partial_count;
+  args.divisor = divisor;
+  cuda::launch_synthesizer_gradient(args, Products::exact, nullptr);
+  args.input = ctx;
+  args.inputs = layer.context;
+  args.weight = ctx_grad;
+  args.bias = args.second_bias = args.loss = nullptr;
+  cuda::launch_synthesizer_gradient(args, Products::exact, nullptr);
+}
+
+const simt::Register kCase("synthesizer", [](simt::Case& io) {
+  if (io.text("dtype") == "float64") return run<double>(io);
+  run<float>(io);
+});
+
+}  // namespace
