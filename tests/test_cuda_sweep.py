@@ -319,7 +319,7 @@ KERNELS, TILE = "cuda/sweep.cuh", "cuda/tile_product.cuh"
 FAULTS = {
     "no barrier before a chunk is used": (
         TILE, "thread", "data race", "plain", "rows",
-        "b_chunk);\n      __syncwarp();", "b_chunk);",
+        "__syncwarp();  // the chunk is there for all lanes, and all lanes are together", "",
     ),
     "no barrier before the warps' sums are added": (
         TILE, "thread", "data race", "plain", "rows",

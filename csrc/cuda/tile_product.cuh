@@ -56,14 +56,13 @@ class TileProduct {
         load(b, b_first, from, depth, next_b);
       }
       if (from > start) {
-        __syncwarp();  // loads at an edge may have parted lanes that multiply together
+        __syncwarp();  // the chunk is there for all lanes, and all lanes are together
         multiply(a_chunk, b_chunk);
       }
       if (!more) return;
       __syncwarp();
       store<kAStride>(a, next_a, a_chunk);
       store<kBStride>(b, next_b, b_chunk);
-      __syncwarp();
     }
   }
 
