@@ -1,6 +1,7 @@
 """The choice of a backend, and that ops keep to it."""
 
 import threading
+import types
 
 import pytest
 import torch
@@ -227,3 +228,24 @@ def in_thread(function):
     thread.start()
     thread.join()
     return results[0]
+
+
+@pytest.mark.parametrize("asked, torchs, expected", [
+    ("torch", "none", "exact"), ("torch", "ieee", "exact"), ("torch", "tf32", "tf32"),
+    ("tf32x3", "none", "tf32x3"), ("tf32x3", "tf32", "tf32x3"),
+])  # fmt: skip
+def test_products_on_a_gpu_are_as_torchs_settings_say(monkeypatch, asked, torchs, expected):
+    settings = types.SimpleNamespace(fp32_precision=torchs)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    fastdni.set_fp32_precision(asked)
+    try:
+        assert backend.products(torch.device("cuda"), None) == expected
+        assert backend.products(torch.device("cuda"), torch.bfloat16) == "bfloat16"
+        assert backend.products(torch.device("cpu"), None) == "exact"
+    finally:
+        fastdni.set_fp32_precision("torch")
+
+
+def test_a_precision_that_there_is_not():
+    with pytest.raises(ValueError, match='must be "torch" or "tf32x3", got \'high\''):
+        fastdni.set_fp32_precision("high")

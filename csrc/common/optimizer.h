@@ -25,12 +25,16 @@ struct OptimizerSettings {
   Rule rule = Rule::none;
   double lr = 0, weight_decay = 0, a = 0, b = 0, eps = 0;
   bool nesterov = false;
+
+  bool operator==(const OptimizerSettings&) const = default;
 };
 
 // A number that lives in a GPU's memory, as float32 or as float64; null where it does not.
 struct DeviceNumber {
   void* at = nullptr;
   bool wide = false;
+
+  bool operator==(const DeviceNumber&) const = default;
 };
 
 // One parameter's update, with what does not depend on the element worked out.
@@ -45,6 +49,8 @@ struct Update {
   T root_correction;  // adam: 1 / sqrt(1 - beta2^step)
   T eps;
   bool nesterov;
+
+  bool operator==(const Update&) const = default;
 };
 
 // The numbers of a step; `power(beta, step)` is beta^step.

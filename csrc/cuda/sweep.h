@@ -36,6 +36,8 @@ struct SweepParameter {
   OptimizerSettings settings;
   double count;
   DeviceNumber step, lr;
+
+  bool operator==(const SweepParameter&) const = default;
 };
 
 // One tile of a job.

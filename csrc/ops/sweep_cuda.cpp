@@ -21,7 +21,7 @@ constexpr const char* kOp = "sweep";
 // launches cost more than idle multiprocessors do. Estimated, not measured.
 constexpr int64_t kWideOutputs = 512;
 
-// Tables in one piece of device memory, written anew when they have changed.
+// Tables in one piece of device memory.
 class DeviceTables {
  public:
   // Places `count` elements behind what is there; returns their offset.
@@ -41,7 +41,6 @@ class DeviceTables {
   // The copy is made from pageable memory, which the driver has read when it returns; it follows
   // what the stream does with the old tables.
   void upload(const Tensor& like, cudaStream_t stream) {
-    if (bytes_ == uploaded_) return;
     // A graph would go on reading where the host's bytes are now.
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     cuda::check(kOp, cudaStreamIsCapturing(stream, &capture));
@@ -55,15 +54,17 @@ class DeviceTables {
     }
     cuda::check(kOp, cudaMemcpyAsync(memory_->data_ptr(), bytes_.data(), bytes_.size(),
                                      cudaMemcpyHostToDevice, stream));
-    uploaded_ = bytes_;
+    is_there_ = true;
   }
+  bool is_there() const { return is_there_; }
   template <class Element>
   Element* at(size_t offset) const {
     return reinterpret_cast<Element*>(static_cast<std::byte*>(memory_->data_ptr()) + offset);
   }
 
  private:
-  std::vector<std::byte> bytes_, uploaded_;
+  std::vector<std::byte> bytes_;
+  bool is_there_ = false;
   std::optional<Tensor> memory_;
   size_t capacity_ = 0;
 };
@@ -98,23 +99,24 @@ class CudaSweep final : public Sweep {
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
 
   void forward(const StepMemory& memory) override {
-    const cuda::SweepStep<T> step = begin(memory);
-    cuda::check(kOp, cuda::launch_sweep_forward(step, program_, spread_, library(memory, step),
-                                                stream(memory)));
-    if (memory.apart && step.loss != nullptr) {
-      cuda::check(kOp, cuda::launch_sweep_loss(step, stream(memory)));
+    step_ = begin(memory);
+    cuda::check(
+        kOp, cuda::launch_sweep_forward(step_, program_, spread_, library(memory), stream(memory)));
+    if (memory.apart && step_.loss != nullptr) {
+      cuda::check(kOp, cuda::launch_sweep_loss(step_, stream(memory)));
     }
   }
 
   void update(const StepMemory& memory) override {
-    cuda::SweepStep<T> step = begin(memory);
-    if (memory.apart) step.loss = nullptr;  // it is there since `forward`
+    if (memory.apart) {
+      step_ = begin(memory);
+      step_.loss = nullptr;  // it is there since `forward`
+    }
     if (memory.gradient != nullptr) {
-      cuda::check(kOp, cuda::launch_sweep_regression(step, program_, spread_, library(memory, step),
+      cuda::check(kOp, cuda::launch_sweep_regression(step_, program_, spread_, library(memory),
                                                      stream(memory)));
     }
-    cuda::check(kOp,
-                cuda::launch_sweep_update(step, program_, library(memory, step), stream(memory)));
+    cuda::check(kOp, cuda::launch_sweep_update(step_, program_, library(memory), stream(memory)));
   }
 
  private:
@@ -128,11 +130,11 @@ class CudaSweep final : public Sweep {
     return cuda::library_from();
   }
 
-  cuda::Library library(const StepMemory& memory, const cuda::SweepStep<T>& step) {
-    return [&memory, &step, this](const cuda::LibraryProduct& product) {
+  cuda::Library library(const StepMemory& memory) {
+    return [&memory, this](const cuda::LibraryProduct& product) {
       const auto at = [&](const cuda::Operand& operand) -> void* {
         if (operand.place == cuda::Place::parameter) return memory.parameters[operand.at].value;
-        return cuda::resolve(step, operand);
+        return cuda::resolve(step_, operand);
       };
       const MatrixAt out{at(product.out), product.rows, product.columns, false};
       const MatrixAt a{at(product.a), product.rows, product.depth, product.a_transposed};
@@ -174,17 +176,10 @@ class CudaSweep final : public Sweep {
     return static_cast<cudaStream_t>(memory.stream);
   }
 
-  // The tables on the device, and everything the kernels are told.
-  cuda::SweepStep<T> begin(const StepMemory& memory) {
-    const Tensor& like = *memory.like;
-    if (!workspace_) workspace_ = empty(like, {program_.workspace});
-    fixed_.upload(like, stream(memory));
-
+  // `prepares`: whether some numbers are the GPU's own.
+  std::vector<cuda::SweepParameter<T>> parameters_of(const StepMemory& memory,
+                                                     bool* prepares) const {
     std::vector<cuda::SweepParameter<T>> parameters(memory.parameters.size());
-    // What lies between the members is compared, too.
-    std::memset(static_cast<void*>(parameters.data()), 0,
-                parameters.size() * sizeof(parameters[0]));
-    bool prepares = false;
     for (size_t i = 0; i < parameters.size(); ++i) {
       const ParameterMemory& from = memory.parameters[i];
       cuda::SweepParameter<T>& to = parameters[i];
@@ -192,27 +187,43 @@ class CudaSweep final : public Sweep {
       to.first = static_cast<T*>(from.first);
       to.second = static_cast<T*>(from.second);
       if (from.device_step.at == nullptr && from.device_lr.at == nullptr) {
-        assign(prepared<T>(from.settings, from.step,
-                           [](double beta, double n) { return std::pow(beta, n); }),
-               to.update);
+        to.update = prepared<T>(from.settings, from.step,
+                                [](double beta, double n) { return std::pow(beta, n); });
         continue;
       }
-      // The rule, that there is something to do; the rest is the GPU's.
-      prepares = true;
+      // The rule, that there is something to do; the rest is worked out there.
+      *prepares = true;
       to.update.rule = from.settings.rule;
-      assign(from.settings, to.settings);
+      to.settings = from.settings;
+      if (from.device_lr.at != nullptr) to.settings.lr = 0;  // NaN would equal nothing
       to.count = from.step;
-      assign(from.device_step, to.step);
-      assign(from.device_lr, to.lr);
+      to.step = from.device_step;
+      to.lr = from.device_lr;
     }
     for (const cuda::LibraryProduct& gradient : program_.gradients) {
       const auto number = static_cast<size_t>(gradient.parameter);
       if (is_folded(memory.parameters[number])) parameters[number].update.rule = Rule::none;
     }
-    of_step_.clear();
-    const size_t of_parameters = of_step_.add(parameters);
-    const size_t of_statistics = of_step_.add(memory.statistics);
-    of_step_.upload(like, stream(memory));
+    return parameters;
+  }
+
+  // The tables on the device, and everything the kernels are told.
+  cuda::SweepStep<T> begin(const StepMemory& memory) {
+    const Tensor& like = *memory.like;
+    if (!workspace_) workspace_ = empty(like, {program_.workspace});
+    if (!fixed_.is_there()) fixed_.upload(like, stream(memory));
+
+    bool prepares = false;
+    std::vector<cuda::SweepParameter<T>> parameters = parameters_of(memory, &prepares);
+    // Uploaded anew when something is another than in the step before.
+    if (!of_step_.is_there() || parameters != parameters_ || memory.statistics != statistics_) {
+      parameters_ = std::move(parameters);
+      statistics_ = memory.statistics;
+      of_step_.clear();
+      of_parameters_ = of_step_.add(parameters_);
+      of_statistics_ = of_step_.add(statistics_);
+      of_step_.upload(like, stream(memory));
+    }
 
     cuda::SweepStep<T> step{};
     step.instructions = fixed_.template at<cuda::Instruction>(instructions_);
@@ -224,10 +235,10 @@ class CudaSweep final : public Sweep {
     step.loss_count = static_cast<int32_t>(program_.synthesis.size());
     step.criterion_loss = program_.criterion;
     step.workspace = static_cast<T*>(workspace_->data_ptr());
-    step.parameters = of_step_.template at<cuda::SweepParameter<T>>(of_parameters);
-    step.parameter_count = static_cast<int32_t>(parameters.size());
+    step.parameters = of_step_.template at<cuda::SweepParameter<T>>(of_parameters_);
+    step.parameter_count = static_cast<int32_t>(parameters_.size());
     step.prepares = prepares;
-    step.statistics = of_step_.template at<void*>(of_statistics);
+    step.statistics = of_step_.template at<void*>(of_statistics_);
     step.x = static_cast<const T*>(memory.x);
     step.network_input = static_cast<const T*>(memory.network_input);
     step.context = static_cast<const T*>(memory.context);
@@ -248,37 +259,15 @@ class CudaSweep final : public Sweep {
     return step;
   }
 
-  // Member by member: a copy of the whole would bring along what lies between them.
-  static void assign(const Update<T>& from, Update<T>& to) {
-    to.rule = from.rule;
-    to.lr = from.lr;
-    to.weight_decay = from.weight_decay;
-    to.a = from.a;
-    to.b = from.b;
-    to.one_minus_b = from.one_minus_b;
-    to.root_correction = from.root_correction;
-    to.eps = from.eps;
-    to.nesterov = from.nesterov;
-  }
-  static void assign(const OptimizerSettings& from, OptimizerSettings& to) {
-    to.rule = from.rule;
-    to.lr = std::isnan(from.lr) ? 0 : from.lr;
-    to.weight_decay = from.weight_decay;
-    to.a = from.a;
-    to.b = from.b;
-    to.eps = from.eps;
-    to.nesterov = from.nesterov;
-  }
-  static void assign(const DeviceNumber& from, DeviceNumber& to) {
-    to.at = from.at;
-    to.wide = from.wide;
-  }
-
   NetworkSpec spec_;
   cuda::SweepProgram program_;
   int32_t task_count_;
   cuda::Spread spread_;
   DeviceTables fixed_, of_step_;
+  cuda::SweepStep<T> step_{};  // the one at work
+  std::vector<cuda::SweepParameter<T>> parameters_;
+  std::vector<void*> statistics_;
+  size_t of_parameters_ = 0, of_statistics_ = 0;
   size_t instructions_, reductions_, jobs_, tasks_, losses_;
   std::optional<Tensor> workspace_, narrow_;
 };
