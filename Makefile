@@ -15,6 +15,8 @@ ifeq ($(SYSTEM_TORCH),1)
   READY :=
 else
   RUN := .venv/bin/python
+  # Tests on as many processors as there are, up to eight.
+  SPREAD := --numprocesses=auto --maxprocesses=8 --dist=worksteal
   BUILT := build/.installed
   READY := .venv/.requirements
   export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -29,10 +31,10 @@ demo: build
 	$(RUN) examples/mnist_fcn.py
 
 test: build
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SPREAD)
 
 test-all: build
-	$(RUN) -m pytest --all
+	$(RUN) -m pytest --all $(SPREAD)
 
 bench: build
 	$(RUN) -m benchmarks

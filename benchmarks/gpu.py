@@ -3,17 +3,20 @@
     python -m benchmarks.gpu [--quick] [--output FOLDER]
 
 Device tests, compute-sanitizer over small steps, the device's own constants, then the step times
-of the CUDA backend beside every baseline, each in a process of its own. What is done is not done
-again: a second run goes on where the first one stopped. Writes to
+of the CUDA backend beside every baseline, each in a process of its own. What this build has done is
+not done again: a second run goes on where the first one stopped. Writes to
 benchmarks/results/<gpu>/<date>/: gpu.json, gpu.md, speedup.png, roofline.png, constants.json and
 log.txt.
 """
 
 import datetime
+import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -64,15 +67,50 @@ class Step(NamedTuple):
     seconds: float
 
 
+def sources() -> str:
+    """What is measured, in a word: of another one nothing is done yet."""
+    files = [path for name in ("fastdni", "tests", "benchmarks") for path in (ROOT / name).glob("**/*")]
+    text = hashlib.sha256()
+    for path in sorted(files):
+        if path.suffix in (".py", ".cu", ".so"):
+            text.update(path.read_bytes())
+    return text.hexdigest()
+
+
+def run(command: Sequence[str], seconds: float, log: Path) -> str:
+    """Runs a command, and stops it with all that it has started; returns how it failed, or ""."""
+    with log.open("w") as out:
+        try:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            )
+        except OSError as error:
+            out.write(f"{error}\n")
+            return "not started"
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped after {seconds:.0f} s"
+    return f"exit code {code}" if code else ""
+
+
 def run_steps(
-    steps: Sequence[Step], folder: Path, left: Callable[[], float], say: Callable[[str], None]
+    steps: Sequence[Step],
+    folder: Path,
+    left: Callable[[], float],
+    say: Callable[[str], None],
+    of: str = "",
 ) -> list[str]:
-    """Runs what is not marked as done; returns the names of those that failed or had no time."""
+    """Runs what is not marked as done `of` these sources; returns the names of those that failed or
+    had no time."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for step in steps:
         mark, log = folder / f"{step.name}.done", folder / f"{step.name}.log"
-        if mark.exists():
+        done = f"{of} {' '.join(map(str, step.command))}"
+        if mark.exists() and mark.read_text() == done:
             say(f"{step.name}: done before")
             continue
         limit = min(step.seconds, left())
@@ -81,20 +119,13 @@ def run_steps(
             missing.append(step.name)
             continue
         begin = time.monotonic()
-        with log.open("w") as out:
-            try:
-                done = subprocess.run(
-                    step.command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, timeout=limit
-                )
-                failure = f"exit code {done.returncode}" if done.returncode else ""
-            except subprocess.TimeoutExpired:
-                failure = f"stopped after {limit:.0f} s"
+        failure = run(step.command, limit, log)
         if failure:
             last = log.read_text().strip().rpartition("\n")[2]
             say(f"{step.name}: FAILED, {failure}: {last}")
             missing.append(step.name)
         else:
-            mark.touch()
+            mark.write_text(done)
             say(f"{step.name}: done in {time.monotonic() - begin:.0f} s")
     return missing
 
@@ -102,12 +133,17 @@ def run_steps(
 def small_steps() -> None:
     """A few steps of small networks of every kind, for compute-sanitizer."""
     import fastdni as dni
+    from fastdni.agreement import disagreement
+
+    # Every arithmetic of products, BatchNorm, a wide layer, the ops of a synthesizer.
+    print(disagreement(torch.device("cuda")) or "the kernels agree with plain PyTorch")
 
     cases = [
         Case((33, 40, 70, 5), 20),
         Case((33, 40, 70, 5), 20, "sgd", "tanh", norm=True),
         Case((33, 40, 70, 5), 20, hidden=(50,), precision="tf32"),
         Case((33, 40, 70, 5), 20, precision="bf16"),
+        Case((33, 40, 70, 5), 20, "momentum", "sigmoid", context=False),
         Case((64, 600, 5), 40),
     ]
     for case in (case._replace(device="cuda") for case in cases):
@@ -120,9 +156,15 @@ def small_steps() -> None:
         print(case, loss)
 
 
+def cuda_tool(name: str) -> str:
+    """The path of one of the toolkit's programs."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or str(Path(home) / "bin" / name)
+
+
 def constants(folder: Path) -> None:
     """Builds and runs device_constants.cu, and times large products of torch."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = cuda_tool("nvcc")
     program = folder / "work" / "device_constants"
     flags = ["-O2", "-std=c++17", f"-arch=sm_{architecture()}"]
     subprocess.run([nvcc, *flags, HERE / "device_constants.cu", "-o", program], check=True)
@@ -211,7 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     tests = [str(ROOT / "tests" / name) for name in DEVICE_TESTS]
     steps = [Step("tests", [sys.executable, "-m", "pytest", "-q", *tests], 300)]
     for tool in ("memcheck", "racecheck"):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        # Without torch's cache every tensor is an allocation of its own, whose ends are known.
+        apart = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", cuda_tool("compute-sanitizer")]
+        sanitizer = [*apart, "--tool", tool, "--error-exitcode", "1"]
         steps.append(Step(tool, [*sanitizer, *part, "small"], 120))
     steps.append(Step("constants", [*part, "constants"], 120))
     chosen = QUICK if options.quick else tuple(CASES)
@@ -221,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder / "work",
         lambda: budget - (time.monotonic() - begin),
         lambda text: print(text, flush=True),
+        sources(),
     )
     write(folder)
     print(f"wrote {folder}")

@@ -75,7 +75,7 @@ struct PlanHandle {
   std::string launches;
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
-             const std::string& device, const std::string& criterion, bool input_gradient,
+             std::optional<int32_t> gpu, const std::string& criterion, bool input_gradient,
              const std::string& products, bool separate_input) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
@@ -87,7 +87,7 @@ struct PlanHandle {
     spec.products = fastdni::products_named(products);
     spec.separate_input = separate_input;
     const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
-    auto plan = fastdni::make_plan(std::move(spec), type, device == "cuda");
+    auto plan = fastdni::make_plan(std::move(spec), type, gpu);
     workspace_bytes = plan->sweep->workspace_bytes();
     launches = plan->sweep->launches();
     handle = fastdni::register_plan(std::move(plan));
@@ -124,15 +124,18 @@ PYBIND11_MODULE(_C, m) {
       .def("unchanged", &fastdni::Watch::unchanged, "Whether all of them hold what they held.");
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
-      .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&, const std::string&,
-                    const std::string&, bool, const std::string&, bool>(),
-           py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("device"),
+      .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&,
+                    std::optional<int32_t>, const std::string&, bool, const std::string&, bool>(),
+           py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("gpu"),
            py::arg("criterion"), py::arg("input_gradient"), py::arg("products"),
            py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def(
           "forget", [](const PlanHandle& plan) { fastdni::find_plan(plan.handle)->last = {}; },
           "Lets go of the tensors that a repeated step would take.")
+      .def_property_readonly(
+          "begun", [](const PlanHandle& plan) { return fastdni::find_plan(plan.handle)->begun; },
+          "Whether the last step had begun to write when it failed.")
       .def_readonly("launches", &PlanHandle::launches, "How a GPU's launches divide the step.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)

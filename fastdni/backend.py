@@ -5,6 +5,7 @@ PyTorch of `fastdni.reference` everywhere else. `set_backend` and `use_backend` 
 """
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +14,6 @@ import torch
 from fastdni import _C
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-# Kernels that have run on the host alone, never on a GPU: whoever wants them asks for them.
-_NOT_BY_THEMSELVES = ("cuda",)
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # The schema of oneDNN's product, a private op of torch, that csrc/ops/product.cpp was written for.
@@ -46,10 +45,11 @@ _found_available: set[str] = set()
 _fp32_precision = "torch"
 
 
-def _why_the_gpu_is_not_served() -> str | None:
-    """What keeps the CUDA kernels from the current GPU: its age, the driver's, the build."""
-    major, minor = torch.cuda.get_device_capability()
-    gpu = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+def _unfit(device: torch.device | None = None) -> str | None:
+    """What keeps the CUDA kernels from a GPU, by default the current one: its age, the driver's,
+    the build."""
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
     if major < 8:
         return f"the kernels are for GPUs from sm_80 on, this is {gpu}"
     driver, toolkit = _C.cuda_versions()
@@ -60,6 +60,37 @@ def _why_the_gpu_is_not_served() -> str | None:
     if not any(_runs(architecture, 10 * major + minor) for architecture in built_for):
         return f"the kernels are built for {', '.join(built_for)}; this is {gpu}"
     return None
+
+
+# Of each GPU met so far why plain PyTorch serves it, or None: it does not.
+_unserved: dict[int, str | None] = {}
+_looking = threading.Lock()
+
+
+def _look(device: torch.device) -> str | None:
+    from fastdni import agreement  # which calls the ops, and they ask here
+
+    try:
+        reason = _unfit(device) or agreement.disagreement(device)
+    except RuntimeError as error:
+        reason = f"its kernels fail: {str(error).splitlines()[0]}"
+    if reason is not None:
+        warnings.warn(f"fastdni: plain PyTorch serves {device}: {reason}", stacklevel=2)
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def why_unserved(device: torch.device) -> str | None:
+    """Why `auto` leaves a GPU to plain PyTorch, or None. The first time, its kernels are compared
+    with plain PyTorch there: a second's work, that the host waits for."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _unserved:
+        if torch.cuda.is_current_stream_capturing():
+            return "a graph is captured, in which nothing can be compared"
+        with _looking:
+            if index not in _unserved:
+                _unserved[index] = _look(torch.device("cuda", index))
+    return _unserved[index]
 
 
 def _runs(architecture: str, of_gpu: int) -> bool:
@@ -76,7 +107,7 @@ def backends() -> dict[str, str]:
     elif not torch.cuda.is_available():
         cuda = "torch sees no CUDA GPU"
     else:
-        cuda = _why_the_gpu_is_not_served() or "available"
+        cuda = _unfit() or "available"
     return {
         "cpu": "available",
         "cuda": cuda,
@@ -177,11 +208,23 @@ def serves(tensor: torch.Tensor, devices: tuple[str, ...]) -> bool:
         return False
     device = tensor.device.type
     if name == "auto":
-        by_itself = device in devices and device not in _NOT_BY_THEMSELVES
-        return by_itself and tensor.dtype in KERNEL_DTYPES
+        if device not in devices or tensor.dtype not in KERNEL_DTYPES:
+            return False
+        return device != "cuda" or why_unserved(tensor.device) is None
     if name != device or device not in devices or tensor.dtype not in KERNEL_DTYPES:
         raise RuntimeError(
             f"fastdni: backend {name!r} has no kernel for this op on a {tensor.dtype} tensor on "
             f'{tensor.device}; set_backend("auto") falls back to the reference'
         )
     return True
+
+
+def why_reference(tensor: torch.Tensor) -> str:
+    """Why the reference serves a tensor, in words."""
+    if choice() == "reference":
+        return 'plain PyTorch: the backend is "reference"'
+    device = tensor.device
+    has_kernels = device.type in kernel_devices("sweep_") and tensor.dtype in KERNEL_DTYPES
+    if device.type == "cuda" and has_kernels:
+        return f"plain PyTorch: {why_unserved(device)}"
+    return f"plain PyTorch: there are no kernels for {tensor.dtype} on {device.type}"

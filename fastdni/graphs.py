@@ -54,42 +54,52 @@ def make_graphed_step(
                 f"make_graphed_step: {type(each).__name__} must be made with capturable=True, so "
                 "that its step count and learning rate live on the device"
             )
-    static_x, static_target = x.clone(), target.clone()
-    rates = [_Rate(group, x.device) for each in optimizers for group in each.param_groups]
-    mask = None if update_mask is None else list(update_mask)
-    # Plans of its own: ordinary steps of the network leave what the graph reads as it is.
-    trainer = Trainer(net)
+    return _GraphedStep(
+        net,
+        (optimizer, criterion, context, None if update_mask is None else list(update_mask)),
+        [_Rate(group, x.device) for each in optimizers for group in each.param_groups],
+        (x.clone(), target.clone()),
+        warmup,
+    )
 
-    def run() -> StepResult:
-        how = (optimizer, criterion, context, mask)
-        return StepResult(*trainer.step(static_x, static_target, *how))
 
-    for rate in rates:
-        rate.take()
-    try:
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
+class _GraphedStep:
+    """A captured step, with the memory that its graph uses."""
+
+    def __init__(self, net, how: tuple, rates: "list[_Rate]", data: tuple[Tensor, Tensor], warmup):
+        # Plans of its own: ordinary steps of the network leave what the graph reads as it is.
+        self._trainer = Trainer(net)
+        self._how, self._rates, self._data = how, rates, data
+        for rate in rates:
+            rate.take()
+        try:
+            with torch.cuda.device(data[0].device):
+                self._warm_up(warmup)
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._result = self._run()
+        finally:
+            for rate in rates:
+                rate.give_back()
+
+    def _run(self) -> StepResult:
+        return StepResult(*self._trainer.step(*self._data, *self._how))
+
+    def _warm_up(self, steps: int) -> None:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(warmup):
-                run()
-        torch.cuda.current_stream(x.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
-    finally:
-        for rate in rates:
-            rate.give_back()
+            for _ in range(steps):
+                self._run()
+        current.wait_stream(side)
 
-    def step(x: Tensor, target: Tensor) -> StepResult:
-        static_x.copy_(x)
-        static_target.copy_(target)
-        for rate in rates:
+    def __call__(self, x: Tensor, target: Tensor) -> StepResult:
+        for ours, given in zip(self._data, (x, target), strict=True):
+            ours.copy_(given)
+        for rate in self._rates:
             rate.refresh()
-        graph.replay()
-        return result
-
-    step.trainer = trainer  # whose memory the graph uses
-    return step
+        self._graph.replay()
+        return self._result
 
 
 class _Rate:

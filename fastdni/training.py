@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdni import backend, reference
+from fastdni import backend, ops, reference
 from fastdni.arguments import (
     autocast_dtype,
     check_arguments,
@@ -46,8 +46,15 @@ class Repetition:
     """
 
     def __init__(
-        self, run: Callable, step: Step, given: Optimizer, device: torch.device, watch: ModuleWatch
+        self,
+        run: Callable,
+        plan: ops.SweepPlan,
+        step: Step,
+        given: Optimizer,
+        device: torch.device,
+        watch: ModuleWatch,
     ):
+        self._plan = plan
         self._run, self._watch, self._optimizers = run, watch, step.optimizers
         self._rules, self._given = step.optimizers.rules, given
         self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
@@ -85,6 +92,8 @@ class Repetition:
                 return None
             results = self._run(x, target, context)
         except Exception:
+            if self._plan.begun:  # no refusal: a GPU that is out of memory, say
+                raise
             return None
         self.finish()
         return results
@@ -236,7 +245,7 @@ class Trainer:
                 elif dtype not in (None, torch.bfloat16):
                     reason = f"autocast to {dtype}"
             elif served_by == "reference":
-                reason = 'plain PyTorch: no kernel here, "reference", or on a GPU not asked for'
+                reason = backend.why_reference(self.parsed[number].weight)
             elif number in fused and optimizers.reason is not None:
                 reason = f"its gradients; the update is the optimizer's own: {optimizers.reason}"
             rows.append(
@@ -319,7 +328,7 @@ class Trainer:
         (part,) = parts
         run = part.whole_step(step)
         results = run(step.x, step.target, step.context)
-        last = Repetition(run, step, optimizer, device, watch)
+        last = Repetition(run, part.plan(len(step.x)), step, optimizer, device, watch)
         last.finish()
         plain = all(step.active) and isinstance(optimizer, Optimizer)
         self._last = last if plain and part.backend != "reference" else None

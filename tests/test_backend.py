@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastdni
-from fastdni import backend, ops, reference
+from fastdni import agreement, backend, ops, reference
 from fastdni.ops import SynthesizerParameters
 
 NAMES = ["cpu", "cuda", "triton", "reference"]
@@ -98,8 +98,8 @@ def test_why_a_gpu_is_not_served(capability, driver, built, reason, monkeypatch)
     monkeypatch.setattr(fastdni._C, "build_info", lambda: info)
     monkeypatch.setattr(fastdni._C, "cuda_versions", lambda: (driver, 13000), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     assert fastdni.backends()["cuda"] == reason
 
 
@@ -156,6 +156,61 @@ def test_kernels_serve_the_gpu(no_reference):
     for name in ("auto", "cuda"):
         with fastdni.use_backend(name):
             fastdni.regression_loss(x, x)
+
+
+# ---- whether `auto` takes a GPU's kernels ----
+
+
+@pytest.fixture
+def met(monkeypatch):
+    """A GPU, number 3, that is met for the first time; the list of times that it was looked at."""
+    looks = []
+
+    def look(device):
+        looks.append(device)
+        return None
+
+    monkeypatch.setattr(backend, "_unserved", {})
+    monkeypatch.setattr(backend, "_unfit", lambda device: None)
+    monkeypatch.setattr(agreement, "disagreement", look)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return looks
+
+
+GPU = torch.device("cuda", 3)
+
+
+def test_a_gpus_kernels_are_looked_at_once(met):
+    assert backend.why_unserved(GPU) is None and backend.why_unserved(GPU) is None
+    assert met == [GPU]
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_a_gpu_that_is_not_served_is_one_warning(met, monkeypatch, looked):
+    """Too old, say, or computing something else."""
+    found = agreement if looked else backend
+    name = "disagreement" if looked else "_unfit"
+    monkeypatch.setattr(found, name, lambda device: "the reason")
+    with pytest.warns(UserWarning, match="fastdni: plain PyTorch serves cuda:3: the reason"):
+        assert backend.why_unserved(GPU) == "the reason"
+    assert backend.why_unserved(GPU) == "the reason"
+    assert met == []
+
+
+def test_kernels_that_fail_do_not_serve(met, monkeypatch):
+    def fail(device):
+        raise RuntimeError("CUDA error: an illegal instruction\nand much more")
+
+    monkeypatch.setattr(agreement, "disagreement", fail)
+    with pytest.warns(UserWarning, match="its kernels fail: CUDA error: an illegal instruction$"):
+        backend.why_unserved(GPU)
+
+
+def test_nothing_is_compared_while_a_graph_is_captured(met, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "a graph is captured" in backend.why_unserved(GPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert backend.why_unserved(GPU) is None and met == [GPU]
 
 
 # ---- set_backend, use_backend ----

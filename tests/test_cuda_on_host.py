@@ -20,17 +20,20 @@ TESTS = Path(__file__).parent
 # Of each file what runs there: kernels on the host are slow, so of many cases a few. The kernels
 # of bfloat16 tensors are the CPU's alone.
 CHOSEN = {
-    "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored or registered or repeated"
+    "test_sweep.py": "in_a_graph or plain_averages or bfloat16 or part_of or ignored or registered or repeated"
     " or refuse or says_how",
     "test_network_repetition.py": "steps_are or mask",
     "test_network_edges.py": "learning_rate_in or same_step or infinite",
     "test_synthesizer.py": "(zero or opcheck) and not bfloat16",
+    "test_agreement.py": "agree",
 }
 # Where torch's library makes every product of a step.
 BY_LIBRARY = {
     "test_network_repetition.py": "steps_are",
     "test_synthesizer.py": "zero and not bfloat16",
 }
+# As a graph would take the launches: with Adam's step counts on the CPU it must not.
+CAPTURED = {"test_network_repetition.py": "steps_are and not adam"}
 
 
 BUILDS = [build]
@@ -59,3 +62,8 @@ def test_the_cpus_tests_pass_on_the_cuda_backend(file):
 @pytest.mark.parametrize("file", BY_LIBRARY)
 def test_they_pass_where_torch_makes_the_products(file):
     run(file, BY_LIBRARY[file], FASTDNI_LIBRARY_FROM="1")
+
+
+@pytest.mark.parametrize("file", CAPTURED)
+def test_they_pass_where_the_launches_are_captured(file):
+    run(file, CAPTURED[file], SIMT_CAPTURED="1")

@@ -8,6 +8,7 @@ from network_cases import OPTIMIZERS, batch, local, network, snapshot
 from torch import nn
 
 import fastdni
+from fastdni.graphs import _Rate
 
 CONTEXT = torch.ones(6, 5, dtype=torch.float64)
 
@@ -293,3 +294,21 @@ def test_a_graphed_step_needs_a_capturable_optimizer():
         fastdni.make_graphed_step(
             net, OPTIMIZERS["adam"](net.parameters()), given["x"].cuda(), given["target"].cuda()
         )
+
+
+def test_a_graphs_learning_rates_follow_the_optimizers():
+    """The hand-over alone: captures and replays are in test_cuda_device.py."""
+    group, own = {"lr": 0.5}, {"lr": torch.tensor(0.25)}
+    rates = [_Rate(g, torch.device("cpu")) for g in (group, own)]
+    kept = own["lr"]
+    for rate in rates:
+        rate.take()
+    read = group["lr"]  # where a graph would read it
+    assert read == 0.5 and own["lr"] is kept
+    for rate in rates:
+        rate.give_back()
+    assert group["lr"] == 0.5 and not isinstance(group["lr"], torch.Tensor)
+    group["lr"] = 0.125  # as a scheduler does
+    for rate in rates:
+        rate.refresh()
+    assert read == 0.125 and own["lr"] is kept

@@ -323,7 +323,8 @@ def test_a_plan_says_how_a_gpu_divides_the_step():
     small = ops.SweepPlan(stages(), 4, "cross_entropy").launches
     large = ops.SweepPlan(stages((300, 600, 5)), 4000, "cross_entropy").launches
     assert small == "a cluster of 8 blocks for 16 rows"
-    assert large == "a launch for each layer, 4 products by torch's library"
+    layer = "a launch for each layer, for one is 600 wide"
+    assert large == f"{layer}; 4 products, from {3 << 26} multiply-adds on, by torch's library"
 
 
 def test_a_plan_lives_as_long_as_its_object():
@@ -334,3 +335,19 @@ def test_a_plan_lives_as_long_as_its_object():
     del plan
     with pytest.raises(RuntimeError, match="live plan"):
         torch.ops.fastdni.sweep_(handle, "sweep", *given, [1] * 4, False)
+
+
+@pytest.mark.parametrize("settings", ["adam", "nesterov"])
+def test_in_a_graph_step_counts_must_be_on_the_gpu(monkeypatch, settings):
+    """In the build for tests, whose launches can be taken for captured ones."""
+    if _C.build_info()["cuda_architectures"] != "host":
+        pytest.skip("another build: test_cuda_on_host.py runs it")
+    problem = Problem(stages(), settings=settings)
+    expected = problem.run("reference", steps=3)
+    monkeypatch.setenv("SIMT_CAPTURED", "1")
+    if settings == "adam":
+        with pytest.raises(RuntimeError, match="in a CUDA graph .* make it with capturable=True"):
+            problem.run("cpu")
+        return
+    for a, b in zip(problem.run("cpu", steps=3), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -31,9 +31,10 @@ cudaError_t launch(void (*kernel)(Parameters...), LaunchPlan plan, cudaStream_t 
                    const std::type_identity_t<Parameters>&... arguments) {
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = configured(plan, stream, attribute);
-  cudaLaunchKernelEx(&config, kernel, arguments...);
-  // Also clears the error: a refused launch must not be blamed on whoever asks next.
-  return cudaGetLastError();
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  // A refused launch must not be blamed on whoever asks next.
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 // How many clusters of such a launch the current GPU holds at a time.

@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+
 #include "cuda/launch.h"
 #include "cuda/sweep.cuh"
 #include "cuda/with_products.h"
@@ -42,7 +46,7 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
   for (const Segment& segment : segments) {
     for (int r = segment.reduce_first; r < segment.reduce_last && error == cudaSuccess; ++r) {
       const int64_t columns = program.reductions[r].columns;
-      const int64_t blocks = (columns + kSweepThreads - 1) / kSweepThreads;
+      const int64_t blocks = (columns + kReductionColumns - 1) / kReductionColumns;
       error = launch(sweep_reduction_kernel<T>, {blocks, kSweepThreads}, stream, step, r,
                      program.row_blocks);
     }
@@ -68,15 +72,34 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
 
 }  // namespace
 
-bool sweep_clusters() {
+template <class T>
+bool sweep_clusters(Products products) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return false;
   }
   if (major < 9) return false;
-  LaunchPlan plan{1, kSweepThreads, kSweepCluster, true};
-  return most_clusters(sweep_rows_kernel<Products::exact, float>, plan) > 0;
+  int most = 0;
+  const LaunchPlan plan{1, kSweepThreads, kSweepCluster, true};
+  with_products<T>(products, [&](auto kind) {
+    most = most_clusters(sweep_rows_kernel<kind(), T>, plan);
+    return cudaSuccess;
+  });
+  return most > 0;
+}
+
+cudaError_t launch_sweep_write(void* to, const void* bytes, size_t count, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  for (size_t at = 0; at < count && error == cudaSuccess; at += SweepBytes::kMost) {
+    const size_t some = std::min(count - at, SweepBytes::kMost);
+    SweepBytes sent;
+    std::memcpy(sent.words, static_cast<const std::byte*>(bytes) + at, some);
+    auto* words = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(to) + at);
+    error = launch(sweep_write_kernel, {1, kSweepThreads}, stream, sent, words,
+                   static_cast<int>((some + 3) / sizeof(uint32_t)));
+  }
+  return error;
 }
 
 template <class T>
@@ -119,6 +142,7 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& pr
 }
 
 #define INSTANTIATE(T)                                                                           \
+  template bool sweep_clusters<T>(Products);                                                     \
   template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, Spread,    \
                                             const Library&, cudaStream_t);                       \
   template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, Spread, \

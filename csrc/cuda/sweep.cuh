@@ -9,6 +9,8 @@
 namespace fastdni::cuda {
 
 constexpr int kSweepLanes = kTileLanes;  // threads of a row
+// Columns of a BatchNorm that a block joins the moments of.
+constexpr int kReductionColumns = 16;
 constexpr int64_t kIgnoredLabel = -100;
 static_assert(kSweepThreads == kTileThreads && kSweepRows == kTileRows);
 static_assert(kSweepColumns == kTileColumns && kUpdateColumns == kTileColumns);
@@ -16,6 +18,10 @@ static_assert(kSweepColumns == kTileColumns && kUpdateColumns == kTileColumns);
 // proofs.
 template <class T>
 constexpr int kSweepBlocks = sizeof(T) == sizeof(float) ? 2 : 1;
+
+inline __global__ void sweep_write_kernel(const SweepBytes bytes, uint32_t* to, int words) {
+  for (int i = threadIdx.x; i < words; i += kSweepThreads) to[i] = bytes.words[i];
+}
 
 template <class T>
 __device__ T activated(Activation activation, T u) {
@@ -315,23 +321,43 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
   }
 }
 
-// A column of a BatchNorm to each thread: joins the moments of the row blocks (Chan et al. 1979).
+// The sum of what the threads of a column found; for all threads of the block.
+inline __device__ double column_total(double value) {
+  FASTDNI_SHARED(double, values, kSweepThreads);
+  __syncthreads();  // before the next sum
+  values[threadIdx.x] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int t = threadIdx.x % kReductionColumns; t < kSweepThreads; t += kReductionColumns) {
+    sum += values[t];
+  }
+  return sum;
+}
+
+// Joins the moments of the row blocks (Chan et al. 1979), which the threads of a column share.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_reduction_kernel(const SweepStep<T> step, int number, int64_t row_blocks) {
   const Reduction& op = step.reductions[number];
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kSweepThreads + threadIdx.x;
   if (op.of_gradient && !step.active.has(op.stage)) return;
-  if (c >= op.columns) return;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kReductionColumns +
+                    threadIdx.x % kReductionColumns;
   const T* first = step.workspace + op.partials + c;
   const T* second = first + row_blocks * op.columns;
   T* mean_out = step.workspace + op.statistics + c;
+  constexpr int kSlices = kSweepThreads / kReductionColumns;
+  const bool inside = c < op.columns;
+  const int64_t begin = inside ? threadIdx.x / kReductionColumns : row_blocks;
+  const bool reports = inside && threadIdx.x < kReductionColumns;
   if (op.of_gradient) {
     double sum = 0, products = 0;
-    for (int64_t b = 0; b < row_blocks; ++b) {
+    for (int64_t b = begin; b < row_blocks; b += kSlices) {
       sum += first[b * op.columns];
       products += second[b * op.columns];
     }
+    sum = column_total(sum);
+    products = column_total(products);
+    if (!reports) return;
     mean_out[2 * op.columns] = static_cast<T>(sum);
     mean_out[3 * op.columns] = static_cast<T>(products);
     return;
@@ -341,12 +367,14 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     return static_cast<double>(left < kSweepRows ? left : kSweepRows);
   };
   double mean = 0, squares = 0;
-  for (int64_t b = 0; b < row_blocks; ++b) mean += first[b * op.columns] * rows(b);
-  mean /= step.batch;
-  for (int64_t b = 0; b < row_blocks; ++b) {
+  for (int64_t b = begin; b < row_blocks; b += kSlices) mean += first[b * op.columns] * rows(b);
+  mean = column_total(mean) / step.batch;
+  for (int64_t b = begin; b < row_blocks; b += kSlices) {
     const double off = first[b * op.columns] - mean;
     squares += second[b * op.columns] + off * off * rows(b);
   }
+  squares = column_total(squares);
+  if (!reports) return;
   mean_out[0] = static_cast<T>(mean);
   mean_out[op.columns] = static_cast<T>(1 / sqrt(squares / step.batch + op.eps));
   if (op.running < 0) return;
@@ -486,12 +514,12 @@ template <class T>
 __device__ void report_criterion(const SweepStep<T>& step) {
   double counted = static_cast<double>(step.batch) * step.outputs;
   if (step.criterion == Criterion::cross_entropy) counted = counted_rows(step);
-  if (threadIdx.x != 0) return;
   double sum = 0;
-  for (int64_t i = 0; i < step.criterion_loss.count; ++i) {
+  for (int64_t i = threadIdx.x; i < step.criterion_loss.count; i += kSweepThreads) {
     sum += step.workspace[step.criterion_loss.partials + i];
   }
-  *step.loss = static_cast<T>(sum / counted);
+  sum = block_sum<kSweepThreads>(sum);
+  if (threadIdx.x == 0) *step.loss = static_cast<T>(sum / counted);
 }
 
 // The losses: the criterion's, then a warp to each synthesizer's.

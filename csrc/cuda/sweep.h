@@ -115,7 +115,18 @@ enum class Spread {
 // The largest cluster that every GPU with clusters takes.
 constexpr int kSweepCluster = 8;
 // Whether the current GPU takes clusters of that many of the sweep's blocks.
-bool sweep_clusters();
+template <class T>
+bool sweep_clusters(Products products);
+
+// Bytes that travel with a launch.
+struct SweepBytes {
+  static constexpr size_t kMost = 3840;  // a launch takes 4096 with all that it is given
+  uint32_t words[kMost / sizeof(uint32_t)];
+};
+
+// Writes bytes of the host into device memory, both 4-byte aligned. They travel with the launches:
+// a copy might wait, or be made by a graph's replay when the host's memory holds something else.
+cudaError_t launch_sweep_write(void* to, const void* bytes, size_t count, cudaStream_t stream);
 
 // Makes a product in the stream of the launches.
 using Library = std::function<void(const LibraryProduct&)>;

@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
+#include <limits>
 #include <optional>
 
+#include "common/network.h"
 #include "ops/tensor.h"
 
 // torch declares it only in CUDA builds. Weak, so that this extension also links and loads beside a
@@ -36,15 +38,29 @@ class OnDevice {
 };
 
 // Multiply-adds of a product from which on torch's library makes it: a block of ours reads all of
-// a weight for few rows. Estimated, not measured. FASTDNI_LIBRARY_FROM is for tests.
-inline int64_t library_from() {
+// a weight for few rows. Estimated, not measured. FASTDNI_LIBRARY_FROM is for tests. The library is
+// not asked for what it does not have: three products of TF32 in place of one, and products of
+// bfloat16 with sums in more where that is not on a GPU, or in float64.
+inline int64_t library_from(Products products, bool wide, bool on_cpu) {
   constexpr int64_t kLibraryFrom = int64_t{3} << 26;
+  if (products == Products::tf32x3 || (products == Products::bfloat16 && (wide || on_cpu))) {
+    return std::numeric_limits<int64_t>::max();
+  }
   const char* asked = std::getenv("FASTDNI_LIBRARY_FROM");
   return asked == nullptr ? kLibraryFrom : std::atoll(asked);
 }
 
 inline void check(const char* op, cudaError_t error) {
-  FASTDNI_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or it would be blamed on whoever asks next
+  fail(op, ": ", cudaGetErrorString(error));
+}
+
+// Whether what is sent to a stream becomes part of a graph.
+inline bool is_captured(const char* op, cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(op, cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace fastdni::cuda

@@ -55,17 +55,24 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
   }
 }
 
+void check_device(const std::string& caller, const std::string& name, const Tensor& tensor,
+                  const Plan& plan) {
+  const bool fits = plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu
+                             : tensor.is_cpu();
+  FASTDNI_CHECK(fits, caller, ": ", name, " must be on ",
+                plan.gpu ? "cuda:" + std::to_string(*plan.gpu) : "the CPU", ", as the plan is");
+}
+
 // Called for every parameter and state tensor of a step: no allocation unless it fails.
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
-                  const Shape& shape, ScalarType dtype, bool on_cuda) {
+                  const Shape& shape, ScalarType dtype, const Plan& plan) {
   const auto sizes = tensor.sizes();
   const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
   FASTDNI_CHECK(same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), caller, ": ",
                 name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
                 to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
                 to_string(shape_of(tensor)));
-  FASTDNI_CHECK(tensor.is_cpu() != on_cuda, caller, ": ", name, " must be on the ",
-                on_cuda ? "GPU" : "CPU", ", as the plan is");
+  check_device(caller, name, tensor, plan);
 }
 
 // The context's width, where all of the plan's synthesizers that take one agree.
@@ -91,7 +98,7 @@ void check_context(const std::string& caller, const Plan& plan, const OptionalTe
                     ", got None, and target holds no labels to make it from");
       FASTDNI_CHECK(shape_of(*target) == Shape{spec.batch}, caller, ": target must be (B,) = (",
                     spec.batch, ",), got ", to_string(shape_of(*target)));
-      if (plan.on_cuda) continue;
+      if (plan.gpu) continue;
       const auto* labels = data<int64_t>(*target);
       for (int64_t r = 0; r < spec.batch; ++r) {
         FASTDNI_CHECK(labels[r] < width, caller, ": context must be given, because the label ",
@@ -165,7 +172,7 @@ void bind_parameters(const std::string& caller, Plan& plan, const Tensors& param
   FASTDNI_CHECK(parameters.size() == shapes.size(), caller, ": parameters must hold ",
                 shapes.size(), " tensors, got ", parameters.size());
   for (size_t i = 0; i < shapes.size(); ++i) {
-    check_values(caller, "a parameter", parameters[i], shapes[i], plan.dtype, plan.on_cuda);
+    check_values(caller, "a parameter", parameters[i], shapes[i], plan.dtype, plan);
     plan.memory.parameters[i].value = parameters[i].data_ptr();
   }
   FASTDNI_CHECK(active.size() == plan.memory.active.size(), caller, ": active must hold ",
@@ -180,7 +187,7 @@ void bind_statistics(const std::string& caller, Plan& plan, const Tensors& stati
   for (size_t i = 0; i < shapes.size(); ++i) {
     const bool counter = i % 3 == 2;
     check_values(caller, "a running statistic", statistics[i], shapes[i],
-                 counter ? ScalarType::Long : plan.dtype, plan.on_cuda);
+                 counter ? ScalarType::Long : plan.dtype, plan);
     plan.memory.statistics[i] = statistics[i].data_ptr();
   }
 }
@@ -207,8 +214,7 @@ DeviceNumber device_number(const std::string& caller, const char* name, const Te
                 caller, ": an optimizer's ", name, " must be one float32 or float64 number, got ",
                 to_string(dtype), " ", to_string(shape_of(tensor)));
   if (tensor.is_cpu()) return {};
-  FASTDNI_CHECK(plan.on_cuda, caller, ": an optimizer's ", name,
-                " must be on the CPU, as the plan is");
+  check_device(caller, std::string("an optimizer's ") + name, tensor, plan);
   return {tensor.data_ptr(), dtype == ScalarType::Double};
 }
 
@@ -243,7 +249,7 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
     const auto take_values = [&] {
       const Tensor& tensor = take();
       check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
-                   plan.dtype, plan.on_cuda);
+                   plan.dtype, plan);
       return tensor.data_ptr();
     };
     switch (memory.settings.rule) {
@@ -327,6 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
+  plan.begun = false;
   const OnDevice device(plan, x);
   const Inputs inputs = check_inputs(caller, plan, x, target, context);
   bind_inputs(plan, inputs);
@@ -339,8 +346,10 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   plan.memory.gradient = nullptr;
 
   plan.memory.apart = false;
+  plan.begun = true;
   run_forward(plan);
   run_update(plan, steps);
+  plan.begun = false;
   plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
   return {output, loss, synthesis_loss};
 }
@@ -386,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
     inputs.network_input = as_contiguous(*network_input);
     check_values(caller, "network_input", *inputs.network_input,
                  {plan->spec.batch, plan->spec.stages[0].input_synthesizer.widths.front()},
-                 plan->dtype, plan->on_cuda);
+                 plan->dtype, *plan);
   }
   bind_inputs(*plan, inputs);
   bind_parameters(caller, *plan, parameters, active);
@@ -422,7 +431,7 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   if (gradient.has_value()) {
     arrived = as_contiguous(*gradient);
     check_values(caller, "gradient", *arrived, {plan->spec.batch, plan->spec.stages.back().outputs},
-                 plan->dtype, plan->on_cuda);
+                 plan->dtype, *plan);
     plan->memory.gradient = arrived->data_ptr();
   }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);

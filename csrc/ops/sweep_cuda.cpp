@@ -16,47 +16,45 @@
 namespace fastdni {
 namespace {
 
-constexpr const char* kOp = "sweep";
-// Wider stages have enough columns to give every multiprocessor a tile of one instruction; below,
-// launches cost more than idle multiprocessors do. Estimated, not measured.
-constexpr int64_t kWideOutputs = 512;
+using cuda::kSweepCluster;
+using cuda::kSweepColumns;
 
-// Tables in one piece of device memory.
+constexpr const char* kOp = "sweep";
+// Wider layers have enough columns to give every multiprocessor a tile of one instruction; below,
+// launches cost more than idle multiprocessors do. A block makes the tiles of its rows one after
+// the other, a cluster all at a time. Estimated, not measured.
+constexpr int64_t kWidestForClusters = kSweepCluster * kSweepColumns;
+constexpr int64_t kWidestForRows = 256;
+
+// Tables in one piece of device memory. What a graph reads is never written again.
 class DeviceTables {
  public:
-  // Places `count` elements behind what is there; returns their offset.
-  template <class Element>
-  size_t add(const Element* elements, size_t count) {
-    const size_t offset = (bytes_.size() + 15) / 16 * 16;
-    bytes_.resize(offset + count * sizeof(Element));
-    if (count > 0) std::memcpy(bytes_.data() + offset, elements, count * sizeof(Element));
-    return offset;
-  }
+  // Places elements behind what is there; returns their offset.
   template <class Element>
   size_t add(const std::vector<Element>& elements) {
-    return add(elements.data(), elements.size());
+    const size_t offset = (bytes_.size() + 15) / 16 * 16;
+    bytes_.resize(offset + elements.size() * sizeof(Element));
+    std::memcpy(bytes_.data() + offset, elements.data(), bytes_.size() - offset);
+    return offset;
   }
   void clear() { bytes_.clear(); }
 
-  // The copy is made from pageable memory, which the driver has read when it returns; it follows
-  // what the stream does with the old tables.
-  void upload(const Tensor& like, cudaStream_t stream) {
-    // A graph would go on reading where the host's bytes are now.
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    cuda::check(kOp, cudaStreamIsCapturing(stream, &capture));
-    FASTDNI_CHECK(capture == cudaStreamCaptureStatusNone, kOp,
-                  ": a step in a CUDA graph must be one like the step before it: run it once "
-                  "before the capture, with numbers of the optimizer that live on the GPU "
-                  "(capturable=True)");
-    if (capacity_ < bytes_.size()) {
+  void upload(const Tensor& like, bool in_graph, cudaStream_t stream) {
+    if (in_graph_ || capacity_ < bytes_.size()) {
+      if (memory_) left_to_graphs_.push_back(*std::move(memory_));
       memory_ = empty(like, {static_cast<int64_t>(bytes_.size())}, aoti_torch_dtype_uint8());
       capacity_ = bytes_.size();
     }
-    cuda::check(kOp, cudaMemcpyAsync(memory_->data_ptr(), bytes_.data(), bytes_.size(),
-                                     cudaMemcpyHostToDevice, stream));
-    is_there_ = true;
+    cuda::check(kOp, cuda::launch_sweep_write(memory_->data_ptr(), bytes_.data(), bytes_.size(),
+                                              stream));
+    is_there_ = !in_graph;  // then each replay writes it, and nothing does now
+    in_graph_ = in_graph;
   }
-  bool is_there() const { return is_there_; }
+  // To be called in front of a step: whether there is nothing to upload.
+  bool is_there(bool in_graph) {
+    in_graph_ |= in_graph;
+    return is_there_;
+  }
   template <class Element>
   Element* at(size_t offset) const {
     return reinterpret_cast<Element*>(static_cast<std::byte*>(memory_->data_ptr()) + offset);
@@ -64,8 +62,9 @@ class DeviceTables {
 
  private:
   std::vector<std::byte> bytes_;
-  bool is_there_ = false;
+  bool is_there_ = false, in_graph_ = false;
   std::optional<Tensor> memory_;
+  std::vector<Tensor> left_to_graphs_;
   size_t capacity_ = 0;
 };
 
@@ -81,19 +80,27 @@ class CudaSweep final : public Sweep {
     jobs_ = fixed_.add(program_.jobs);
     tasks_ = fixed_.add(tasks);
     losses_ = fixed_.add(program_.synthesis);
-    bool wide = false;
-    for (const StageSpec& stage : spec.stages) wide |= stage.outputs > kWideOutputs;
-    wide |= !program_.library.empty();
-    spread_ = wide                     ? cuda::Spread::instructions
-              : cuda::sweep_clusters() ? cuda::Spread::clusters
-                                       : cuda::Spread::rows;
+    for (const cuda::Instruction& op : program_.instructions) {
+      widest_ = std::max<int64_t>(widest_, op.columns);
+    }
+    const bool clusters =
+        widest_ <= kWidestForClusters && cuda::sweep_clusters<T>(spec.products);
+    spread_ = clusters                    ? cuda::Spread::clusters
+              : widest_ <= kWidestForRows ? cuda::Spread::rows
+                                          : cuda::Spread::instructions;
+    if (!program_.library.empty()) spread_ = cuda::Spread::instructions;
   }
 
   std::string launches() const override {
-    if (spread_ == cuda::Spread::rows) return "a block for 16 rows";
-    if (spread_ == cuda::Spread::clusters) return "a cluster of 8 blocks for 16 rows";
+    std::string text = "a block for 16 rows, without clusters on this GPU";
+    if (spread_ == cuda::Spread::clusters) text = "a cluster of 8 blocks for 16 rows";
+    if (spread_ == cuda::Spread::instructions) {
+      text = "a launch for each layer, for one is " + std::to_string(widest_) + " wide";
+    }
     const size_t products = program_.library.size() + program_.gradients.size();
-    return "a launch for each layer, " + std::to_string(products) + " products by torch's library";
+    if (products == 0) return text;
+    return text + "; " + std::to_string(products) + " products, from " +
+           std::to_string(library_from(spec_)) + " multiply-adds on, by torch's library";
   }
 
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
@@ -120,14 +127,8 @@ class CudaSweep final : public Sweep {
   }
 
  private:
-  // Where the library has no bfloat16 product that sums in float32, and for float64, it is not
-  // asked for one.
   static int64_t library_from(const NetworkSpec& spec) {
-    const bool rounded = spec.products == Products::bfloat16;
-    if (rounded && (kCudaOnHost || sizeof(T) == sizeof(double))) {
-      return std::numeric_limits<int64_t>::max();
-    }
-    return cuda::library_from();
+    return cuda::library_from(spec.products, sizeof(T) == sizeof(double), kCudaOnHost);
   }
 
   cuda::Library library(const StepMemory& memory) {
@@ -211,18 +212,27 @@ class CudaSweep final : public Sweep {
   cuda::SweepStep<T> begin(const StepMemory& memory) {
     const Tensor& like = *memory.like;
     if (!workspace_) workspace_ = empty(like, {program_.workspace});
-    if (!fixed_.is_there()) fixed_.upload(like, stream(memory));
+    const bool in_graph = cuda::is_captured(kOp, stream(memory));
+    if (!fixed_.is_there(in_graph)) fixed_.upload(like, in_graph, stream(memory));
 
     bool prepares = false;
     std::vector<cuda::SweepParameter<T>> parameters = parameters_of(memory, &prepares);
+    for (const ParameterMemory& parameter : memory.parameters) {
+      const Rule rule = parameter.settings.rule;
+      const bool counted = rule == Rule::adam || rule == Rule::adamw;
+      FASTDNI_CHECK(!in_graph || !counted || parameter.device_step.at != nullptr, kOp,
+                    ": in a CUDA graph an optimizer's step count must be on the GPU: make it with "
+                    "capturable=True");
+    }
     // Uploaded anew when something is another than in the step before.
-    if (!of_step_.is_there() || parameters != parameters_ || memory.statistics != statistics_) {
+    if (!of_step_.is_there(in_graph) || parameters != parameters_ ||
+        memory.statistics != statistics_) {
       parameters_ = std::move(parameters);
       statistics_ = memory.statistics;
       of_step_.clear();
       of_parameters_ = of_step_.add(parameters_);
       of_statistics_ = of_step_.add(statistics_);
-      of_step_.upload(like, stream(memory));
+      of_step_.upload(like, in_graph, stream(memory));
     }
 
     cuda::SweepStep<T> step{};
@@ -262,6 +272,7 @@ class CudaSweep final : public Sweep {
   NetworkSpec spec_;
   cuda::SweepProgram program_;
   int32_t task_count_;
+  int64_t widest_ = 0;
   cuda::Spread spread_;
   DeviceTables fixed_, of_step_;
   cuda::SweepStep<T> step_{};  // the one at work

@@ -82,14 +82,15 @@ Signature signature(const NetworkSpec& spec) {
   return result;
 }
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, bool on_cuda) {
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype,
+                                std::optional<int32_t> gpu) {
   check_spec(spec);
   auto plan = std::make_shared<Plan>();
   plan->expected = signature(spec);
-  const bool cuda_kernels = on_cuda || kCudaOnHost;
+  const bool cuda_kernels = gpu.has_value() || kCudaOnHost;
   plan->sweep = cuda_kernels ? make_cuda_sweep(spec, dtype) : make_cpu_sweep(spec, dtype);
   plan->dtype = dtype;
-  plan->on_cuda = on_cuda;
+  plan->gpu = gpu;
   plan->memory.parameters.resize(plan->expected.parameters.size());
   plan->memory.statistics.resize(plan->expected.statistics.size());
   plan->memory.active.resize(spec.stages.size() + 1);

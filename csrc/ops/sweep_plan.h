@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -88,11 +89,12 @@ struct Plan {
   std::mutex in_use;
   NetworkSpec spec;
   ScalarType dtype;
-  bool on_cuda = false;
+  std::optional<int32_t> gpu;  // its number; none: the CPU
   Signature expected;
   std::unique_ptr<Sweep> sweep;
   StepMemory memory;         // filled at each step; here to keep its allocations
   Binding last;              // of the last whole step, where it may be repeated
+  bool begun = false;        // the last whole step has begun to write, and not ended
   std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
 };
 
@@ -101,7 +103,8 @@ int64_t register_plan(std::shared_ptr<Plan> plan);
 void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, bool on_cuda);
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype,
+                                std::optional<int32_t> gpu);
 std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec, ScalarType dtype);
 std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype);
 

@@ -11,9 +11,20 @@
 namespace fastdni {
 namespace {
 
-// Multiply-adds of a product from which on torch's library makes it; as in sweep_cuda.cpp.
-bool is_large(int64_t rows, int64_t columns, int64_t depth) {
-  return static_cast<double>(rows) * columns * depth >= static_cast<double>(cuda::library_from());
+// Whether torch's library makes a product; as in sweep_cuda.cpp.
+bool is_large(const Tensor& like, Products products, int64_t rows, int64_t columns, int64_t depth) {
+  const bool wide = like.scalar_type() == ScalarType::Double;
+  return static_cast<double>(rows) * columns * depth >=
+         static_cast<double>(cuda::library_from(products, wide, like.is_cpu()));
+}
+
+// out = a b by it.
+void multiply(const Tensor& like, Products products, const MatrixAt& out, const MatrixAt& a,
+              const MatrixAt& b) {
+  if (products != Products::bfloat16) return library_product(like, out, a, b);
+  const int64_t elements = a.columns * (a.rows + b.columns);
+  const Tensor narrow = empty(like, {elements}, aoti_torch_dtype_bfloat16());
+  library_product_bfloat16(like, out, a, b, narrow.data_ptr());
 }
 
 void check_cuda_dtype(const Tensor& tensor) {
@@ -24,18 +35,17 @@ void check_cuda_dtype(const Tensor& tensor) {
 
 // c = a w^T, or a w where the weight lies transposed, into the op's hands: as operands of a kernel,
 // or made here by torch's library and kept in `made`.
-template <class T>
 cuda::Instruction product_of(const Tensor& a, const Tensor& weight, bool transposed,
-                             OptionalTensor& made) {
+                             Products products, OptionalTensor& made) {
   cuda::Instruction op;
   const int64_t rows = a.size(0), depth = a.size(1), columns = weight.size(transposed ? 1 : 0);
   op.columns = static_cast<int32_t>(columns);
   op.depth = static_cast<int32_t>(depth);
   op.transposed = transposed;
-  if (is_large(rows, columns, depth)) {
+  if (is_large(a, products, rows, columns, depth)) {
     made = empty(a, {rows, columns});
-    library_product(a, {made->data_ptr(), rows, columns, false}, {a.data_ptr(), rows, depth, false},
-                    {weight.data_ptr(), depth, columns, !transposed});
+    multiply(a, products, {made->data_ptr(), rows, columns, false},
+             {a.data_ptr(), rows, depth, false}, {weight.data_ptr(), depth, columns, !transposed});
     op.a = cuda::Operand::address(made->data_ptr());
   } else {
     op.a = cuda::Operand::address(a.data_ptr());
@@ -90,7 +100,7 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cuda(const Tensor& trigger,
       using T = decltype(scalar);
       if constexpr (!std::is_same_v<T, bfloat16>) {
         cuda::SweepStep<T> step = step_of<T>(layer_input, products);
-        cuda::Instruction op = product_of<T>(layer_input, weight, false, made);
+        cuda::Instruction op = product_of(layer_input, weight, false, step.products, made);
         op.bias = cuda::Operand::address(address_of(bias));
         op.second_bias = cuda::Operand::address(address_of(added));
         op.activation = last ? Activation::identity : Activation::relu;
@@ -159,10 +169,10 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
         args.rows = rows;
         args.outputs = static_cast<int32_t>(grad.size(1));
         args.inputs = static_cast<int32_t>(of_input.size(1));
-        if (is_large(args.outputs, args.inputs, rows)) {
-          library_product(grad, {weight_grad.data_ptr(), args.outputs, args.inputs, false},
-                          {grad.data_ptr(), args.outputs, rows, true},
-                          {of_input.data_ptr(), rows, args.inputs, false});
+        if (is_large(grad, step.products, args.outputs, args.inputs, rows)) {
+          multiply(grad, step.products, {weight_grad.data_ptr(), args.outputs, args.inputs, false},
+                   {grad.data_ptr(), args.outputs, rows, true},
+                   {of_input.data_ptr(), rows, args.inputs, false});
         } else {
           args.weight = mutable_data<T>(weight_grad);
         }
@@ -192,7 +202,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
         if (i == 0) break;
         OptionalTensor made;
         const Tensor weight = as_contiguous(weights[i]);
-        cuda::Instruction below = product_of<T>(grad, weight, true, made);
+        cuda::Instruction below = product_of(grad, weight, true, step.products, made);
         below.finish = cuda::Finish::differentiate;
         below.activation = Activation::relu;
         below.other = cuda::Operand::address(layer_input.data_ptr());

@@ -402,13 +402,14 @@ class Check:
             ArithmeticError: parameters, statistics or optimizer state change otherwise.
         """
         precision = self._case.precision
+        left = CHECK_STEPS - (GRAPH_WARMUP if form in GRAPHED else 0)
         if form == "fastdni bf16":
             precision = "bf16"
         elif form.startswith("fastdni"):
             exact = prepare(form, self._exact, torch.float64)
-            _take(exact, CHECK_STEPS)
+            _take(exact, left)
             self._compare(form, exact, "float64")
-        _take(candidate, CHECK_STEPS - (GRAPH_WARMUP if form in GRAPHED else 0))
+        _take(candidate, left)
         self._compare(form, candidate, precision)
 
     def _error(self, candidate: Candidate, oracle: str, precision: str) -> tuple[float, str]:

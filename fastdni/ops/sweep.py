@@ -155,7 +155,7 @@ class SweepPlan:
                     stages=[_stage_spec(stage) for stage in stages],
                     batch=batch,
                     dtype=str(weight.dtype).removeprefix("torch."),
-                    device=weight.device.type,
+                    gpu=torch.cuda.current_device() if on_gpu else None,
                     criterion=criterion or "none",
                     input_gradient=input_gradient,
                     products=products,
@@ -168,6 +168,11 @@ class SweepPlan:
         """Lets go of parameters and state that a repeated step would take."""
         if self._memory is not None:
             self._memory.forget()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the last step had begun to write when it failed."""
+        return self._memory is not None and self._memory.begun
 
     @property
     def launches(self) -> str:

@@ -119,7 +119,9 @@ def criterion(output: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor
     labels = target.masked_fill(~counted, 0).unsqueeze(1)
     log_probability = output.log_softmax(1)
     count = counted.sum()
-    loss = -log_probability.gather(1, labels).squeeze(1)[counted].sum() / count
+    # Masked and not picked out: to know how many there are would be to wait for a GPU.
+    found = log_probability.gather(1, labels).squeeze(1).masked_fill(~counted, 0)
+    loss = -found.sum() / count
     gradient = log_probability.exp().scatter_add(
         1, labels, -torch.ones_like(labels, dtype=output.dtype)
     )

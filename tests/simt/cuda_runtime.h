@@ -78,5 +78,3 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 9;
   return cudaSuccess;
 }
-
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,6 +1,6 @@
 // Stands for CUDA's header of the same name: the types that a launcher's declaration needs.
 #pragma once
-#include <cstring>
+#include <cstdlib>
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0 };
@@ -10,18 +10,15 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+// With SIMT_CAPTURED a launch is taken for part of a graph (and made all the same).
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = std::getenv("SIMT_CAPTURED") == nullptr ? cudaStreamCaptureStatusNone
+                                                    : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
 
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  if (bytes > 0) std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct uint3 {
   unsigned x, y, z;

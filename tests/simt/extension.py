@@ -4,18 +4,17 @@ As a pytest plugin (`-p simt.extension`) it takes the place of fastdni's own: th
 network's step through everything that a GPU would run, from the public API down to the kernels.
 """
 
+import fcntl
 import functools
 import importlib.util
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt-extension"
 PATH = "FASTDNI_TEST_EXTENSION"
-_lock = threading.Lock()  # two builds in one folder would spoil each other's
 
 
 @functools.cache
@@ -29,7 +28,9 @@ def build() -> Path:
         "Python_EXECUTABLE": sys.executable,
     }
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
-    with _lock:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would spoil each other's
         for command in (
             ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, *definitions],
             ["cmake", "--build", BUILD],

@@ -1,0 +1,130 @@
+"""Whether a device's kernels compute there what plain PyTorch computes.
+
+Kernels are proven where they are built. Whether a GPU that they have never run on does with them
+what is meant can be seen on that GPU alone: so it is looked at, once, before they serve there.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastdni import backend, ops
+from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
+
+_ROWS, _CONTEXT = 33, 10
+# Widths of a network, BatchNorm, hidden layers of its synthesizers: every instruction of the sweep,
+# and every way to spread them over a GPU.
+_NETWORKS = (((70, 36, 10), False, 1), ((70, 36, 10), True, 0), ((20, 520, 10), False, 0))
+# The largest error allowed, relative to the largest value. Faults of a kernel are of the size of
+# the values.
+_TOLERANCES = {"exact": 1e-4, "tf32x3": 1e-3, "tf32": 3e-2, "bfloat16": 0.2}
+
+
+def disagreement(device: torch.device) -> str | None:
+    """What differs between the device's kernels and plain PyTorch in float64, in words, or None."""
+    modes = [torch.autocast(kind, enabled=False) for kind in {"cpu", device.type}]
+    with modes[0], modes[-1], torch.inference_mode(False), torch.no_grad():
+        for name, tolerance, found, truth in _comparisons(device):
+            for ours, true in zip(found, truth, strict=True):
+                error, largest = (ours.cpu().double() - true).abs().max(), true.abs().max()
+                if not error <= tolerance * largest:  # nor where it is NaN
+                    return f"{name}: an error of {error:.2g} in values up to {largest:.2g}"
+    return None
+
+
+def _comparisons(device: torch.device) -> Iterator[tuple[str, float, list[Tensor], list[Tensor]]]:
+    """Of each computation its name, what it may be off by, the device's results, the truth."""
+    random = torch.Generator().manual_seed(0)
+    for widths, norm, hidden in _NETWORKS:
+        given = _step(random, widths, norm, hidden)
+        truth = _sweep(given, None, "exact")
+        for products, tolerance in _TOLERANCES.items():
+            name = f"a step of {'-'.join(map(str, widths))} with {products} products"
+            yield name, tolerance, _sweep(given, device, products), truth
+    parameters = _synthesizer(random, 70, 36, 1)
+    given = (
+        _normal(random, _ROWS, 70), _normal(random, _ROWS, _CONTEXT), parameters,
+        _normal(random, _ROWS, 36),
+    )  # fmt: skip
+    tolerance = _TOLERANCES[backend.products(device, None)]
+    yield "a synthesizer", tolerance, _regress(given, device), _regress(given, None)
+
+
+def _normal(random: torch.Generator, *shape: int) -> Tensor:
+    values = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
+    return values / shape[-1] ** 0.5
+
+
+def _synthesizer(random, inputs: int, outputs: int, hidden: int) -> SynthesizerParameters:
+    widths = [inputs, *[outputs + 3] * hidden, outputs]
+    weights = [_normal(random, n, k) for k, n in zip(widths, widths[1:], strict=False)]
+    biases = [_normal(random, n) for n in widths[1:]]
+    of_context = _normal(random, widths[1], _CONTEXT), _normal(random, widths[1])
+    return SynthesizerParameters(weights, biases, *of_context)
+
+
+def _step(random, widths, norm: bool, hidden: int) -> tuple:
+    """Stages, input and labels."""
+    stages = []
+    for k, n in zip(widths, widths[1:], strict=False):
+        top = n == widths[-1]
+        of_norm = None
+        if norm and not top:
+            count = torch.zeros((), dtype=torch.int64, device="cpu")
+            statistics = _normal(random, n), _normal(random, n).abs(), count
+            of_norm = SweepNorm(_normal(random, n) + 1, _normal(random, n), statistics, 0.1, 1e-5)
+        stages.append(
+            SweepStage(
+                _normal(random, n, k),
+                # In front of a BatchNorm its gradient would be nothing but rounding.
+                None if of_norm else _normal(random, n),
+                of_norm,
+                "identity" if top else "tanh",
+                None if top else _synthesizer(random, n, n, hidden),
+            )
+        )
+    x = _normal(random, _ROWS, widths[0]) * widths[0] ** 0.5
+    return stages, x, torch.arange(_ROWS, device="cpu") % widths[-1]
+
+
+# Where the device is None, what follows is the truth: plain PyTorch in float64, on the CPU.
+
+
+def _on(device: torch.device | None, value):
+    """Copies: in float32 on a device."""
+    floating = torch.float64 if device is None else torch.float32
+
+    def copied(t: Tensor) -> Tensor:
+        return t.to(device or "cpu", floating if t.is_floating_point() else t.dtype, copy=True)
+
+    return tree_map_only(Tensor, copied, value)
+
+
+def _served(device: torch.device | None):
+    return backend.use_backend("reference" if device is None else device.type)
+
+
+def _sweep(given: tuple, device: torch.device | None, products: str) -> list[Tensor]:
+    """Output, losses, every gradient and running statistic of a step."""
+    stages, x, target = _on(device, given)
+    with _served(device):
+        plan = ops.SweepPlan(stages, _ROWS, "cross_entropy", products=products)
+    gradients = [torch.zeros_like(p) for p in plan.parameters]
+    settings = ops.flat([OptimizerSettings("gradient")])
+    groups, active = [0] * len(gradients), [1] * (len(stages) + 1)
+    results = ops.sweep_(plan, x, target, None, gradients, groups, settings, active)
+    return [*results, *gradients, *plan.statistics]
+
+
+def _regress(given: tuple, device: torch.device | None) -> list[Tensor]:
+    """A synthesizer's prediction, its loss and gradients."""
+    trigger, context, parameters, target = _on(device, given)
+    with _served(device):
+        prediction, hidden = ops.synthesizer_fwd(trigger, context, parameters)
+        loss, gradients = ops.synthesizer_bwd(
+            target, prediction, hidden, trigger, context, parameters.weights, bias=True
+        )
+        alone, error = ops.regression_loss(prediction, target)
+    return [prediction, loss, *gradients, alone, error]
