@@ -69,11 +69,11 @@ class Step(NamedTuple):
 
 def sources() -> str:
     """What is measured, in a word: of another one nothing is done yet."""
-    files = [path for name in ("fastdni", "tests", "benchmarks") for path in (ROOT / name).glob("**/*")]
     text = hashlib.sha256()
-    for path in sorted(files):
-        if path.suffix in (".py", ".cu", ".so"):
-            text.update(path.read_bytes())
+    for folder in ("fastdni", "tests", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("**/*")):
+            if path.suffix in (".py", ".cu", ".so"):
+                text.update(path.read_bytes())
     return text.hexdigest()
 
 

@@ -133,8 +133,9 @@ def set_backend(name: str) -> None:
     """Fixes the backend of every op in this process.
 
     Args:
-        name: `"auto"` (the default: kernels where they exist, else the reference), `"cpu"`,
-            `"cuda"`, `"triton"` or `"reference"`.
+        name: `"auto"` (the default: kernels where they exist, on a GPU where they agree with the
+            reference, which is looked at once; else the reference), `"cpu"`, `"cuda"`, `"triton"`
+            or `"reference"`.
 
     Raises:
         ValueError: there is no backend of that name.

@@ -68,7 +68,8 @@ def kernel(symbol: str) -> Kernel:
     signature = subprocess.run(
         ["c++filt", symbol], capture_output=True, text=True, check=True
     ).stdout
-    name, arguments = re.search(r"(\w+)<([^>]*)>", signature).groups()
+    template = re.search(r"(\w+)<([^>]*)>", signature)
+    name, arguments = (template or re.search(r"(\w+)()\(", signature)).groups()
     dtype = products = ""
     for argument in arguments.split(", "):
         of_products = re.fullmatch(r"\(fastdni::Products\)(\d)", argument)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -44,14 +45,19 @@ def benchmark(monkeypatch):
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
+_made: list[Path] = []
+
+
 @pytest.fixture
-def results(benchmark, tmp_path):
-    """A folder of results of all suites."""
-    run = benchmark("suite").main
-    for name in ("network", "dropin", "scaling"):
-        how = ["--quick", "--rounds", "2", "--output", str(tmp_path / "a")]
-        assert run(benchmark(name).SUITE, how) == 0
-    return tmp_path / "a"
+def results(benchmark, tmp_path, tmp_path_factory):
+    """A folder of results of all suites: copies of what is measured once."""
+    if not _made:
+        folder, run = tmp_path_factory.mktemp("results"), benchmark("suite").main
+        for name in ("network", "dropin", "scaling"):
+            how = ["--quick", "--rounds", "2", "--output", str(folder)]
+            assert run(benchmark(name).SUITE, how) == 0
+        _made.append(folder)
+    return shutil.copytree(_made[0], tmp_path / "a")
 
 
 def test_suites_write_results_tables_and_pictures(results, capsys):

@@ -135,12 +135,14 @@ def compare(found, expected, tolerance, skip_loss=False):
 CASES = {
     "plain": ({}, {}),
     "wide rows": ({"widths": (70, 130, 65, 5)}, {"batch": 33, "settings": "adam"}),
+    "a wide layer": ({"widths": (7, 70, 5)}, {"batch": 17}),
     "one of each": ({"widths": (1, 1, 1)}, {"batch": 1}),
     "one row": ({"context": True, "n_hidden": 1}, {"batch": 1, "settings": "adam"}),
     "more stages than blocks": ({"widths": (3,) * 12}, {"batch": 5, "settings": "momentum"}),
     "mlp": ({"n_hidden": 2, "context": True}, {"settings": "adamw", "batch": 17}),
     "norm": ({"norm": True, "context": True}, {"settings": "nesterov", "batch": 35}),
     "norms in a row": ({"widths": (7, 9, 6, 8, 5), "norm": True, "n_hidden": 1}, {"batch": 20}),
+    "norm, many rows": ({"norm": True}, {"batch": 299}),
     "plain averages": ({"norm": True, "affine": False, "momentum": None}, {"batch": 20}),
     "mse": ({"context": True, "activation": "sigmoid"}, {"criterion": "mse", "batch": 18}),
     "given context": ({"context": True, "activation": "relu"}, {"explicit_context": True}),
@@ -307,7 +309,7 @@ def test_stays_in_bounds(name, spread):
 
 @pytest.mark.parametrize(
     "name, spread",
-    [("mlp", "rows"), ("norm", "instructions"), ("mse", "rows"), ("wide rows", "clusters")],
+    [("mlp", "rows"), ("norm", "instructions"), ("mse", "rows"), ("a wide layer", "clusters")],
 )
 def test_has_no_race(name, spread):
     one, given = problem(name)
@@ -328,6 +330,10 @@ FAULTS = {
     "no barrier after an instruction": (
         KERNELS, "thread", "data race", "norm", "rows",
         "      __syncthreads();\n    }\n  }\n}", "    }\n  }\n}",
+    ),
+    "no barrier before a column's moments are joined": (
+        KERNELS, "thread", "data race", "norm", "rows",
+        "  values[threadIdx.x] = value;\n  __syncthreads();", "  values[threadIdx.x] = value;",
     ),
     "no barrier in a cluster": (
         KERNELS, "thread", "data race", "wide rows", "clusters",

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_a_second_run_goes_on_where_the_first_one_stopped(tmp_path):
     missing = gpu.run_steps(steps, tmp_path / "work", lambda: 100, said.append)
     assert missing == ["third"] and ran.read_text() == "xx"
     assert said[0] == "first: done before" and "third: FAILED, stopped after 11 s" in said[2]
+
+
+def test_what_other_sources_have_done_is_done_again(tmp_path):
+    ran = tmp_path / "ran"
+    step = gpu.Step("one", python(f"open({str(ran)!r}, 'a').write('x')"), 60)
+    other = step._replace(command=[*step.command, "--quick"])
+    for of, which in (("a", step), ("a", step), ("b", step), ("b", other)):
+        assert gpu.run_steps([which], tmp_path / "work", lambda: 100, lambda text: None, of) == []
+    assert ran.read_text() == "xxx"
+
+
+def test_a_tool_that_is_not_there_stops_nothing_else(tmp_path):
+    said: list[str] = []
+    steps = [gpu.Step("absent", [tmp_path / "absent"], 60), gpu.Step("next", python(""), 60)]
+    assert gpu.run_steps(steps, tmp_path / "work", lambda: 100, said.append) == ["absent"]
+    assert "absent: FAILED, not started: " in said[0] and said[1].startswith("next: done in")
+
+
+def test_a_step_is_stopped_with_what_it_has_started(tmp_path):
+    child = "import os, time; os.fork() or (time.sleep(2), open('late', 'w')); time.sleep(9)"
+    code = f"import os; os.chdir({str(tmp_path)!r}); {child}"
+    assert gpu.run(python(code), 1, tmp_path / "log") == "stopped after 1 s"
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()
 
 
 def test_what_there_is_no_time_for_is_left(tmp_path):

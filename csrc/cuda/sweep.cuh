@@ -340,8 +340,8 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_reduction_kernel(const SweepStep<T> step, int number, int64_t row_blocks) {
   const Reduction& op = step.reductions[number];
   if (op.of_gradient && !step.active.has(op.stage)) return;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kReductionColumns +
-                    threadIdx.x % kReductionColumns;
+  const int64_t c =
+      static_cast<int64_t>(blockIdx.x) * kReductionColumns + threadIdx.x % kReductionColumns;
   const T* first = step.workspace + op.partials + c;
   const T* second = first + row_blocks * op.columns;
   T* mean_out = step.workspace + op.statistics + c;

@@ -57,8 +57,8 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
 
 void check_device(const std::string& caller, const std::string& name, const Tensor& tensor,
                   const Plan& plan) {
-  const bool fits = plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu
-                             : tensor.is_cpu();
+  const bool fits =
+      plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu : tensor.is_cpu();
   FASTDNI_CHECK(fits, caller, ": ", name, " must be on ",
                 plan.gpu ? "cuda:" + std::to_string(*plan.gpu) : "the CPU", ", as the plan is");
 }

@@ -45,8 +45,8 @@ class DeviceTables {
       memory_ = empty(like, {static_cast<int64_t>(bytes_.size())}, aoti_torch_dtype_uint8());
       capacity_ = bytes_.size();
     }
-    cuda::check(kOp, cuda::launch_sweep_write(memory_->data_ptr(), bytes_.data(), bytes_.size(),
-                                              stream));
+    cuda::check(
+        kOp, cuda::launch_sweep_write(memory_->data_ptr(), bytes_.data(), bytes_.size(), stream));
     is_there_ = !in_graph;  // then each replay writes it, and nothing does now
     in_graph_ = in_graph;
   }
@@ -83,8 +83,7 @@ class CudaSweep final : public Sweep {
     for (const cuda::Instruction& op : program_.instructions) {
       widest_ = std::max<int64_t>(widest_, op.columns);
     }
-    const bool clusters =
-        widest_ <= kWidestForClusters && cuda::sweep_clusters<T>(spec.products);
+    const bool clusters = widest_ <= kWidestForClusters && cuda::sweep_clusters<T>(spec.products);
     spread_ = clusters                    ? cuda::Spread::clusters
               : widest_ <= kWidestForRows ? cuda::Spread::rows
                                           : cuda::Spread::instructions;

@@ -82,8 +82,7 @@ Signature signature(const NetworkSpec& spec) {
   return result;
 }
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype,
-                                std::optional<int32_t> gpu) {
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu) {
   check_spec(spec);
   auto plan = std::make_shared<Plan>();
   plan->expected = signature(spec);

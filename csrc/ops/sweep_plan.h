@@ -103,8 +103,7 @@ int64_t register_plan(std::shared_ptr<Plan> plan);
 void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype,
-                                std::optional<int32_t> gpu);
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu);
 std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec, ScalarType dtype);
 std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype);
 
