@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastdni import _C
+from fastdni import _C, triton
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -111,7 +111,7 @@ def backends() -> dict[str, str]:
     return {
         "cpu": "available",
         "cuda": cuda,
-        "triton": "this version has no Triton kernels",
+        "triton": triton.unavailable() or "available",
         "reference": "available",
     }
 
@@ -125,6 +125,8 @@ def _check(name: str) -> str:
         reason = backends().get(name, "available")
         if reason != "available":
             raise RuntimeError(f"fastdni: backend {name!r} is not available: {reason}")
+        if name == "triton":
+            triton.load()
         _found_available.add(name)
     return name
 
@@ -194,30 +196,34 @@ def kernel_devices(op: str) -> tuple[str, ...]:
     return tuple(name for name in ("cpu", "cuda") if has(f"fastdni::{op}", name.upper()))
 
 
-def serves(tensor: torch.Tensor, devices: tuple[str, ...]) -> bool:
-    """Whether kernels (True) or the reference (False) serve a tensor.
+def server(tensor: torch.Tensor, devices: tuple[str, ...]) -> str:
+    """Who serves an op: "cpu", "cuda", "triton" or "reference".
 
     Args:
         tensor: the op's first tensor.
-        devices: the device types that the op has kernels for, from `kernel_devices`.
+        devices: the device types that the op has compiled kernels for, from `kernel_devices`.
 
     Raises:
         RuntimeError: a fixed backend cannot serve this tensor.
     """
     name = choice()
     if name == "reference":
-        return False
+        return name
     device = tensor.device.type
+    compiled = device in devices and tensor.dtype in KERNEL_DTYPES
     if name == "auto":
-        if device not in devices or tensor.dtype not in KERNEL_DTYPES:
-            return False
-        return device != "cuda" or why_unserved(tensor.device) is None
-    if name != device or device not in devices or tensor.dtype not in KERNEL_DTYPES:
-        raise RuntimeError(
-            f"fastdni: backend {name!r} has no kernel for this op on a {tensor.dtype} tensor on "
-            f'{tensor.device}; set_backend("auto") falls back to the reference'
-        )
-    return True
+        served = compiled and (device != "cuda" or why_unserved(tensor.device) is None)
+        return device if served else "reference"
+    if name == "triton":
+        on_its_device = device == ("cpu" if triton.interpreted() else "cuda")
+        if on_its_device and tensor.dtype in triton.DTYPES:
+            return name
+    elif name == device and compiled:
+        return name
+    raise RuntimeError(
+        f"fastdni: backend {name!r} has no kernel for this op on a {tensor.dtype} tensor on "
+        f'{tensor.device}; set_backend("auto") falls back to the reference'
+    )
 
 
 def why_reference(tensor: torch.Tensor) -> str:

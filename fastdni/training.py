@@ -236,7 +236,7 @@ class Trainer:
             part = fused.get(number)
             served_by = "torch" if part is None else part.backend
             kernel = "autograd of the stage" if part is None else "sweep"
-            if served_by == "cuda":
+            if served_by in ("cuda", "triton"):
                 kernel += f": {part.plan(len(x)).launches}"
             if number not in fused and reason is None:
                 reason = "the criterion is a callable"
@@ -317,7 +317,7 @@ class Trainer:
         whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
-        if not whole or parts[0].backend == "reference":
+        if not whole or parts[0].backend not in ("cpu", "cuda"):
             check_inputs(self._net, step)
         optimizers = step.optimizers
         if not whole or (optimizers is not None and optimizers.reason is not None):
@@ -331,7 +331,7 @@ class Trainer:
         last = Repetition(run, part.plan(len(step.x)), step, optimizer, device, watch)
         last.finish()
         plain = all(step.active) and isinstance(optimizer, Optimizer)
-        self._last = last if plain and part.backend != "reference" else None
+        self._last = last if plain and part.backend in ("cpu", "cuda") else None
         return results
 
     @staticmethod

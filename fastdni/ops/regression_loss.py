@@ -21,8 +21,11 @@ def _(prediction, target, reduction):
 
 class _RegressionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, prediction, target, reduction):
-        loss, error = torch.ops.fastdni.regression_loss_fwd(prediction, target, reduction)
+    def forward(ctx, prediction, target, reduction, how):
+        if how == "triton":
+            loss, error = torch.ops.fastdni.triton_regression_loss(prediction, target, reduction)
+        else:
+            loss, error = torch.ops.fastdni.regression_loss_fwd(prediction, target, reduction)
         ctx.save_for_backward(error)
         ctx.scale = 2 / reference.reduction_divisor(error, reduction)
         ctx.dtype = prediction.dtype
@@ -33,7 +36,7 @@ class _RegressionLoss(torch.autograd.Function):
         (error,) = ctx.saved_tensors
         # Plain torch: differentiable again, and on every device.
         grad = (error * (ctx.scale * grad_loss) + grad_error).to(ctx.dtype)
-        return grad, -grad, None
+        return grad, -grad, None, None
 
 
 def regression_loss(
@@ -73,7 +76,9 @@ def regression_loss(
             f"regression_loss: target must be on prediction's device {prediction.device}, "
             f"got {target.device}"
         )
-    if backend.serves(prediction, _DEVICES):
-        return _RegressionLoss.apply(prediction, target, reduction)
-    torch.ops.fastdni.regression_loss_check(prediction, target, reduction)
+    server = backend.server(prediction, _DEVICES)
+    if server not in ("cpu", "cuda"):  # these look for themselves
+        torch.ops.fastdni.regression_loss_check(prediction, target, reduction)
+    if server != "reference":
+        return _RegressionLoss.apply(prediction, target, reduction, server)
     return reference.regression_loss(prediction, target, reduction)

@@ -4,7 +4,7 @@ The formulas, shapes and letters are those of `fastdni.reference.sweep`, the upd
 `fastdni.reference.optimizer_update`.
 """
 
-import math
+import importlib
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -102,8 +102,8 @@ def _stage_spec(stage: SweepStage) -> dict:
 
 
 def sweep_backend(weight: Tensor) -> str:
-    """The backend that serves a sweep over such stages: "cpu", "cuda" or "reference"."""
-    return weight.device.type if backend.serves(weight, _DEVICES) else "reference"
+    """The backend that serves a sweep over such stages: a name of `fastdni.backends()`."""
+    return backend.server(weight, _DEVICES)
 
 
 class SweepPlan:
@@ -147,7 +147,11 @@ class SweepPlan:
         self._memory, self._pending = None, None
         self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
         self.handle = 0
-        if self.backend != "reference":
+        self.structure = None
+        if self.backend == "triton":
+            triton = importlib.import_module("fastdni.triton.sweep")
+            self.structure = triton.Structure(stages, criterion, products)
+        elif self.backend != "reference":
             on_gpu = weight.device.type == "cuda"
             # What a GPU allows is asked of the current one.
             with torch.cuda.device(weight.device) if on_gpu else nullcontext():
@@ -239,8 +243,38 @@ def sweep_(
             active,
             repeatable,
         )
+    if plan.structure is not None:
+        _check_data(plan, x, target, context, caller)
+        return torch.ops.fastdni.triton_sweep_(
+            plan.structure.number, x, target, context, plan.parameters, plan.statistics, state,
+            groups, settings, active,
+        )  # fmt: skip
     output, loss, _ = sweep_forward_(plan, x, target, context, active, caller)
     return output, loss, sweep_update_(plan, None, state, groups, settings, active, caller)
+
+
+def _check_data(plan: SweepPlan, x, target, context, caller: str) -> None:
+    """For Triton's kernels, which would read past the end."""
+    if tuple(x.shape) != (plan.batch, plan.stages[0].weight.shape[1]):
+        raise RuntimeError(
+            f"{caller}: x must be (B, K) = {(plan.batch, plan.stages[0].weight.shape[1])}, got "
+            f"{tuple(x.shape)}"
+        )
+    if plan.criterion is not None:
+        outputs = plan.stages[-1].weight.shape[0]
+        sweep_check_target(caller, target, plan.batch, outputs, plan.criterion)
+    of_context = {
+        s.context_weight.shape[1]
+        for stage in plan.stages
+        for s in (stage.synthesizer, stage.input_synthesizer)
+        if s is not None and s.context_weight is not None
+    }
+    for width in of_context if context is not None else ():
+        if tuple(context.shape) != (plan.batch, width):
+            raise RuntimeError(
+                f"{caller}: context must be (B, C) = {(plan.batch, width)}, got "
+                f"{tuple(context.shape)}"
+            )
 
 
 def sweep_repeat_(
@@ -291,6 +325,13 @@ def sweep_forward_(
             plan.statistics,
             active,
         )
+    if plan.structure is not None:
+        _check_data(plan, x, target, context, caller)
+        done = plan.structure.forward(
+            plan.stages, x, target, context, active, network_input, plan.input_gradient
+        )
+        plan._pending = done
+        return done.output, done.loss, done.input_gradient
     if plan.criterion is not None and x.device.type == "cpu":
         sweep_check_target(
             caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion
@@ -333,6 +374,8 @@ def sweep_update_(
             plan.handle, caller, gradient, plan.parameters, state, groups, settings, active
         )
     done, plan._pending = plan._pending, None
+    if plan.structure is not None:
+        return plan.structure.update(done, gradient, plan.parameters, state, groups, settings)
     gradients, losses = done.gradients, done.synthesis_loss
     if done.regress_top is not None and gradient is not None:
         loss, of_top = done.regress_top(gradient)
@@ -341,16 +384,9 @@ def sweep_update_(
         gradients = gradients[: end - len(of_top)] + of_top + gradients[end:]
         losses = losses.clone()
         losses.view(-1, len(plan.stages))[0, -1] = loss
-    left = list(state)
-    width = len(OptimizerSettings._fields)
+    found = dict(zip(map(id, plan.parameters), gradients, strict=True))
     with torch.no_grad():
-        for parameter, found, group in zip(plan.parameters, gradients, groups, strict=True):
-            if group < 0 or found is None:
-                continue
-            rule, *numbers = settings[group * width : (group + 1) * width]
-            row = OptimizerSettings(reference.RULES[int(rule)], *numbers)
-            count = {"gradient": 1, "sgd_momentum": 1, "adam": 3, "adamw": 3}.get(row.rule, 0)
-            count += math.isnan(row.lr)
-            own, left = left[:count], left[count:]
-            reference.optimizer_update(row, parameter, found, own)
+        for parameter, row, own in reference.assigned(plan.parameters, state, groups, settings):
+            if found[id(parameter)] is not None:
+                reference.optimizer_update(row, parameter, found[id(parameter)], own)
     return losses

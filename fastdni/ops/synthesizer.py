@@ -89,13 +89,19 @@ def synthesizer_fwd(
         Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
     """
     _check_devices(trigger, context, parameters)
-    if backend.serves(trigger, _DEVICES):
+    server = backend.server(trigger, _DEVICES)
+    if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(trigger):
             return _fwd(trigger, context, *parameters, backend.products(trigger.device, None))
         trigger, context, parameters = cast(trigger, context, parameters, torch.float32)
         prediction, hidden = _fwd(trigger, context, *parameters, "bfloat16")
         return prediction.bfloat16(), [h.bfloat16() for h in hidden]
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
+    if server == "triton":
+        prediction, *hidden = torch.ops.fastdni.triton_synthesizer_fwd(
+            trigger, context, *parameters, _products(trigger)
+        )
+        return prediction, hidden
     return reference.synthesizer_fwd(trigger, context, *parameters)
 
 
@@ -134,13 +140,24 @@ def synthesizer_bwd(
         threads.
     """
     arguments = (target, prediction, hidden, trigger, context, weights, bias, reduction)
-    if backend.serves(prediction, _DEVICES):
+    server = backend.server(prediction, _DEVICES)
+    if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(prediction):
             return _bwd(*arguments, backend.products(prediction.device, None))
         loss, grads = _bwd(*map(_widened, arguments), "bfloat16")
         return loss, [grad.bfloat16() for grad in grads]
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
+    if server == "triton":
+        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, _products(prediction))
+        return loss, grads
     return reference.synthesizer_bwd(*arguments)
+
+
+def _products(tensor: Tensor) -> str:
+    """The arithmetic of Triton's products of such tensors."""
+    if tensor.dtype == torch.float32:
+        return backend.products(tensor.device, None)
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _is_narrow_on_a_gpu(tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 Imports nothing but torch.
 """
 
-from fastdni.reference.optimizer import RULES, OptimizerSettings, optimizer_update
+from fastdni.reference.optimizer import RULES, OptimizerSettings, assigned, optimizer_update
 from fastdni.reference.regression_loss import (
     accumulate_dtype,
     reduction_divisor,
@@ -30,6 +30,7 @@ __all__ = [
     "SweepStage",
     "SynthesizerParameters",
     "accumulate_dtype",
+    "assigned",
     "one_hot",
     "optimizer_update",
     "reduction_divisor",

@@ -1,6 +1,7 @@
 """The updates of torch.optim's SGD, Adam and AdamW, written out."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,3 +67,24 @@ def optimizer_update(
 def _decayed(gradient: Tensor, weight_decay: float, parameter: Tensor) -> Tensor:
     # Without decay an infinite parameter must not make the gradient NaN.
     return gradient if weight_decay == 0 else gradient + weight_decay * parameter
+
+
+# Tensors that a rule keeps beside a parameter.
+_KEPT = {"none": 0, "gradient": 1, "sgd": 0, "sgd_momentum": 1, "adam": 3, "adamw": 3}
+
+
+def assigned(
+    parameters: list[Tensor], state: list[Tensor], groups: list[int], settings: list[float]
+) -> Iterator[tuple[Tensor, OptimizerSettings, list[Tensor]]]:
+    """Of each parameter that has a group: its settings, and its own of the `state`, as
+    `optimizer_update` takes it. `settings` are rows of numbers, a rule's being its place in RULES.
+    """
+    left, width = list(state), len(OptimizerSettings._fields)
+    for parameter, group in zip(parameters, groups, strict=True):
+        if group < 0:
+            continue
+        rule, *numbers = settings[group * width : (group + 1) * width]
+        row = OptimizerSettings(RULES[int(rule)], *numbers)
+        count = _KEPT[row.rule] + math.isnan(row.lr)
+        own, left = left[:count], left[count:]
+        yield parameter, row, own

@@ -32,6 +32,11 @@ class SynthesizerParameters(NamedTuple):
                 tensors.append(self.context_bias)
         return tensors
 
+    def contiguous(self) -> "SynthesizerParameters":
+        """The same, copied where they are not contiguous."""
+        tensors = [tensor.contiguous() for tensor in self.tensors()]
+        return SynthesizerParameters.of(tensors, len(self.weights), len(self.biases) > 0)
+
     @classmethod
     def of(cls, tensors: list[Tensor], num_layers: int, bias: bool) -> "SynthesizerParameters":
         """From `tensors()`."""

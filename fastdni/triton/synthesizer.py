@@ -1,0 +1,195 @@
+"""A synthesizer at one trigger: its prediction, and what regressing it takes.
+
+The formulas and letters are those of `fastdni.reference.synthesizer`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdni.reference import (
+    OptimizerSettings,
+    SynthesizerParameters,
+    accumulate_dtype,
+    reduction_divisor,
+)
+from fastdni.triton.layer import layer, layer_tile
+from fastdni.triton.loss import total
+from fastdni.triton.update import Target, apply
+
+
+class Gradient(NamedTuple):
+    """What trains a layer: grad^T x is the weight's gradient, grad's column sums the biases'."""
+
+    grad: Tensor  # (B, N)
+    x: Tensor | None  # (B, K), or labels (B,) for their one-hot vectors
+    weight: Tensor | None  # the parameters themselves
+    biases: tuple[Tensor, ...]
+
+
+class Evaluation:
+    """M at a trigger.
+
+    Args:
+        parameters: of M.
+        trigger: (B, K), contiguous.
+        context: (B, C), labels (B,), or None.
+        products: their arithmetic, as `SweepPlan` has it.
+        h, activation: where the trigger is a stage's output h = phi(u), and the gradient of u is
+            wanted with the prediction.
+
+    Attributes:
+        prediction: (B, N).
+        du: prediction * phi'(u), where it was asked for.
+    """
+
+    def __init__(
+        self,
+        parameters: SynthesizerParameters,
+        trigger: Tensor,
+        context: Tensor | None,
+        products: str,
+        h: Tensor | None = None,
+        activation: str = "identity",
+    ):
+        self._begin(parameters, trigger, context, products)
+        weights, biases = parameters.weights, parameters.biases
+        for i, weight in enumerate(weights):
+            last = i + 1 == len(weights)
+            how = {"biases": (biases[i] if biases else None, None)}
+            if i == 0 and self._context is not None:
+                how = {
+                    "biases": (biases[i] if biases else None, parameters.context_bias),
+                    "context": self._context,
+                    "context_weight": parameters.context_weight,
+                }
+            if last and h is not None:
+                found = layer(
+                    self._inputs[i], weight, products, "synthesize", activation, other=h, **how
+                )
+                self.prediction, self.du = found
+                break
+            phi = "identity" if last else "relu"
+            found = layer(self._inputs[i], weight, products, "activate", phi, **how)
+            if last:
+                self.prediction = found
+            else:
+                self._inputs.append(found)
+
+    def _begin(self, parameters, trigger, context, products) -> None:
+        self._parameters, self._products = parameters, products
+        self.weights = parameters.weights  # to multiply with; `_parameters` are to be trained
+        self._context = None if parameters.context_weight is None else context
+        self._inputs, self.du = [trigger], None
+
+    @classmethod
+    def of(
+        cls, prediction: Tensor, hidden: list[Tensor], parameters, trigger, context, products: str
+    ) -> "Evaluation":
+        """One that was made before."""
+        self = cls.__new__(cls)
+        self._begin(parameters, trigger, context, products)
+        self.prediction = prediction
+        self._inputs += hidden
+        return self
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The activations of the hidden layers, (B, H) each."""
+        return self._inputs[1:]
+
+    def regress(
+        self, target: Tensor, weight: Tensor | None = None, divisor: float | None = None
+    ) -> tuple[Tensor, list[Gradient]]:
+        """The loss of the prediction beside what `target` is, or target @ weight, and what trains
+        the layers, from above; by default the divisor is B."""
+        p, products = self.prediction, self._products
+        divisor = len(p) if divisor is None else divisor
+        tile = layer_tile(*p.shape, target.shape[1], products)
+        partials = p.new_empty(tile.count(*p.shape), dtype=torch.float32)
+        # e = p - target, and the gradient of the prediction.
+        grad = layer(
+            target, weight, products, "regress", transposed=True, other=p, scale=2 / divisor,
+            partials=partials,
+        )  # fmt: skip
+        return total(partials, divisor), self.gradients(grad)
+
+    def gradients(self, grad: Tensor) -> list[Gradient]:
+        """What trains the layers, from above, given the gradient of the prediction."""
+        weights, biases = self._parameters.weights, self._parameters.biases
+        found: list[Gradient] = []
+        for i in reversed(range(len(weights))):
+            own = [biases[i]] if biases else []
+            if i == 0 and self._context is not None:
+                q = self._parameters.context_bias
+                own += [] if q is None else [q]
+                found.append(Gradient(grad, self._context, self._parameters.context_weight, ()))
+            found.append(Gradient(grad, self._inputs[i], weights[i], tuple(own)))
+            if i > 0:
+                grad = layer(
+                    grad, self.weights[i], self._products, "differentiate", "relu", transposed=True,
+                    other=self._inputs[i],
+                )  # fmt: skip
+        return found
+
+
+_WRITTEN = OptimizerSettings("gradient")
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(..., K) -> (rows, K)"""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).contiguous()
+
+
+@torch.library.triton_op("fastdni::triton_synthesizer_fwd", mutates_args=())
+def synthesizer_fwd(
+    trigger: Tensor,
+    context: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    context_weight: Tensor | None,
+    context_bias: Tensor | None,
+    products: str,
+) -> list[Tensor]:
+    """The prediction, then the activations of the hidden layers; see `fastdni.ops`."""
+    given = (weights, biases, context_weight, context_bias)
+    parameters = SynthesizerParameters(*given).contiguous()
+    beside = None if context is None else _matrix(context)
+    made = Evaluation(parameters, _matrix(trigger), beside, products)
+    return [made.prediction.reshape(*trigger.shape[:-1], weights[-1].shape[0]), *made.hidden]
+
+
+@torch.library.triton_op("fastdni::triton_synthesizer_bwd", mutates_args=())
+def synthesizer_bwd(
+    target: Tensor,
+    prediction: Tensor,
+    hidden: list[Tensor],
+    trigger: Tensor,
+    context: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    reduction: str,
+    products: str,
+) -> list[Tensor]:
+    """The loss, then the gradients of the parameters; see `fastdni.ops`."""
+    # The gradients take the parameters' places: what trains a layer names these.
+    grads = SynthesizerParameters(
+        [weight.new_empty(weight.shape) for weight in weights],
+        [weight.new_empty(weight.shape[0]) for weight in weights] if bias else [],
+    )
+    if context is not None:
+        first = weights[0]
+        of_context = first.new_empty(first.shape[0], context.shape[-1])
+        q = first.new_empty(first.shape[0]) if bias else None
+        grads = grads._replace(context_weight=of_context, context_bias=q)
+    beside = None if context is None else _matrix(context)
+    made = Evaluation.of(
+        _matrix(prediction), [_matrix(h) for h in hidden], grads, _matrix(trigger), beside, products
+    )
+    made.weights = [weight.contiguous() for weight in weights]
+    loss, gradients = made.regress(_matrix(target), divisor=reduction_divisor(target, reduction))
+    for grad, x, weight, biases in gradients:
+        of_biases = [Target(b, [b], _WRITTEN) for b in biases]
+        apply(grad, x, Target(weight, [weight], _WRITTEN), of_biases, products)
+    return [loss.to(accumulate_dtype(prediction.dtype)), *grads.tensors()]

@@ -1,0 +1,195 @@
+"""A weight's gradient and its optimizer in one kernel; the biases' beside it.
+
+The mathematics of an update is that of `fastdni.reference.optimizer_update`.
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from fastdni.reference import OptimizerSettings
+from fastdni.triton.tile import add_product, positions, tile_for
+
+
+@triton.jit
+def update(
+    grad, value, first, second, step_at, start, at, inside,
+    lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+    RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr,
+):  # fmt: skip
+    """Updates elements start + at of a parameter and of what its rule keeps. FLAG: Nesterov's momentum;
+    of the rule "gradient" whether to add. Without DECAYED an infinite parameter must not make the
+    gradient NaN."""
+    if RULE == "gradient":
+        first += start
+        if FLAG:
+            grad += tl.load(first + at, mask=inside, other=0.0)
+        tl.store(first + at, grad.to(first.dtype.element_ty), mask=inside)
+    else:
+        value += start
+        p = tl.load(value + at, mask=inside, other=0.0)
+        if RULE == "adamw":
+            p *= 1.0 - lr * weight_decay
+        elif DECAYED:
+            grad += weight_decay * p
+        if RULE == "sgd":
+            p -= lr * grad
+        elif RULE == "sgd_momentum":
+            first += start
+            buffer = tl.load(first + at, mask=inside, other=0.0) * a + grad * rest_b
+            tl.store(first + at, buffer, mask=inside)
+            p -= lr * (grad + a * buffer if FLAG else buffer)
+        else:
+            if step_at is not None:
+                n = tl.load(step_at).to(tl.float64)
+                correction_a = (1.0 / (1.0 - tl.exp(n * log_a))).to(tl.float32)
+                correction_b = (1.0 / tl.sqrt(1.0 - tl.exp(n * log_b))).to(tl.float32)
+            first += start
+            second += start
+            average = tl.load(first + at, mask=inside, other=0.0)
+            average += rest_a * (grad - average)
+            square = tl.load(second + at, mask=inside, other=0.0) * b + rest_b * (grad * grad)
+            tl.store(first + at, average, mask=inside)
+            tl.store(second + at, square, mask=inside)
+            p -= lr * correction_a * (average / (tl.sqrt(square) * correction_b + eps))
+        tl.store(value + at, p, mask=inside)
+
+
+@triton.jit
+def update_kernel(
+    grad, x, weight, first, second, step_at, bias, bias_first, bias_second, bias_step_at,
+    more, more_first, more_second, more_step_at, rows, outputs, inputs,
+    lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+    RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
+    PRODUCTS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient grad^T x, reduced over all rows, and the update of the weight's tile;
+    the columns' sums of grad update up to two biases. Where they are given, the learning rate is
+    read at lr_at and the (raised) step counts at step_at."""
+    first_output, o, i = positions(OUTPUTS, INPUTS, outputs, inputs)
+    r = tl.arange(0, ROWS)
+    own = o < outputs - first_output
+    grad += first_output
+    sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+    of_bias = tl.zeros((OUTPUTS,), tl.float32)
+    for start in range(0, rows, ROWS):
+        left = r < rows - start
+        g = tl.load(
+            grad + r[:, None] * outputs + o[None, :], mask=left[:, None] & own[None, :], other=0.0
+        )
+        grad += ROWS * outputs
+        if bias is not None:
+            of_bias += tl.sum(g.to(tl.float32), 0)
+        if weight is not None:
+            if LABELS:
+                label = tl.load(x + r, mask=left, other=-1)
+                x += ROWS
+                y = (label[:, None] == i[None, :]).to(tl.float32)
+            else:
+                here = left[:, None] & (i < inputs)[None, :]
+                y = tl.load(x + r[:, None] * inputs + i[None, :], mask=here, other=0.0)
+                x += ROWS * inputs
+            sums = add_product(tl.trans(g), y, sums, PRODUCTS)
+    if lr_at is not None:
+        lr = tl.load(lr_at).to(tl.float32)
+    if weight is not None:
+        inside = own[:, None] & (i < inputs)[None, :]
+        update(
+            sums, weight, first, second, step_at,
+            first_output * inputs, o[:, None] * inputs + i[None, :], inside,
+            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+            RULE, DECAYED, FLAG,
+        )  # fmt: skip
+    if bias is not None:
+        # All programs of these outputs have the sums; the one with the first inputs writes.
+        writes = own & (tl.min(i) == 0)
+        update(
+            of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, writes,
+            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+            RULE, DECAYED, FLAG,
+        )  # fmt: skip
+        if more is not None:
+            update(
+                of_bias, more, more_first, more_second, more_step_at, first_output, o, writes,
+                lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a,
+                log_b, RULE, DECAYED, FLAG,
+            )  # fmt: skip
+
+
+class Target(NamedTuple):
+    """A parameter to be updated: what its rule keeps of its shape, and its numbers in this step."""
+
+    value: Tensor
+    kept: list[Tensor]
+    settings: OptimizerSettings
+    step: float = 1.0  # Adam's, this one included
+    step_at: Tensor | None = None  # or where it is on the device
+    lr_at: Tensor | None = None  # the learning rate, where it is on the device
+
+    def memory(self) -> list[Tensor | None]:
+        """In the kernel's order."""
+        return [*[self.value, *self.kept, None, None][:3], self.step_at]
+
+    def has_numbers_of(self, other: "Target") -> bool:
+        """Whether both can be updated by one launch."""
+        mine, others = (
+            (t.settings, None if t.step_at is not None else t.step) for t in (self, other)
+        )
+        return mine == others and self.lr_at is other.lr_at
+
+    def numbers(self) -> tuple:
+        """In the kernel's order."""
+        rule, lr, weight_decay, a, b, eps, _ = self.settings
+        adam = rule in ("adam", "adamw")
+        corrections = (1 / (1 - a**self.step), 1 / (1 - b**self.step) ** 0.5) if adam else (1.0, 1.0)
+        logs = (_log(a), _log(b)) if adam else (0.0, 0.0)
+        lr = 0.0 if self.lr_at is not None else lr
+        return (lr, self.lr_at, weight_decay, a, b, 1 - a, 1 - b, eps, *corrections, *logs)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def apply(
+    grad: Tensor, x: Tensor | None, weight: Target | None, biases: list[Target], products: str
+) -> None:
+    """Updates what a gradient trains.
+
+    Args:
+        grad: (B, N), of a layer's output.
+        x: (B, K), its input, or labels (B,) for their one-hot vectors; None without a weight.
+        weight: (N, K), or None.
+        biases: up to two of (N,).
+    """
+    left = biases
+    if weight is not None and weight.value.numel() > 0:
+        left = [bias for bias in biases if not bias.has_numbers_of(weight)]
+        _launch(grad, x, weight, [b for b in biases if b.has_numbers_of(weight)], products)
+    for bias in left:
+        _launch(grad, None, None, [bias], products)
+
+
+def _launch(
+    grad: Tensor, x: Tensor | None, weight: Target | None, biases: list[Target], products: str
+) -> None:
+    rows, outputs = grad.shape
+    inputs = 1 if weight is None else weight.value.shape[1]
+    tile = tile_for("update", outputs, inputs, rows, products)
+    target = weight or biases[0]
+    nothing: list[Tensor | None] = [None] * 4
+    memory = nothing if weight is None else weight.memory()
+    for bias in biases:
+        memory = memory + bias.memory()
+    memory = (memory + nothing * 2)[:12]
+    settings = target.settings
+    flag = settings.a != 0 if settings.rule == "gradient" else settings.nesterov
+    wrap_triton(update_kernel)[(tile.count(outputs, inputs),)](
+        grad, x, *memory, rows, outputs, inputs, *target.numbers(),
+        settings.rule, settings.weight_decay != 0, flag, x is not None and x.dim() == 1, products,
+        tile.rows, tile.columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""Compiles Triton's kernels ahead of time, as a step launches them, and says what came of it.
+
+    python tests/triton_compiled.py TARGET [CASE ...]
+
+TARGET is an architecture such as sm_90 or gfx942. Prints a JSON list, an entry for each kernel as a
+step of a case launches it (sizes, alignment and types included). No GPU is needed: the step runs on
+tensors without memory, and its launches are written down. Not in a process that interprets kernels.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastdni as dni
+from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
+from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, update
+from fastdni.triton.layer import layer as run_layer  # noqa: F401
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+META = torch.device("meta")
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.float64: "*fp64",
+}  # fmt: skip
+
+launches: list[tuple] = []
+
+
+class Written:
+    """In the place of a kernel: its launches are written down."""
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: launches.append((self._kernel, arguments, options))
+
+
+for module in (layer, loss, norm, regression_loss, update):
+    module.wrap_triton = Written
+
+
+def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def made_synthesizer(n: int, hidden: int, context: int) -> SynthesizerParameters:
+    widths = [n, *[hidden] * (hidden > 0), n]
+    weights = [tensor(b, a) for a, b in zip(widths, widths[1:], strict=False)]
+    biases = [tensor(b) for b in widths[1:]]
+    return SynthesizerParameters(weights, biases, tensor(widths[1], context), tensor(widths[1]))
+
+
+def step(batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=10):
+    """Writes down the launches of a step of two stages of that width, and a head."""
+    stages = []
+    for number in range(3):
+        top = number == 2
+        n = classes if top else width
+        statistics = tensor(n), tensor(n), tensor(dtype=torch.int64)
+        of_norm = SweepNorm(tensor(n), tensor(n), statistics, 0.1, 1e-5)
+        stages.append(
+            SweepStage(
+                tensor(n, width), tensor(n), of_norm if normed and not top else None,
+                "identity" if top else activation,
+                None if top else made_synthesizer(n, hidden, classes),
+            )
+        )  # fmt: skip
+    structure = sweep.Structure(stages, "cross_entropy", products)
+    parameters = [p for stage in stages for p in stage.parameters()]
+    labels = tensor(batch, dtype=torch.int64)
+    done = structure.forward(stages, tensor(batch, width), labels, None, [1] * 4, None, False)
+    kept = {"adam": 2, "adamw": 2, "sgd_momentum": 1, "gradient": 1, "sgd": 0}[rule]
+    settings = OptimizerSettings(rule, 1e-3, 0.01, 0.9, 0.99, 1e-8)
+    targets = {
+        id(p): update.Target(p, [torch.empty_like(p) for _ in range(kept)], settings)
+        for p in parameters
+    }
+    for grad, x, weight, biases in done.gradients:
+        update.apply(grad, x, targets.get(id(weight)), [targets[id(b)] for b in biases], products)
+
+
+def ops(dtype: torch.dtype, products: str) -> None:
+    """Writes down the launches of the drop-in modules' ops."""
+    x, target = tensor(256, 256, dtype=dtype), tensor(256, 256, dtype=dtype)
+    weights = [tensor(512, 256, dtype=dtype), tensor(256, 512, dtype=dtype)]
+    biases = [tensor(512, dtype=dtype), tensor(256, dtype=dtype)]
+    forward = synthesizer.synthesizer_fwd._init_fn
+    prediction, *hidden = forward(x, None, weights, biases, None, None, products)
+    backward = synthesizer.synthesizer_bwd._init_fn
+    backward(target, prediction, hidden, x, None, weights, True, "batchmean", products)
+    regression_loss.regression_loss._init_fn(prediction, target, "batchmean")
+
+
+CASES = {
+    "large bfloat16": lambda: step(4096, 4096, "bfloat16"),
+    "large tf32": lambda: step(4096, 4096, "tf32"),
+    "medium exact": lambda: step(256, 1024, "exact", "adamw", hidden=1024),
+    "medium tf32x3": lambda: step(256, 1024, "tf32x3", "sgd"),
+    "norm": lambda: step(256, 256, "tf32", "sgd_momentum", normed=True, activation="tanh"),
+    "odd": lambda: step(33, 70, "exact", "gradient", activation="sigmoid", classes=7),
+    "odd bfloat16": lambda: step(33, 70, "bfloat16", normed=True),
+    "ops bfloat16": lambda: ops(torch.bfloat16, "bfloat16"),
+    "ops float16": lambda: ops(torch.float16, "float16"),
+}
+
+
+def described(kernel, arguments, options) -> tuple:
+    """Signature, constants, attributes and options of a launch, as Triton specialises it."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value, name = arguments[position], parameter.name
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], aligned = TYPES[value.dtype], True
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            aligned = type(value) is int and value % 16 == 0
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, options
+
+
+def compiled(kernel, signature, constants, attributes, options, target: GPUTarget) -> dict:
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    begin = time.monotonic()
+    made = triton.compile(source, target=target, options=options)
+    found = {
+        "kernel": kernel.__name__,
+        "constants": {k: v for k, v in constants.items() if isinstance(v, str)},
+        "shared": made.metadata.shared,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    if target.backend == "hip":
+        names = "vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size|vgpr_count"
+        pairs = re.findall(rf"\.({names}):\s+(\d+)", made.asm["amdgcn"])
+        found |= {name: int(number) for name, number in pairs}
+        found["instructions"] = sorted(set(re.findall(r"v_mfma\w+", made.asm["amdgcn"])))
+        return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found |= {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    pattern = r"wgmma\.mma_async|mma\.sync\.aligned\.\w+|tcgen05\.mma"
+    found["instructions"] = sorted(set(re.findall(pattern, made.asm["ptx"])))
+    return found
+
+
+def main(architecture: str, cases: list[str]) -> None:
+    if architecture.startswith("gfx"):
+        target = GPUTarget("hip", architecture, 64)
+    else:
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    found, seen = [], set()
+    for case in cases or CASES:
+        launches.clear()
+        CASES[case]()
+        for launch in launches:
+            variant = described(*launch)
+            key = f"{launch[0].__name__} {variant}"
+            if key not in seen:
+                seen.add(key)
+                found.append({"case": case} | compiled(launch[0], *variant, target))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main(sys.argv[1], sys.argv[2:])
