@@ -4,6 +4,7 @@ An op runs on its own kernels where they exist for the tensor's device and dtype
 PyTorch of `fastdni.reference` everywhere else. `set_backend` and `use_backend` fix the choice.
 """
 
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -62,35 +63,50 @@ def _unfit(device: torch.device | None = None) -> str | None:
     return None
 
 
-# Of each GPU met so far why plain PyTorch serves it, or None: it does not.
-_unserved: dict[int, str | None] = {}
+# Of each backend and GPU met so far why it does not serve there by itself, or None: it does.
+_unserved: dict[tuple[str, int], str | None] = {}
 _looking = threading.Lock()
 
 
-def _look(device: torch.device) -> str | None:
+def _look(device: torch.device, name: str) -> str | None:
     from fastdni import agreement  # which calls the ops, and they ask here
 
+    reason = triton.unavailable() if name == "triton" else _unfit(device)
     try:
-        reason = _unfit(device) or agreement.disagreement(device)
+        reason = reason or agreement.disagreement(device, name)
     except RuntimeError as error:
         reason = f"its kernels fail: {str(error).splitlines()[0]}"
     if reason is not None:
-        warnings.warn(f"fastdni: plain PyTorch serves {device}: {reason}", stacklevel=2)
+        warnings.warn(f"fastdni: {name} does not serve {device}: {reason}", stacklevel=2)
     return reason
 
 
 @torch.compiler.assume_constant_result
-def why_unserved(device: torch.device) -> str | None:
-    """Why `auto` leaves a GPU to plain PyTorch, or None. The first time, its kernels are compared
-    with plain PyTorch there: a second's work, that the host waits for."""
+def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
+    """Why `auto` does not let a backend serve a GPU, or None. The first time, its kernels are
+    compared there with plain PyTorch: a second's work (for Triton, which compiles them, some more),
+    that the host waits for."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _unserved:
+    if (name, index) not in _unserved:
         if torch.cuda.is_current_stream_capturing():
             return "a graph is captured, in which nothing can be compared"
         with _looking:
-            if index not in _unserved:
-                _unserved[index] = _look(torch.device("cuda", index))
-    return _unserved[index]
+            if (name, index) not in _unserved:
+                _unserved[name, index] = _look(torch.device("cuda", index), name)
+    return _unserved[name, index]
+
+
+# From so many multiply-adds of a stage's product on, B N K, Triton's tiles on tensor cores are taken
+# before the CUDA backend, by the arithmetic of products. Estimated from the sizes at which tiles of
+# 128 x 128 fill a GPU, not measured.
+TRITON_FROM = {"bfloat16": 2e9, "tf32": 1e9}
+
+
+def takes_triton(device: torch.device, work: int, products: str) -> bool:
+    """Whether `auto` gives a sweep with stages of so many multiply-adds to Triton on a GPU that the
+    CUDA kernels serve."""
+    large = work >= TRITON_FROM.get(products, math.inf)
+    return large and triton.unavailable() is None and why_unserved(device, "triton") is None
 
 
 def _runs(architecture: str, of_gpu: int) -> bool:
@@ -212,8 +228,11 @@ def server(tensor: torch.Tensor, devices: tuple[str, ...]) -> str:
     device = tensor.device.type
     compiled = device in devices and tensor.dtype in KERNEL_DTYPES
     if name == "auto":
-        served = compiled and (device != "cuda" or why_unserved(tensor.device) is None)
-        return device if served else "reference"
+        if compiled and (device != "cuda" or why_unserved(tensor.device) is None):
+            return device
+        # What the CUDA kernels do not serve: float16, AMD's GPUs, a build without them.
+        others = device == "cuda" and tensor.dtype in triton.DTYPES and triton.unavailable() is None
+        return "triton" if others and why_unserved(tensor.device, "triton") is None else "reference"
     if name == "triton":
         on_its_device = device == ("cpu" if triton.interpreted() else "cuda")
         if on_its_device and tensor.dtype in triton.DTYPES:
@@ -231,7 +250,6 @@ def why_reference(tensor: torch.Tensor) -> str:
     if choice() == "reference":
         return 'plain PyTorch: the backend is "reference"'
     device = tensor.device
-    has_kernels = device.type in kernel_devices("sweep_") and tensor.dtype in KERNEL_DTYPES
-    if device.type == "cuda" and has_kernels:
+    if device.type == "cuda" and tensor.dtype == torch.float32:
         return f"plain PyTorch: {why_unserved(device)}"
     return f"plain PyTorch: there are no kernels for {tensor.dtype} on {device.type}"

@@ -44,7 +44,6 @@ class FusedPart:
 
     def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, products: str):
         self.stages, self.first = stages, first
-        self.backend = ops.sweep_backend(stages[0].weight)
         self._how = {
             "criterion": criterion,
             "input_gradient": first > 0,
@@ -54,6 +53,10 @@ class FusedPart:
         self._plans: dict[int, ops.SweepPlan] = {}
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._rules: list[str] | None = None
+
+    def backend(self, batch: int) -> str:
+        """The backend that serves steps of so many rows."""
+        return ops.sweep_backend(self.stages, batch, self._how["products"])
 
     def plan(self, batch: int) -> ops.SweepPlan:
         """The plan of a batch size, made when it is first met."""

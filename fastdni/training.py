@@ -234,7 +234,7 @@ class Trainer:
         for number, stage in enumerate(self._net.stages):
             reason = self.reasons[number]
             part = fused.get(number)
-            served_by = "torch" if part is None else part.backend
+            served_by = "torch" if part is None else part.backend(len(x))
             kernel = "autograd of the stage" if part is None else "sweep"
             if served_by in ("cuda", "triton"):
                 kernel += f": {part.plan(len(x)).launches}"
@@ -317,7 +317,7 @@ class Trainer:
         whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
-        if not whole or parts[0].backend not in ("cpu", "cuda"):
+        if not whole or parts[0].backend(len(step.x)) not in ("cpu", "cuda"):
             check_inputs(self._net, step)
         optimizers = step.optimizers
         if not whole or (optimizers is not None and optimizers.reason is not None):
@@ -331,7 +331,7 @@ class Trainer:
         last = Repetition(run, part.plan(len(step.x)), step, optimizer, device, watch)
         last.finish()
         plain = all(step.active) and isinstance(optimizer, Optimizer)
-        self._last = last if plain and part.backend in ("cpu", "cuda") else None
+        self._last = last if plain and part.backend(len(step.x)) in ("cpu", "cuda") else None
         return results
 
     @staticmethod

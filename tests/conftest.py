@@ -16,6 +16,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter; read when Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DEVICES = [
     "cpu",
     pytest.param(

@@ -142,3 +142,35 @@ class Problem:
                 plan, x, target, context, state, groups, ops.flat([self.settings]), self.active
             )
         return [*results, *plan.parameters, *state, *plan.statistics]
+
+
+# (stages, problem) by name: every kind of stage, synthesizer and criterion, odd sizes.
+CASES = {
+    "plain": ({}, {}),
+    "wide rows": ({"widths": (70, 130, 65, 5)}, {"batch": 33, "settings": "adam"}),
+    "a wide layer": ({"widths": (7, 70, 5)}, {"batch": 17}),
+    "one of each": ({"widths": (1, 1, 1)}, {"batch": 1}),
+    "one row": ({"context": True, "n_hidden": 1}, {"batch": 1, "settings": "adam"}),
+    "more stages than blocks": ({"widths": (3,) * 12}, {"batch": 5, "settings": "momentum"}),
+    "mlp": ({"n_hidden": 2, "context": True}, {"settings": "adamw", "batch": 17}),
+    "norm": ({"norm": True, "context": True}, {"settings": "nesterov", "batch": 35}),
+    "norms in a row": ({"widths": (7, 9, 6, 8, 5), "norm": True, "n_hidden": 1}, {"batch": 20}),
+    "norm, many rows": ({"norm": True}, {"batch": 299}),
+    "plain averages": ({"norm": True, "affine": False, "momentum": None}, {"batch": 20}),
+    "mse": ({"context": True, "activation": "sigmoid"}, {"criterion": "mse", "batch": 18}),
+    "given context": ({"context": True, "activation": "relu"}, {"explicit_context": True}),
+    "no biases": ({"bias": False, "context": True, "n_hidden": 1}, {"settings": "momentum"}),
+    "unlocked": (
+        {"unlocked": True, "context": True, "n_hidden": 1},
+        {"settings": "adam", "batch": 19},
+    ),
+    "unlocked, norm": ({"unlocked": True, "norm": True}, {"batch": 34, "settings": "gradient"}),
+    "masked": ({"context": True}, {"masked": (1,), "settings": "adam"}),
+    "masked, norm": ({"norm": True, "unlocked": True}, {"masked": (0, 2), "batch": 20}),
+}
+
+
+def problem(name, **more):
+    torch.manual_seed(len(name))
+    given, how = CASES[name]
+    return Problem(stages(**given), **how, **more), given

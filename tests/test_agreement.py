@@ -10,17 +10,17 @@ CPU = torch.device("cpu")
 
 
 def test_kernels_agree_with_plain_pytorch():
-    assert agreement.disagreement(CPU) is None
+    assert agreement.disagreement(CPU, "cpu") is None
 
 
 def test_nothing_around_it_matters_or_is_changed():
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        assert agreement.disagreement(CPU) is None
+        assert agreement.disagreement(CPU, "cpu") is None
     torch.set_default_dtype(torch.float64)
     try:
-        assert agreement.disagreement(CPU) is None
+        assert agreement.disagreement(CPU, "cpu") is None
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -49,7 +49,7 @@ FAULTS = {
 def test_a_fault_is_seen(fault, monkeypatch):
     name, change = FAULTS[fault]
     monkeypatch.setattr(agreement.ops, name, planted(getattr(agreement.ops, name), change))
-    assert agreement.disagreement(CPU).startswith("a synthesizer: an error of ")
+    assert agreement.disagreement(CPU, "cpu").startswith("a synthesizer: an error of ")
 
 
 @pytest.mark.parametrize("products", agreement._TOLERANCES)
@@ -65,4 +65,4 @@ def test_a_fault_of_a_step_is_seen(products, monkeypatch):
 
     monkeypatch.setattr(agreement.ops, "sweep_", faulty)
     message = f"a step of 70-36-10 with {products} products: an error of "
-    assert agreement.disagreement(CPU).startswith(message)
+    assert agreement.disagreement(CPU, "cpu").startswith(message)

@@ -67,7 +67,7 @@ def test_backends_says_what_there_is_and_why_not():
     assert found["cpu"] == found["reference"] == "available"
     gpu = torch.cuda.is_available() and fastdni._C.build_info()["cuda"] is not None
     assert (found["cuda"] == "available") == gpu
-    assert found["triton"] == "this version has no Triton kernels"
+    assert found["triton"] == "available"  # in the interpreter, or on the GPU
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def met(monkeypatch):
     """A GPU, number 3, that is met for the first time; the list of times that it was looked at."""
     looks = []
 
-    def look(device):
-        looks.append(device)
+    def look(device, name):
+        looks.append((device, name))
         return None
 
     monkeypatch.setattr(backend, "_unserved", {})
@@ -182,7 +182,7 @@ GPU = torch.device("cuda", 3)
 
 def test_a_gpus_kernels_are_looked_at_once(met):
     assert backend.why_unserved(GPU) is None and backend.why_unserved(GPU) is None
-    assert met == [GPU]
+    assert met == [(GPU, "cuda")]
 
 
 @pytest.mark.parametrize("looked", [True, False])
@@ -190,15 +190,15 @@ def test_a_gpu_that_is_not_served_is_one_warning(met, monkeypatch, looked):
     """Too old, say, or computing something else."""
     found = agreement if looked else backend
     name = "disagreement" if looked else "_unfit"
-    monkeypatch.setattr(found, name, lambda device: "the reason")
-    with pytest.warns(UserWarning, match="fastdni: plain PyTorch serves cuda:3: the reason"):
+    monkeypatch.setattr(found, name, lambda *given: "the reason")
+    with pytest.warns(UserWarning, match="fastdni: cuda does not serve cuda:3: the reason"):
         assert backend.why_unserved(GPU) == "the reason"
     assert backend.why_unserved(GPU) == "the reason"
     assert met == []
 
 
 def test_kernels_that_fail_do_not_serve(met, monkeypatch):
-    def fail(device):
+    def fail(device, name):
         raise RuntimeError("CUDA error: an illegal instruction\nand much more")
 
     monkeypatch.setattr(agreement, "disagreement", fail)
@@ -210,7 +210,7 @@ def test_nothing_is_compared_while_a_graph_is_captured(met, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "a graph is captured" in backend.why_unserved(GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert backend.why_unserved(GPU) is None and met == [GPU]
+    assert backend.why_unserved(GPU) is None and met == [(GPU, "cuda")]
 
 
 # ---- set_backend, use_backend ----

@@ -20,10 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import fastdni as dni
 from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
 from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, update
-from fastdni.triton.layer import layer as run_layer  # noqa: F401
+from fastdni.triton.tile import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 META = torch.device("meta")
@@ -86,7 +85,8 @@ def step(batch, width, products, rule="adam", normed=False, hidden=0, activation
         for p in parameters
     }
     for grad, x, weight, biases in done.gradients:
-        update.apply(grad, x, targets.get(id(weight)), [targets[id(b)] for b in biases], products)
+        of_biases = [targets[id(bias)] for bias in biases]
+        update.apply(grad, x, targets.get(id(weight)), of_biases, structure.products)
 
 
 def ops(dtype: torch.dtype, products: str) -> None:
@@ -107,11 +107,18 @@ CASES = {
     "medium exact": lambda: step(256, 1024, "exact", "adamw", hidden=1024),
     "medium tf32x3": lambda: step(256, 1024, "tf32x3", "sgd"),
     "norm": lambda: step(256, 256, "tf32", "sgd_momentum", normed=True, activation="tanh"),
+    "norm, exact": lambda: step(256, 256, "exact", normed=True),
     "odd": lambda: step(33, 70, "exact", "gradient", activation="sigmoid", classes=7),
     "odd bfloat16": lambda: step(33, 70, "bfloat16", normed=True),
     "ops bfloat16": lambda: ops(torch.bfloat16, "bfloat16"),
     "ops float16": lambda: ops(torch.float16, "float16"),
 }
+
+
+def too_large() -> None:
+    """A layer whose tile does not fit its threads' registers; of no use but to be seen."""
+    layer.layer_tile = lambda *sizes: Tile(128, 128, 32, 2, 2)
+    layer.layer(tensor(256, 256), tensor(256, 256), "exact")
 
 
 def described(kernel, arguments, options) -> tuple:
@@ -147,6 +154,7 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
         pairs = re.findall(rf"\.({names}):\s+(\d+)", made.asm["amdgcn"])
         found |= {name: int(number) for name, number in pairs}
         found["instructions"] = sorted(set(re.findall(r"v_mfma\w+", made.asm["amdgcn"])))
+        found["atomics"] = len(re.findall(r"_atomic_", made.asm["amdgcn"]))
         return found
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -154,20 +162,37 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
         command = [TOOLS / "cuobjdump", "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found |= {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # A stack may be a called function's; a look at what spills takes as long as the compilation.
+    found["spilled"] = found["stack"] and spilled(made.asm["ptx"])
+    found["atomics"] = len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", made.asm["ptx"], re.M))
     pattern = r"wgmma\.mma_async|mma\.sync\.aligned\.\w+|tcgen05\.mma"
     found["instructions"] = sorted(set(re.findall(pattern, made.asm["ptx"])))
     return found
 
 
+def spilled(ptx: str) -> int:
+    """Bytes that a thread stores because its registers do not suffice."""
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    newer = target >= "sm_100" and len(target) >= 6 and (TOOLS / "ptxas-blackwell").exists()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        tool = TOOLS / ("ptxas-blackwell" if newer else "ptxas")
+        command = [tool, "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+
+
 def main(architecture: str, cases: list[str]) -> None:
     if architecture.startswith("gfx"):
+        torch.version.hip = "of another torch"
         target = GPUTarget("hip", architecture, 64)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     found, seen = [], set()
     for case in cases or CASES:
         launches.clear()
-        CASES[case]()
+        {**CASES, "too large": too_large}[case]()
         for launch in launches:
             variant = described(*launch)
             key = f"{launch[0].__name__} {variant}"

@@ -101,9 +101,15 @@ def _stage_spec(stage: SweepStage) -> dict:
     }
 
 
-def sweep_backend(weight: Tensor) -> str:
-    """The backend that serves a sweep over such stages: a name of `fastdni.backends()`."""
-    return backend.server(weight, _DEVICES)
+def sweep_backend(stages: Sequence[SweepStage], batch: int, products: str) -> str:
+    """The backend that serves a sweep: a name of `fastdni.backends()`."""
+    weight = stages[0].weight
+    name = backend.server(weight, _DEVICES)
+    if name == "cuda" and backend.choice() == "auto":
+        largest = batch * max(stage.weight.numel() for stage in stages)
+        if backend.takes_triton(weight.device, largest, products):
+            return "triton"
+    return name
 
 
 class SweepPlan:
@@ -143,12 +149,13 @@ class SweepPlan:
             own = len(stage.parameters()) - above
             self.parameter_stages += [index] * own + [index + 1] * above
         weight = stages[0].weight
-        self.backend = sweep_backend(weight)
+        self.backend = sweep_backend(stages, batch, products)
         self._memory, self._pending = None, None
         self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
         self.handle = 0
         self.structure = None
         if self.backend == "triton":
+            backend.triton.load()
             triton = importlib.import_module("fastdni.triton.sweep")
             self.structure = triton.Structure(stages, criterion, products)
         elif self.backend != "reference":
@@ -181,6 +188,8 @@ class SweepPlan:
     @property
     def launches(self) -> str:
         """How a GPU's launches divide the step, in words; empty on the CPU."""
+        if self.structure is not None:
+            return "a launch for each layer, a program for each tile"
         return "" if self._memory is None else self._memory.launches
 
     @property
@@ -245,10 +254,11 @@ def sweep_(
         )
     if plan.structure is not None:
         _check_data(plan, x, target, context, caller)
-        return torch.ops.fastdni.triton_sweep_(
-            plan.structure.number, x, target, context, plan.parameters, plan.statistics, state,
-            groups, settings, active,
-        )  # fmt: skip
+        with torch.no_grad():
+            return torch.ops.fastdni.triton_sweep_(
+                plan.structure.number, x, target, context, plan.parameters, plan.statistics, state,
+                groups, settings, active,
+            )  # fmt: skip
     output, loss, _ = sweep_forward_(plan, x, target, context, active, caller)
     return output, loss, sweep_update_(plan, None, state, groups, settings, active, caller)
 

@@ -11,7 +11,7 @@ from torch.library import wrap_triton
 from fastdni.reference import SweepNorm
 from fastdni.triton.tile import activated
 
-_ROWS, _COLUMNS = 64, 32
+_ROWS, _COLUMNS = 32, 32
 
 
 @triton.jit

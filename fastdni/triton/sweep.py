@@ -19,6 +19,7 @@ from fastdni.triton.layer import layer
 from fastdni.triton.loss import criterion
 from fastdni.triton.norm import norm, norm_gradient
 from fastdni.triton.synthesizer import Evaluation, Gradient
+from fastdni.triton.tile import arithmetic
 from fastdni.triton.update import Target, apply
 
 
@@ -124,7 +125,7 @@ class Structure:
     """Stages without their tensors: the op below is given these again at every step."""
 
     def __init__(self, stages: list[SweepStage], criterion: str, products: str):
-        self.criterion, self.products = criterion, products
+        self.criterion, self.products = criterion, arithmetic(products)
         leaves, self._spec = tree_flatten(stages)
         # Of each leaf where its tensor comes: among the parameters, or the statistics.
         numbers: dict[int, tuple[int, int]] = {}

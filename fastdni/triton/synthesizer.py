@@ -16,6 +16,7 @@ from fastdni.reference import (
 )
 from fastdni.triton.layer import layer, layer_tile
 from fastdni.triton.loss import total
+from fastdni.triton.tile import arithmetic
 from fastdni.triton.update import Target, apply
 
 
@@ -156,7 +157,7 @@ def synthesizer_fwd(
     given = (weights, biases, context_weight, context_bias)
     parameters = SynthesizerParameters(*given).contiguous()
     beside = None if context is None else _matrix(context)
-    made = Evaluation(parameters, _matrix(trigger), beside, products)
+    made = Evaluation(parameters, _matrix(trigger), beside, arithmetic(products))
     return [made.prediction.reshape(*trigger.shape[:-1], weights[-1].shape[0]), *made.hidden]
 
 
@@ -183,7 +184,7 @@ def synthesizer_bwd(
         of_context = first.new_empty(first.shape[0], context.shape[-1])
         q = first.new_empty(first.shape[0]) if bias else None
         grads = grads._replace(context_weight=of_context, context_bias=q)
-    beside = None if context is None else _matrix(context)
+    beside, products = None if context is None else _matrix(context), arithmetic(products)
     made = Evaluation.of(
         _matrix(prediction), [_matrix(h) for h in hidden], grads, _matrix(trigger), beside, products
     )

@@ -5,6 +5,7 @@ Every sum has an order that follows from the shapes: no atomics, no program that
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -17,7 +18,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def operand(tile, PRODUCTS: tl.constexpr):
     """A tile as a product reads it."""
     if PRODUCTS == "bfloat16":
-        narrow = tile.to(tl.bfloat16)
+        if INTERPRETED:  # to the nearest, and to even between two; there .to() only cuts off
+            bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            narrow = bits.to(tl.float32, bitcast=True)
+        else:
+            narrow = tile.to(tl.bfloat16)
     elif PRODUCTS == "float16":
         narrow = tile.to(tl.float16)
     else:
@@ -127,12 +133,23 @@ class Tile(NamedTuple):
 _SMALL = (0, Tile(32, 32, 32, 4, 2))
 CLASSES = {
     "layer": ((1 << 30, Tile(128, 128, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
+    "tf32 layer": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
     "update": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 8, 3)), _SMALL),
-    "exact": ((1 << 26, Tile(64, 64, 16, 8, 2)), _SMALL),
+    "exact": ((1 << 26, Tile(64, 64, 16, 4, 2)), (0, Tile(32, 32, 16, 4, 2))),
 }
+
+
+def arithmetic(products: str) -> str:
+    """That of products on this GPU: AMD's have no three products of TF32 in place of one."""
+    return "exact" if torch.version.hip and products == "tf32x3" else products
 
 
 def tile_for(kind: str, rows: int, columns: int, depth: int, products: str) -> Tile:
     """The tile of a product of that size, of a "layer" or an "update"."""
-    of = CLASSES["exact" if products == "exact" else kind]
+    narrow = products in ("bfloat16", "float16")
+    if products == "exact":
+        kind = products
+    elif kind == "layer" and not narrow:
+        kind = "tf32 layer"
+    of = CLASSES[kind]
     return next(tile for least, tile in of if rows * columns * depth >= least)

@@ -1,0 +1,261 @@
+"""Triton's kernels in its interpreter, or on a GPU where there is one, against the reference.
+
+What the compilers make of them is in test_triton_compiled.py. The interpreter multiplies exactly
+whatever precision is asked for, and does not notice reads out of bounds.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import sample
+from network_cases import OPTIMIZERS, batch, network, state_of
+from sweep_problem import CASES, Problem, cast, fresh_state, problem, stages
+from synthesizer_problem import Sizes, backward, forward
+from synthesizer_problem import problem as of_synthesizer
+
+import fastdni
+from fastdni import ops, reference
+from fastdni.reference import OptimizerSettings
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+fastdni.triton.load()
+
+
+def on_device(value):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), value)
+
+
+def compare(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        a, b = a.detach().cpu().double(), b.detach().double()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def run(one: Problem, **how) -> list[torch.Tensor]:
+    """`Problem.run` in float32 on the device."""
+    own = on_device(cast(one.given, torch.float32))
+    data = on_device(cast([one.x, one.target, one.context], torch.float32))
+    with fastdni.use_backend("triton"):
+        plan = ops.SweepPlan(own, one.batch, one.criterion, **how)
+    groups = [0 if one.active[s] else -1 for s in plan.parameter_stages]
+    updated = [p for p, g in zip(plan.parameters, groups, strict=True) if g == 0]
+    state = on_device(fresh_state(one.settings, updated))
+    results = ops.sweep_(plan, *data, state, groups, ops.flat([one.settings]), one.active)
+    return [*results, *plan.parameters, *state, *plan.statistics]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step(name):
+    one, _ = problem(name)
+    compare(run(one), one.run("reference"), 2e-4)
+
+
+@pytest.mark.parametrize("settings", ["gradient", "sgd", "nesterov", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "norm, activation, n_hidden, context",
+    sample(itertools.product([False, True], ["relu", "tanh", "sigmoid"], [0, 1], [False, True])),
+)
+def test_combinations(settings, norm, activation, n_hidden, context):
+    torch.manual_seed(0)
+    given = {"norm": norm, "activation": activation, "n_hidden": n_hidden, "context": context}
+    one = Problem(stages(**given), 21, settings=settings)
+    compare(run(one), one.run("reference"), 2e-4)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_a_part_of_a_network(norm, unlocked):
+    """More stages above: the topmost synthesizer learns from the gradient that comes back."""
+    torch.manual_seed(0)
+    given = stages(top=True, norm=norm, unlocked=unlocked, context=True)
+    one = Problem(given, 20, criterion=None, explicit_context=True, settings="gradient")
+    gradient = torch.randn(20, 5, dtype=torch.float64)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        move = on_device if backend == "triton" else (lambda value: value)
+        own, x, ctx, of_top = move(cast([one.given, one.x, one.context, gradient], dtype))
+        with fastdni.use_backend(backend):
+            plan = ops.SweepPlan(own, 20, input_gradient=True)
+        active = [1] * (len(own) + 1)
+        output, _, of_input = ops.sweep_forward_(plan, x, None, ctx, active)
+        state = [torch.zeros_like(p) for p in plan.parameters]
+        how = ([0] * len(state), ops.flat([OptimizerSettings("gradient")]), active)
+        losses = ops.sweep_update_(plan, of_top, state, *how)
+        found.append([output, of_input, losses, *state, *plan.statistics])
+    compare(*found, 2e-4)
+
+
+def test_operands_are_rounded_to_bfloat16():
+    one, _ = problem("mlp")
+    found = run(one, products="bfloat16")
+    # Half a unit of an operand, where another order of a sum before moved it across.
+    compare(found, one.run("reference", products="bfloat16"), 4 * 2**-8)
+    with pytest.raises(AssertionError):  # they were rounded at all
+        compare(found, one.run("reference"), 1e-4)
+
+
+def test_rows_that_are_ignored_and_labels_that_are_none():
+    one, _ = problem("plain")
+    one.target[1] = -100
+    compare(run(one), one.run("reference"), 2e-4)
+    if DEVICE == "cuda":  # on the CPU the host looks, and refuses
+        one.target[2] = 5
+        output, loss, *_ = run(one)
+        assert loss.isnan() and output.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "identity"])
+def test_nan_stays_nan(activation):
+    torch.manual_seed(0)
+    one = Problem(stages(activation=activation), 4)
+    one.x[1, 2] = torch.nan
+    output, *_ = run(one)
+    assert output[1].isnan().all() and output[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("settings", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one launch", "numbers of their own"])
+def test_an_update_by_numbers_on_the_host(settings, apart):
+    """As Adam's are on a GPU without capturable=True; steps above find them on the device."""
+    from sweep_problem import OPTIMIZERS
+
+    from fastdni.triton.update import Target, apply
+
+    row = OPTIMIZERS[settings]
+    other = row._replace(lr=row.lr / 2) if apart else row
+    torch.manual_seed(0)
+    grad, x = torch.randn(37, 40), torch.randn(37, 50)
+    parameters = [torch.randn(40, 50), torch.randn(40), torch.randn(40)]
+    gradients = [grad.T @ x, grad.sum(0), grad.sum(0)]
+    expected, targets = [], []
+    for parameter, gradient, own in zip(parameters, gradients, (row, other, row), strict=True):
+        state = [s.abs() for s in fresh_state(own, [parameter])]
+        count = {"adam": 2, "adamw": 2, "momentum": 1}.get(settings, 0)
+        kept = on_device(cast(state[:count], torch.float32))
+        mine = parameter.to(DEVICE, copy=True)
+        targets.append(Target(mine, kept, own, 3.0))
+        wide = cast([parameter, *state[:count]], torch.float64)
+        steps = [torch.tensor(2.0)] if count == 2 else []
+        reference.optimizer_update(own, wide[0], gradient.double(), [*wide[1:], *steps])
+        expected += wide
+    apply(grad.to(DEVICE), x.to(DEVICE), targets[0], targets[1:], "exact")
+    compare([t for target in targets for t in (target.value, *target.kept)], expected, 1e-5)
+
+
+KINDS = {
+    "plain": {},
+    "mlp, context": {"n_hidden": 2, "context": True},
+    "norm": {"norm": True, "context": True},
+    "unlocked": {"unlocked": True, "n_hidden": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_steps_of_a_network_equal_the_cpus(name, kind):
+    # In front of a BatchNorm a bias' gradient is rounding noise, and Adam makes steps of it.
+    how = KINDS[kind] | {"bias": not name.startswith("adam")}
+    net = network((7, 33, 20, 5), **how).float()
+    twin = copy.deepcopy(net)
+    net.to(DEVICE)
+    values = []
+    for each, backend in ((net, "triton"), (twin, "cpu")):
+        optimizer = OPTIMIZERS[name](each.parameters())
+        results = []
+        with fastdni.use_backend(backend):
+            for seed in range(3):
+                given = {
+                    k: v.to(each.stages[0][0].weight.device)
+                    if isinstance(v, torch.Tensor) else v
+                    for k, v in batch(net, rows=40, seed=seed).items()
+                }  # fmt: skip
+                given["x"] = given["x"].float()
+                mask = [True, seed != 1, True, True][: len(each.stages)]
+                results += each.step(optimizer=optimizer, update_mask=mask, **given)
+        values.append([*results, *each.state_dict().values(), *state_of(optimizer)])
+    compare(*values, 1e-3 if name.startswith("adam") else 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n_hidden", [0, 2])
+@pytest.mark.parametrize("shape", [(37,), (3, 5), (1,), (0,)])
+def test_a_synthesizers_ops_equal_the_reference(dtype, n_hidden, shape):
+    one = of_synthesizer(shape, Sizes(33, 40, 5), n_hidden, dtype=dtype, device=DEVICE)
+    found = []
+    for name, of in (("triton", ops), ("reference", reference)):
+        with fastdni.use_backend(name):
+            found.append(backward(of, one, forward(of, one)))
+    # Where the two round at other places a ReLU may open in one alone.
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    for a, b in zip(*found, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (), (5, 7, 3), (1030, 5)])
+def test_regression_loss(shape, reduction, dtype):
+    given = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
+    if len(shape) == 2:
+        given[0] = given[0].T.contiguous().T  # other strides than the target's
+    for tensor in given:
+        tensor.requires_grad_()
+    found = []
+    for name in ("triton", "reference"):
+        with fastdni.use_backend(name):
+            loss, error = fastdni.regression_loss(*given, reduction)
+            grads = torch.autograd.grad(loss.float() + error.float().sum(), given)
+            found.append([loss, error, *grads])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_the_same_bits_again():
+    one, _ = problem("norm, many rows")
+    assert all(map(torch.equal, run(one), run(one)))
+
+
+def test_agreement_is_looked_at_and_holds():
+    from fastdni import agreement
+
+    assert agreement.disagreement(torch.device(DEVICE), "triton") is None
+
+
+def test_the_ops_schemas_say_what_they_write():
+    one, _ = problem("norm")
+    own = on_device(cast(one.given, torch.float32))
+    with fastdni.use_backend("triton"):
+        plan = ops.SweepPlan(own, one.batch, one.criterion)
+    x, target = on_device([one.x.float(), one.target])
+    state = on_device(fresh_state(one.settings, plan.parameters))
+    count = len(plan.parameters)
+    arguments = (
+        plan.structure.number, x, target, None, plan.parameters, plan.statistics, state,
+        [0] * count, ops.flat([one.settings]), one.active,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fastdni.triton_sweep_, arguments, test_utils="test_schema")
+
+
+def test_what_does_not_fit_is_refused():
+    one, _ = problem("given context")
+    for change, message in (
+        ({"x": one.x[:, 1:]}, r"x must be \(B, K\) = \(4, 7\), got \(4, 6\)"),
+        ({"context": one.context[:3]}, r"context must be \(B, C\) = \(4, 5\), got \(3, 5\)"),
+        ({"target": one.target[:3]}, r"target must be \(B,\) = \(4,\), got \(3,\)"),
+    ):
+        twin, _ = problem("given context")
+        vars(twin).update(change)
+        with pytest.raises(RuntimeError, match=message):
+            run(twin)
+    net = network().to(DEVICE)  # float64
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch(net).items()}
+    with fastdni.use_backend("triton"), pytest.raises(RuntimeError, match="no kernel for this op"):
+        net.step(optimizer=optimizer, **given)

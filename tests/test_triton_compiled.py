@@ -1,0 +1,78 @@
+"""What Triton's compilers make of the kernels, ahead of time: no GPU is needed."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import sample
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SCRIPT = Path(__file__).parent / "triton_compiled.py"
+# Shared memory of a block, in KB, and the instruction that products on tensor cores become.
+TARGETS = {
+    "sm_80": (163, r"mma\.sync"),
+    "sm_90": (227, r"wgmma\.mma_async"),
+    "sm_100": (227, r"tcgen05\.mma"),
+    "sm_120": (99, r"mma\.sync"),
+    "gfx942": (64, r"v_mfma"),
+}
+# Of the script's cases those compiled for every target unless all are asked for.
+CASES = ("large bfloat16", "large tf32", "norm, exact")
+
+
+@functools.cache
+def compiled(target: str) -> list[dict]:
+    """Every kernel as the cases launch it. In a process that does not interpret kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    chosen = [] if len(sample(range(7))) == 7 else CASES
+    done = subprocess.run(
+        [sys.executable, SCRIPT, target, *chosen], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def name(kernel: dict) -> str:
+    return f"{kernel['case']}: {kernel['kernel']} {kernel['constants']}"
+
+
+# One test a target, so that a run in several processes compiles for each target once.
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_fit_and_use_tensor_cores(target):
+    most, instruction = TARGETS[target]
+    found = compiled(target)
+    assert {k["kernel"] for k in found} >= {
+        "layer_kernel", "update_kernel", "norm_kernel", "norm_gradient_kernel",
+        "cross_entropy_kernel", "sum_kernel",
+    }  # fmt: skip
+    for kernel in found:
+        spilled = ("spilled", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        assert not any(kernel.get(key, 0) for key in spilled), name(kernel)
+        assert kernel["shared"] <= most << 10, name(kernel)
+        assert not kernel["atomics"], name(kernel)
+    # Products of large tiles; those of a few columns may take another instruction.
+    products = [k for k in found if k["case"].startswith("large") and k["shared"] > 40 << 10]
+    assert len(products) >= 4
+    for kernel in products:
+        assert any(re.match(instruction, each) for each in kernel["instructions"]), name(kernel)
+    exact = [k for k in found if "exact" in k["constants"].values()]
+    assert exact and (target == "gfx942" or not any(k["instructions"] for k in exact))
+
+
+def test_what_spills_is_seen():
+    """By the same look: a tile that is too large for its threads."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "sm_90", "too large"],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (kernel,) = (k for k in json.loads(done.stdout) if k["kernel"] == "layer_kernel")
+    assert kernel["spilled"] > 0
