@@ -5,8 +5,8 @@
 Device tests, compute-sanitizer over small steps, the device's own constants, then the step times
 of the CUDA backend beside every baseline, each in a process of its own. What this build has done is
 not done again: a second run goes on where the first one stopped. Writes to
-benchmarks/results/<gpu>/<date>/: gpu.json, gpu.md, speedup.png, roofline.png, constants.json and
-log.txt.
+benchmarks/results/<gpu>/<date>/: gpu.json, gpu.md, speedup.png, roofline.png, constants.json,
+weight_update.json and log.txt.
 """
 
 import datetime
@@ -26,15 +26,22 @@ from typing import NamedTuple
 
 import torch
 
+import fastdni as dni
 from fastdni.bench import hardware, header
 from fastdni.bench.cases import Case
 from fastdni.bench.command import Parser
 from fastdni.bench.network import Result, forms_for, measure, report
 from fastdni.bench.products import product_calls, time_calls
+from fastdni.reference import OptimizerSettings
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-DEVICE_TESTS = ("test_cuda_device.py", "test_regression_loss.py", "test_backend.py")
+DEVICE_TESTS = (
+    "test_cuda_device.py",
+    "test_triton.py",
+    "test_regression_loss.py",
+    "test_backend.py",
+)
 
 # The sizes of every goal that the kernels here are for.
 CASES = {
@@ -132,11 +139,10 @@ def run_steps(
 
 def small_steps() -> None:
     """A few steps of small networks of every kind, for compute-sanitizer."""
-    import fastdni as dni
     from fastdni.agreement import disagreement
 
     # Every arithmetic of products, BatchNorm, a wide layer, the ops of a synthesizer.
-    print(disagreement(torch.device("cuda")) or "the kernels agree with plain PyTorch")
+    print(disagreement(torch.device("cuda"), "cuda") or "the kernels agree with plain PyTorch")
 
     cases = [
         Case((33, 40, 70, 5), 20),
@@ -184,11 +190,41 @@ def constants(folder: Path) -> None:
     print(json.dumps(found, indent=1))
 
 
+def weight_update(folder: Path) -> None:
+    """Times a weight's gradient with its Adam in one kernel of Triton against torch's product and
+    its fused Adam: N, K and B 4096, bfloat16 products."""
+    from fastdni.triton.update import Target, apply
+
+    size, row = 4096, OptimizerSettings("adam", 1e-3, 0.0, 0.9, 0.999, 1e-8)
+    grad, x, weight, first, second = torch.randn(5, size, size, device="cuda").unbind()
+    second = second.square()
+    step = torch.ones((), device="cuda")
+    narrow = grad.bfloat16(), x.bfloat16()
+    target = Target(weight, [first, second], row, step_at=step)
+    how = dict(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8)
+    how |= dict(amsgrad=False, maximize=False)
+
+    def by_torch():
+        found = (narrow[0].T @ narrow[1]).float()
+        torch._fused_adam_([weight], [found], [first], [second], [], [step], **how)
+
+    calls = {
+        "triton": lambda: apply(grad, x, target, [], "bfloat16"),
+        "triton, bfloat16 in memory": lambda: apply(*narrow, target, [], "bfloat16"),
+        "torch": by_torch,
+    }
+    times = time_calls(calls, size**3, 2.0, "cuda")
+    stored = {"hardware": hardware(), "seconds": times}
+    (folder / "weight_update.json").write_text(json.dumps(stored, indent=1) + "\n")
+    print(json.dumps(times, indent=1))
+
+
 def one_case(name: str, folder: Path, quick: bool) -> None:
     """Measures a case and keeps the result."""
     case = CASES[name]._replace(device="cuda")
     torch.backends.cuda.matmul.allow_tf32 = case.precision == "tf32"
-    names = forms_for("cuda", ("cuda",), compile=not quick)
+    backends = [name for name in ("cuda", "triton") if dni.backends()[name] == "available"]
+    names = forms_for("cuda", backends, compile=not quick)
     seconds = 3.0 if quick else 8.0
     labels = {"size": name, "case": str(case)}
     result = measure(case, names, with_limit=True, labels=labels, seconds=seconds)
@@ -241,9 +277,12 @@ def main(arguments: list[str] | None = None) -> int:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     folder = (options.output or HERE / "results" / gpu / today).resolve()
     if options.part is not None:
-        {"small": small_steps, "constants": lambda: constants(folder)}.get(
-            options.part, lambda: one_case(options.part, folder, options.quick)
-        )()
+        parts = {
+            "small": small_steps,
+            "constants": lambda: constants(folder),
+            "weight_update": lambda: weight_update(folder),
+        }
+        parts.get(options.part, lambda: one_case(options.part, folder, options.quick))()
         return 0
 
     begin = time.monotonic()
@@ -258,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
         sanitizer = [*apart, "--tool", tool, "--error-exitcode", "1"]
         steps.append(Step(tool, [*sanitizer, *part, "small"], 120))
     steps.append(Step("constants", [*part, "constants"], 120))
+    if dni.backends()["triton"] == "available":
+        steps.append(Step("weight_update", [*part, "weight_update"], 60))
     chosen = QUICK if options.quick else tuple(CASES)
     steps += [Step(name, [*part, name], CASE_SECONDS[options.quick]) for name in chosen]
     missing = run_steps(

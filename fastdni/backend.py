@@ -96,9 +96,9 @@ def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
     return _unserved[name, index]
 
 
-# From so many multiply-adds of a stage's product on, B N K, Triton's tiles on tensor cores are taken
-# before the CUDA backend, by the arithmetic of products. Estimated from the sizes at which tiles of
-# 128 x 128 fill a GPU, not measured.
+# From so many multiply-adds of a stage's product on, B N K, `auto` takes Triton's tiles on tensor
+# cores before the CUDA backend, by the arithmetic of products. Estimated from the sizes at which
+# tiles of 128 x 128 fill a GPU, not measured.
 TRITON_FROM = {"bfloat16": 2e9, "tf32": 1e9}
 
 

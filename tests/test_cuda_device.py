@@ -211,7 +211,7 @@ def test_an_optimizer_that_is_not_fused_is_captured_too():
 
 
 def test_the_kernels_agree_with_plain_pytorch():
-    assert agreement.disagreement(torch.device("cuda")) is None
+    assert agreement.disagreement(torch.device("cuda"), "cuda") is None
 
 
 def tensor_or_number(rates):

@@ -59,7 +59,9 @@ def made_synthesizer(n: int, hidden: int, context: int) -> SynthesizerParameters
     return SynthesizerParameters(weights, biases, tensor(widths[1], context), tensor(widths[1]))
 
 
-def step(batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=10):
+def step(
+    batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=10
+) -> None:
     """Writes down the launches of a step of two stages of that width, and a head."""
     stages = []
     for number in range(3):

@@ -36,7 +36,7 @@ from fastdni.reference.synthesizer import synthesizer_bwd, synthesizer_fwd
 from fastdni.stages import parse
 
 COMPILED = ("compiled", "backprop compiled")
-GRAPHED = ("fastdni cuda graphed", "graphed", "backprop graphed")
+GRAPHED = ("fastdni cuda graphed", "fastdni triton graphed", "graphed", "backprop graphed")
 GRAPH_WARMUP = 3
 # The families of baselines; the strongest of each is what fastdni is held against.
 DECOUPLED = ("eager", "eager fused", "compiled", "graphed", "easy")
@@ -299,11 +299,11 @@ def _fastdni_step(
     return on_backend
 
 
-def _prepare_graphed(case: Case, net: dni.DecoupledSequential, x, y) -> Candidate:
+def _prepare_graphed(case: Case, backend: str, net: dni.DecoupledSequential, x, y) -> Candidate:
     if not case.optimizer.startswith("adam"):
         raise RuntimeError(f"make_graphed_step takes no {case.optimizer}: it is not capturable")
     optimizer = case.make_optimizer(list(net.parameters()), capturable=True)
-    with dni.use_backend("cuda"), case.autocast():
+    with dni.use_backend(backend), case.autocast():
         run = dni.make_graphed_step(net, optimizer, x, y, warmup=GRAPH_WARMUP)
     return Candidate(net, optimizer, partial(run, x, y))
 
@@ -317,7 +317,7 @@ def prepare(form: str, case: Case, dtype: torch.dtype = torch.float32) -> Candid
     net = case.build(dtype)
     if form.startswith("fastdni"):
         if form in GRAPHED:
-            return _prepare_graphed(case, net, *case.data(dtype))
+            return _prepare_graphed(case, form.split()[1], net, *case.data(dtype))
         optimizer = case.make_optimizer(list(net.parameters()))
         backend = form.partition(" ")[2] or "auto"
         step = _fastdni_step(case, backend, net, optimizer, *case.data(dtype))
@@ -405,7 +405,7 @@ class Check:
         left = CHECK_STEPS - (GRAPH_WARMUP if form in GRAPHED else 0)
         if form == "fastdni bf16":
             precision = "bf16"
-        elif form.startswith("fastdni"):
+        elif form.startswith("fastdni") and "triton" not in form:  # which has no float64
             exact = prepare(form, self._exact, torch.float64)
             _take(exact, left)
             self._compare(form, exact, "float64")

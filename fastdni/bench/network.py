@@ -68,7 +68,7 @@ def backends_for(device: str) -> list[str]:
 def forms_for(device: str, backends: Sequence[str] = ("auto",), compile: bool = True) -> list[str]:
     """The forms that can be measured on a device, fastdni's first."""
     found = ["fastdni" if name == "auto" else f"fastdni {name}" for name in backends]
-    found += ["fastdni cuda graphed"] if "cuda" in backends else []
+    found += [f"fastdni {name} graphed" for name in ("cuda", "triton") if name in backends]
     found += ["eager", "eager fused", "compiled", "graphed"]
     found += ["backprop", "backprop compiled", "backprop graphed", "products"]
     left_out = (() if device == "cuda" else forms.GRAPHED) + (() if compile else forms.COMPILED)

@@ -30,7 +30,7 @@ def unavailable() -> str | None:
 
 @torch.compiler.assume_constant_result
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, for tests."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1."""
     import triton
 
     return triton.knobs.runtime.interpret

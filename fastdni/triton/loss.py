@@ -88,9 +88,7 @@ def criterion(h: Tensor, target: Tensor, name: str, activation: str) -> tuple[Te
     sizes = (activation, _ROWS, _COLUMNS)
     if name == "mse":
         scale = 2 / (rows * columns)
-        wrap_triton(mse_kernel)[(programs,)](
-            h, target, out, partials, rows, columns, scale, *sizes
-        )
+        wrap_triton(mse_kernel)[(programs,)](h, target, out, partials, rows, columns, scale, *sizes)
         return total(partials, rows * columns), out
     counted = (target != _IGNORED.value).sum()
     wrap_triton(cross_entropy_kernel)[(programs,)](

@@ -129,9 +129,9 @@ class Structure:
         leaves, self._spec = tree_flatten(stages)
         # Of each leaf where its tensor comes: among the parameters, or the statistics.
         numbers: dict[int, tuple[int, int]] = {}
-        for kind, tensors in enumerate(
-            ([p for s in stages for p in s.parameters()], [t for s in stages for t in s.statistics()])
-        ):
+        parameters = [p for stage in stages for p in stage.parameters()]
+        statistics = [t for stage in stages for t in stage.statistics()]
+        for kind, tensors in enumerate((parameters, statistics)):
             numbers |= {id(tensor): (kind, n) for n, tensor in enumerate(tensors)}
         self._leaves = [numbers.get(id(leaf), leaf) for leaf in leaves]
         self.number = next(_numbers)
@@ -143,7 +143,6 @@ class Structure:
             tensors[leaf[0]][leaf[1]] if isinstance(leaf, tuple) else leaf for leaf in self._leaves
         ]
         return tree_unflatten(leaves, self._spec)
-
 
     # A part of a network, in two calls.
 

@@ -34,9 +34,7 @@ def operand(tile, PRODUCTS: tl.constexpr):
 @triton.jit
 def add_product(x, y, sums, PRODUCTS: tl.constexpr):
     """sums + x y, summed in float32."""
-    precision: tl.constexpr = (
-        PRODUCTS if PRODUCTS == "tf32" or PRODUCTS == "tf32x3" else "ieee"
-    )
+    precision: tl.constexpr = PRODUCTS if PRODUCTS == "tf32" or PRODUCTS == "tf32x3" else "ieee"
     return tl.dot(operand(x, PRODUCTS), operand(y, PRODUCTS), sums, input_precision=precision)
 
 
@@ -127,8 +125,8 @@ class Tile(NamedTuple):
         return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
 
 
-# From so many multiply-adds on the tile after them, chosen so that nothing spills (an optimizer holds
-# more than a layer does; exact float32 is not for tensor cores) and small results make many
+# From so many multiply-adds on the tile after them, chosen so that nothing spills (an optimizer
+# holds more than a layer does; exact float32 is not for tensor cores) and small results make many
 # programs. Counted, not measured.
 _SMALL = (0, Tile(32, 32, 32, 4, 2))
 CLASSES = {

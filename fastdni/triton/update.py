@@ -21,9 +21,11 @@ def update(
     lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
-    """Updates elements start + at of a parameter and of what its rule keeps. FLAG: Nesterov's momentum;
-    of the rule "gradient" whether to add. Without DECAYED an infinite parameter must not make the
-    gradient NaN."""
+    """Updates elements start + at of a parameter and of what its rule keeps.
+
+    FLAG: Nesterov's momentum; of the rule "gradient" whether to add. Without DECAYED an infinite
+    parameter must not make the gradient NaN.
+    """
     if RULE == "gradient":
         first += start
         if FLAG:
@@ -145,8 +147,10 @@ class Target(NamedTuple):
         """In the kernel's order."""
         rule, lr, weight_decay, a, b, eps, _ = self.settings
         adam = rule in ("adam", "adamw")
-        corrections = (1 / (1 - a**self.step), 1 / (1 - b**self.step) ** 0.5) if adam else (1.0, 1.0)
-        logs = (_log(a), _log(b)) if adam else (0.0, 0.0)
+        corrections, logs = (1.0, 1.0), (0.0, 0.0)
+        if adam:
+            corrections = 1 / (1 - a**self.step), 1 / (1 - b**self.step) ** 0.5
+            logs = _log(a), _log(b)
         lr = 0.0 if self.lr_at is not None else lr
         return (lr, self.lr_at, weight_decay, a, b, 1 - a, 1 - b, eps, *corrections, *logs)
 
