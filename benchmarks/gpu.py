@@ -36,12 +36,10 @@ from fastdni.reference import OptimizerSettings
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-DEVICE_TESTS = (
-    "test_cuda_device.py",
-    "test_triton.py",
-    "test_regression_loss.py",
-    "test_backend.py",
-)
+DEVICE_TESTS = {
+    "tests": ("test_cuda_device.py", "test_regression_loss.py", "test_backend.py"),
+    "triton_tests": ("test_triton.py",),  # which compile some two hundred kernels
+}
 
 # The sizes of every goal that the kernels here are for.
 CASES = {
@@ -156,10 +154,13 @@ def small_steps() -> None:
         net, (x, y) = case.build(), case.data()
         torch.backends.cuda.matmul.allow_tf32 = case.precision == "tf32"
         optimizer = case.make_optimizer(list(net.parameters()))
-        with dni.use_backend("cuda"), case.autocast():
-            for _ in range(2):
-                loss = net.step(x, y, optimizer).loss.item()
-        print(case, loss)
+        for backend in ("cuda", "triton"):
+            if dni.backends()[backend] != "available":
+                continue
+            with dni.use_backend(backend), case.autocast():
+                for _ in range(2):
+                    loss = net.step(x, y, optimizer).loss.item()
+            print(backend, case, loss)
 
 
 def cuda_tool(name: str) -> str:
@@ -193,13 +194,16 @@ def constants(folder: Path) -> None:
 def weight_update(folder: Path) -> None:
     """Times a weight's gradient with its Adam in one kernel of Triton against torch's product and
     its fused Adam: N, K and B 4096, bfloat16 products."""
+    from fastdni.triton.tile import Arithmetic
     from fastdni.triton.update import Target, apply
 
     size, row = 4096, OptimizerSettings("adam", 1e-3, 0.0, 0.9, 0.999, 1e-8)
     grad, x, weight, first, second = torch.randn(5, size, size, device="cuda").unbind()
     second = second.square()
     step = torch.ones((), device="cuda")
-    narrow = grad.bfloat16(), x.bfloat16()
+    # On both sides the operands have been rounded before.
+    rounded = Arithmetic("bfloat16")
+    narrow = rounded.rounded(grad), rounded.rounded(x)
     target = Target(weight, [first, second], row, step_at=step)
     how = dict(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8)
     how |= dict(amsgrad=False, maximize=False)
@@ -209,8 +213,7 @@ def weight_update(folder: Path) -> None:
         torch._fused_adam_([weight], [found], [first], [second], [], [step], **how)
 
     calls = {
-        "triton": lambda: apply(grad, x, target, [], "bfloat16"),
-        "triton, bfloat16 in memory": lambda: apply(*narrow, target, [], "bfloat16"),
+        "triton": lambda: apply(grad, x, target, [], rounded),
         "torch": by_torch,
     }
     times = time_calls(calls, size**3, 2.0, "cuda")
@@ -289,8 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
     budget = BUDGET[options.quick]
     part = [sys.executable, "-m", "benchmarks.gpu", "--output", str(folder)]
     part += ["--quick"] * options.quick + ["--part"]
-    tests = [str(ROOT / "tests" / name) for name in DEVICE_TESTS]
-    steps = [Step("tests", [sys.executable, "-m", "pytest", "-q", *tests], 300)]
+    steps = []
+    for name, files in DEVICE_TESTS.items():
+        tests = [str(ROOT / "tests" / file) for file in files]
+        steps.append(Step(name, [sys.executable, "-m", "pytest", "-q", *tests], 300))
     for tool in ("memcheck", "racecheck"):
         # Without torch's cache every tensor is an allocation of its own, whose ends are known.
         apart = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", cuda_tool("compute-sanitizer")]

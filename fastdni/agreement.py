@@ -14,9 +14,15 @@ from fastdni import backend, ops
 from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
 
 _ROWS, _CONTEXT = 33, 10
-# Widths of a network, BatchNorm, hidden layers of its synthesizers: every instruction of the sweep,
-# and every way to spread them over a GPU.
-_NETWORKS = (((70, 36, 10), False, 1), ((70, 36, 10), True, 0), ((20, 520, 10), False, 0))
+# Rows, widths of a network, BatchNorm, hidden layers of its synthesizers: every instruction of the
+# sweep, and every way to spread them over a GPU.
+_NETWORKS = (
+    (_ROWS, (70, 36, 10), False, 1),
+    (_ROWS, (70, 36, 10), True, 0),
+    (_ROWS, (20, 520, 10), False, 0),
+)
+# The smallest tiles, and the largest.
+_OF_TRITON = ((_ROWS, (70, 36, 10), True, 1), (1024, (1024, 1024, 10), False, 0))
 # The largest error allowed, relative to the largest value. Faults of a kernel are of the size of
 # the values.
 _TOLERANCES = {"exact": 1e-4, "tf32x3": 1e-3, "tf32": 3e-2, "bfloat16": 0.2}
@@ -43,9 +49,11 @@ def _comparisons(
     own = backend.products(device, None)
     networks, arithmetics = _NETWORKS, list(_TOLERANCES)
     if name == "triton":  # where each kernel is compiled when it is first launched
-        networks, arithmetics = _NETWORKS[:1], [own, "bfloat16"]
-    for widths, norm, hidden in networks:
-        given = _step(random, widths, norm, hidden)
+        networks, arithmetics = _OF_TRITON, [own, "bfloat16"]
+        if device.type == "cpu":  # interpreted, which takes too long for a large one
+            networks = networks[:1]
+    for rows, widths, norm, hidden in networks:
+        given = _step(random, rows, widths, norm, hidden)
         truth = _sweep(given, None, "reference", "exact")
         for products in arithmetics:
             what = f"a step of {'-'.join(map(str, widths))} with {products} products"
@@ -72,7 +80,7 @@ def _synthesizer(random, inputs: int, outputs: int, hidden: int) -> SynthesizerP
     return SynthesizerParameters(weights, biases, *of_context)
 
 
-def _step(random, widths, norm: bool, hidden: int) -> tuple:
+def _step(random, rows: int, widths, norm: bool, hidden: int) -> tuple:
     """Stages, input and labels."""
     stages = []
     for k, n in zip(widths, widths[1:], strict=False):
@@ -92,8 +100,8 @@ def _step(random, widths, norm: bool, hidden: int) -> tuple:
                 None if top else _synthesizer(random, n, n, hidden),
             )
         )
-    x = _normal(random, _ROWS, widths[0]) * widths[0] ** 0.5
-    return stages, x, torch.arange(_ROWS, device="cpu") % widths[-1]
+    x = _normal(random, rows, widths[0]) * widths[0] ** 0.5
+    return stages, x, torch.arange(rows, device="cpu") % widths[-1]
 
 
 # Where the device is None, what follows is the truth: plain PyTorch in float64, on the CPU.
@@ -113,7 +121,7 @@ def _sweep(given: tuple, device: torch.device | None, name: str, products: str) 
     """Output, losses, every gradient and running statistic of a step."""
     stages, x, target = _on(device, given)
     with backend.use_backend(name):
-        plan = ops.SweepPlan(stages, _ROWS, "cross_entropy", products=products)
+        plan = ops.SweepPlan(stages, len(x), "cross_entropy", products=products)
     gradients = [torch.zeros_like(p) for p in plan.parameters]
     settings = ops.flat([OptimizerSettings("gradient")])
     groups, active = [0] * len(gradients), [1] * (len(stages) + 1)

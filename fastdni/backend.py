@@ -71,11 +71,11 @@ _looking = threading.Lock()
 def _look(device: torch.device, name: str) -> str | None:
     from fastdni import agreement  # which calls the ops, and they ask here
 
-    reason = triton.unavailable() if name == "triton" else _unfit(device)
     try:
+        reason = triton.unavailable() if name == "triton" else _unfit(device)
         reason = reason or agreement.disagreement(device, name)
-    except RuntimeError as error:
-        reason = f"its kernels fail: {str(error).splitlines()[0]}"
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = f"its kernels fail: {(str(error) or repr(error)).splitlines()[0]}"
     if reason is not None:
         warnings.warn(f"fastdni: {name} does not serve {device}: {reason}", stacklevel=2)
     return reason
@@ -103,10 +103,17 @@ TRITON_FROM = {"bfloat16": 2e9, "tf32": 1e9}
 
 
 def takes_triton(device: torch.device, work: int, products: str) -> bool:
-    """Whether `auto` gives a sweep with stages of so many multiply-adds to Triton on a GPU that the
-    CUDA kernels serve."""
+    """Whether `auto` gives a sweep whose largest product has so many multiply-adds to Triton on a
+    GPU that the CUDA kernels serve."""
     large = work >= TRITON_FROM.get(products, math.inf)
     return large and triton.unavailable() is None and why_unserved(device, "triton") is None
+
+
+def why_triton(products: str) -> str:
+    """Why `auto` has chosen Triton, in words."""
+    if products not in TRITON_FROM:
+        return "auto: the CUDA backend does not serve here"
+    return f"auto: a product of {TRITON_FROM[products]:.0e} multiply-adds or more (an estimate)"
 
 
 def _runs(architecture: str, of_gpu: int) -> bool:
@@ -251,5 +258,8 @@ def why_reference(tensor: torch.Tensor) -> str:
         return 'plain PyTorch: the backend is "reference"'
     device = tensor.device
     if device.type == "cuda" and tensor.dtype == torch.float32:
-        return f"plain PyTorch: {why_unserved(device)}"
+        of_triton = triton.unavailable() or why_unserved(device, "triton")
+        has_cuda = "cuda" in kernel_devices("sweep_")
+        of_cuda = why_unserved(device) if has_cuda else backends()["cuda"]
+        return f"plain PyTorch: cuda: {of_cuda}; triton: {of_triton}"
     return f"plain PyTorch: there are no kernels for {tensor.dtype} on {device.type}"

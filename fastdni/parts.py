@@ -43,7 +43,7 @@ class FusedPart:
     """
 
     def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, products: str):
-        self.stages, self.first = stages, first
+        self.stages, self.first, self.products = stages, first, products
         self._how = {
             "criterion": criterion,
             "input_gradient": first > 0,

@@ -244,6 +244,8 @@ class Trainer:
                     reason = "the input of these stages is not (B, K)"
                 elif dtype not in (None, torch.bfloat16):
                     reason = f"autocast to {dtype}"
+            elif served_by == "triton" and backend.choice() == "auto":
+                reason = backend.why_triton(part.products)
             elif served_by == "reference":
                 reason = backend.why_reference(self.parsed[number].weight)
             elif number in fused and optimizers.reason is not None:

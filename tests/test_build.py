@@ -188,3 +188,9 @@ def test_no_file_names_the_machine_it_was_written_on(slip, allowed):
             continue
         found += [f"{name}: {match}" for match in slip.findall(text) if match not in allowed]
     assert found == []
+
+
+def test_the_oldest_triton_is_written_once_and_read_everywhere():
+    from fastdni import triton
+
+    assert f'"triton>={triton.OLDEST}"' in (ROOT / "pyproject.toml").read_text()

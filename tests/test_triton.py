@@ -98,6 +98,41 @@ def test_operands_are_rounded_to_bfloat16():
         compare(found, one.run("reference"), 1e-4)
 
 
+@pytest.mark.parametrize("name", ["mlp", "norm", "unlocked"])
+def test_operands_by_descriptors(monkeypatch, name):
+    """As on sm_90 and later from large sizes on: a few programs, each with many tiles."""
+    from fastdni.triton import tile
+
+    described = []
+    small = tile.Tile(32, 32, 32, 4, 2, described=True)
+    monkeypatch.setattr(tile, "_DESCRIBED", dict.fromkeys(tile._DESCRIBED, small))
+    monkeypatch.setattr(tile, "_DESCRIBED_FROM", 0)
+    monkeypatch.setattr(tile, "has_descriptors", lambda device: described.append(1) or True)
+    monkeypatch.setattr(tile, "multiprocessors", lambda device: 3)
+    torch.manual_seed(0)
+    kind = {"mlp": {"n_hidden": 1}, "norm": {"norm": True}}
+    given = stages((40, 48, 8), context=True, **kind.get(name, {"unlocked": True}))
+    given = [s._replace(synthesizer=_multiples_of_eight(s.synthesizer)) for s in given]
+    one = Problem(given, 72, settings="gradient")
+    found = run(one, products="bfloat16")
+    assert described
+    # Sums before were in another order: some operands lie on the other side of a rounding.
+    assert len(found) > 10
+    for a, b in zip(found, one.run("reference", products="bfloat16"), strict=True):
+        assert (a.cpu().double() - b).norm() <= 2e-3 * (b.double().norm() + 1)
+
+
+def _multiples_of_eight(synthesizer):
+    """With hidden layers of the width of the output."""
+    if synthesizer is None or len(synthesizer.weights) == 1:
+        return synthesizer
+    n = len(synthesizer.biases[-1])
+    weights = [weight[:n, :n].contiguous() for weight in synthesizer.weights]
+    biases = [bias[:n].contiguous() for bias in synthesizer.biases]
+    of_context = [synthesizer.context_weight[:n].contiguous(), synthesizer.context_bias[:n]]
+    return type(synthesizer)(weights, biases, *(t.contiguous() for t in of_context))
+
+
 def test_rows_that_are_ignored_and_labels_that_are_none():
     one, _ = problem("plain")
     one.target[1] = -100
@@ -123,6 +158,7 @@ def test_an_update_by_numbers_on_the_host(settings, apart):
     """As Adam's are on a GPU without capturable=True; steps above find them on the device."""
     from sweep_problem import OPTIMIZERS
 
+    from fastdni.triton.tile import Arithmetic
     from fastdni.triton.update import Target, apply
 
     row = OPTIMIZERS[settings]
@@ -142,7 +178,7 @@ def test_an_update_by_numbers_on_the_host(settings, apart):
         steps = [torch.tensor(2.0)] if count == 2 else []
         reference.optimizer_update(own, wide[0], gradient.double(), [*wide[1:], *steps])
         expected += wide
-    apply(grad.to(DEVICE), x.to(DEVICE), targets[0], targets[1:], "exact")
+    apply(grad.to(DEVICE), x.to(DEVICE), targets[0], targets[1:], Arithmetic("exact"))
     compare([t for target in targets for t in (target.value, *target.kept)], expected, 1e-5)
 
 
@@ -159,7 +195,7 @@ KINDS = {
 def test_steps_of_a_network_equal_the_cpus(name, kind):
     # In front of a BatchNorm a bias' gradient is rounding noise, and Adam makes steps of it.
     how = KINDS[kind] | {"bias": not name.startswith("adam")}
-    net = network((7, 33, 20, 5), **how).float()
+    net = network((7, 20, 9, 5), **how).float()
     twin = copy.deepcopy(net)
     net.to(DEVICE)
     values = []
@@ -167,11 +203,11 @@ def test_steps_of_a_network_equal_the_cpus(name, kind):
         optimizer = OPTIMIZERS[name](each.parameters())
         results = []
         with fastdni.use_backend(backend):
-            for seed in range(3):
+            for seed in range(2):
                 given = {
                     k: v.to(each.stages[0][0].weight.device)
                     if isinstance(v, torch.Tensor) else v
-                    for k, v in batch(net, rows=40, seed=seed).items()
+                    for k, v in batch(net, rows=20, seed=seed).items()
                 }  # fmt: skip
                 given["x"] = given["x"].float()
                 mask = [True, seed != 1, True, True][: len(each.stages)]
@@ -218,7 +254,7 @@ def test_regression_loss(shape, reduction, dtype):
 
 
 def test_the_same_bits_again():
-    one, _ = problem("norm, many rows")
+    one, _ = problem("norm")
     assert all(map(torch.equal, run(one), run(one)))
 
 
@@ -241,6 +277,56 @@ def test_the_ops_schemas_say_what_they_write():
         [0] * count, ops.flat([one.settings]), one.active,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdni.triton_sweep_, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("how", ["strided", "expanded"])
+def test_labels_that_are_not_contiguous(how):
+    one, _ = problem("one row")
+    one = Problem(one.given, 6)
+    labels = torch.tensor([[3, 1], [0, 4], [2, 2], [4, 0], [1, 3], [3, 1]])
+    one.target = labels[:, 0] if how == "strided" else labels[0, :1].expand(6)
+    found = {}
+    for backend in ("triton", "reference"):
+        own = on_device(cast(one.given, torch.float32))
+        x, target = on_device([one.x.float(), one.target])
+        with fastdni.use_backend(backend):
+            plan = ops.SweepPlan(own, 6, "cross_entropy")
+        state = [torch.zeros_like(p) for p in plan.parameters]
+        how = ([0] * len(state), ops.flat([OptimizerSettings("gradient")]), one.active)
+        found[backend] = [*ops.sweep_(plan, x, target, None, state, *how), *state]
+    for a, b in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_of_minus_infinity():
+    """A whole block of them, too, in front of the others."""
+    from fastdni.triton.loss import criterion
+
+    h = torch.randn(3, 300)
+    h[1, :200] = -torch.inf
+    target = torch.tensor([4, 250, 299])
+    loss, gradient = criterion(h.to(DEVICE), target.to(DEVICE), "cross_entropy", "identity")
+    h.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(h, target)
+    expected.backward()
+    compare([loss, gradient], [expected, h.grad], 1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t[:3], lambda t: t.bfloat16(), lambda t: t.T.contiguous().T, lambda t: t.double(),
+])  # fmt: skip
+def test_state_that_does_not_fit_is_refused(change):
+    one, _ = problem("mlp")
+    own = on_device(cast(one.given, torch.float32))
+    with fastdni.use_backend("triton"):
+        plan = ops.SweepPlan(own, one.batch, one.criterion)
+    state = on_device(fresh_state(one.settings, plan.parameters))
+    state[0] = change(state[0])
+    before = [p.clone() for p in plan.parameters]
+    how = ([0] * len(before), ops.flat([one.settings]), one.active)
+    with pytest.raises(RuntimeError, match="optimizer state .* must be a contiguous torch.float32"):
+        ops.sweep_(plan, on_device(one.x.float()), on_device(one.target), None, state, *how)
+    assert all(map(torch.equal, before, plan.parameters))
 
 
 def test_what_does_not_fit_is_refused():

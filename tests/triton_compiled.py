@@ -19,10 +19,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
-from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, update
-from fastdni.triton.tile import Tile
+from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, tile, update
+from fastdni.triton.tile import Arithmetic, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 META = torch.device("meta")
@@ -45,7 +46,7 @@ class Written:
 
 
 for module in (layer, loss, norm, regression_loss, update):
-    module.wrap_triton = Written
+    module.launched = Written
 
 
 def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -60,8 +61,9 @@ def made_synthesizer(n: int, hidden: int, context: int) -> SynthesizerParameters
 
 
 def step(
-    batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=10
-) -> None:
+    batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=10,
+    criterion="cross_entropy", on_the_device=False,
+) -> None:  # fmt: skip
     """Writes down the launches of a step of two stages of that width, and a head."""
     stages = []
     for number in range(3):
@@ -76,19 +78,26 @@ def step(
                 None if top else made_synthesizer(n, hidden, classes),
             )
         )  # fmt: skip
-    structure = sweep.Structure(stages, "cross_entropy", products)
+    structure = sweep.Structure(stages, criterion, products)
     parameters = [p for stage in stages for p in stage.parameters()]
-    labels = tensor(batch, dtype=torch.int64)
-    done = structure.forward(stages, tensor(batch, width), labels, None, [1] * 4, None, False)
+    target, context = tensor(batch, dtype=torch.int64), None
+    if criterion == "mse":
+        target, context = tensor(batch, classes), tensor(batch, classes)
+    done = structure.forward(stages, tensor(batch, width), target, context, [1] * 4, None, False)
     kept = {"adam": 2, "adamw": 2, "sgd_momentum": 1, "gradient": 1, "sgd": 0}[rule]
-    settings = OptimizerSettings(rule, 1e-3, 0.01, 0.9, 0.99, 1e-8)
+    # Numbers as `net.step` hands them over: all of them are floats.
+    settings = OptimizerSettings(rule, 1e-3, 0.01, 0.9, 0.99, 1e-8, float(rule == "sgd_momentum"))
     targets = {
-        id(p): update.Target(p, [torch.empty_like(p) for _ in range(kept)], settings)
+        id(p): update.Target(
+            p, [torch.empty_like(p) for _ in range(kept)], settings,
+            step_at=tensor() if on_the_device else None,
+            lr_at=tensor(dtype=torch.float64) if on_the_device else None,
+        )
         for p in parameters
-    }
+    }  # fmt: skip
     for grad, x, weight, biases in done.gradients:
         of_biases = [targets[id(bias)] for bias in biases]
-        update.apply(grad, x, targets.get(id(weight)), of_biases, structure.products)
+        update.apply(grad, x, targets.get(id(weight)), of_biases, done.products)
 
 
 def ops(dtype: torch.dtype, products: str) -> None:
@@ -109,6 +118,9 @@ CASES = {
     "medium exact": lambda: step(256, 1024, "exact", "adamw", hidden=1024),
     "medium tf32x3": lambda: step(256, 1024, "tf32x3", "sgd"),
     "norm": lambda: step(256, 256, "tf32", "sgd_momentum", normed=True, activation="tanh"),
+    "numbers on the device": lambda: step(
+        256, 256, "tf32", hidden=64, criterion="mse", on_the_device=True
+    ),
     "norm, exact": lambda: step(256, 256, "exact", normed=True),
     "odd": lambda: step(33, 70, "exact", "gradient", activation="sigmoid", classes=7),
     "odd bfloat16": lambda: step(33, 70, "bfloat16", normed=True),
@@ -119,8 +131,9 @@ CASES = {
 
 def too_large() -> None:
     """A layer whose tile does not fit its threads' registers; of no use but to be seen."""
-    layer.layer_tile = lambda *sizes: Tile(128, 128, 32, 2, 2)
-    layer.layer(tensor(256, 256), tensor(256, 256), "exact")
+    exact = Arithmetic("exact")
+    exact.tile = lambda *of: Tile(128, 128, 32, 2, 2)
+    layer.layer(tensor(256, 256), tensor(256, 256), exact)
 
 
 def described(kernel, arguments, options) -> tuple:
@@ -131,7 +144,10 @@ def described(kernel, arguments, options) -> tuple:
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            kind = TYPES[value.base.dtype].removeprefix("*")
+            signature[name], aligned = f"tensordesc<{kind}{list(value.block_shape)}>", False
+        elif isinstance(value, torch.Tensor):
             signature[name], aligned = TYPES[value.dtype], True
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
@@ -148,7 +164,10 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
     found = {
         "kernel": kernel.__name__,
         "constants": {k: v for k, v in constants.items() if isinstance(v, str)},
+        "multiplies": "weight" in signature and "weight" not in constants,
         "shared": made.metadata.shared,
+        "tile": constants.get("COLUMNS", constants.get("INPUTS", 0))
+        * constants.get("ROWS" if "COLUMNS" in constants else "OUTPUTS", 0),
         "seconds": round(time.monotonic() - begin, 1),
     }
     if target.backend == "hip":
@@ -167,7 +186,7 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
     # A stack may be a called function's; a look at what spills takes as long as the compilation.
     found["spilled"] = found["stack"] and spilled(made.asm["ptx"])
     found["atomics"] = len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", made.asm["ptx"], re.M))
-    pattern = r"wgmma\.mma_async|mma\.sync\.aligned\.\w+|tcgen05\.mma"
+    pattern = r"wgmma\.mma_async|mma\.sync\.aligned\.\w+|tcgen05\.mma|cp\.async\.bulk\.tensor"
     found["instructions"] = sorted(set(re.findall(pattern, made.asm["ptx"])))
     return found
 
@@ -191,6 +210,8 @@ def main(architecture: str, cases: list[str]) -> None:
         target = GPUTarget("hip", architecture, 64)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        tile.has_descriptors = lambda device: target.arch >= 90
+        tile.multiprocessors = lambda device: 132
     found, seen = [], set()
     for case in cases or CASES:
         launches.clear()

@@ -106,7 +106,7 @@ def sweep_backend(stages: Sequence[SweepStage], batch: int, products: str) -> st
     weight = stages[0].weight
     name = backend.server(weight, _DEVICES)
     if name == "cuda" and backend.choice() == "auto":
-        largest = batch * max(stage.weight.numel() for stage in stages)
+        largest = batch * max(p.numel() for stage in stages for p in stage.parameters())
         if backend.takes_triton(weight.device, largest, products):
             return "triton"
     return name
@@ -254,6 +254,7 @@ def sweep_(
         )
     if plan.structure is not None:
         _check_data(plan, x, target, context, caller)
+        _check_state(plan, state, groups, settings, caller)
         with torch.no_grad():
             return torch.ops.fastdni.triton_sweep_(
                 plan.structure.number, x, target, context, plan.parameters, plan.statistics, state,
@@ -279,12 +280,35 @@ def _check_data(plan: SweepPlan, x, target, context, caller: str) -> None:
         for s in (stage.synthesizer, stage.input_synthesizer)
         if s is not None and s.context_weight is not None
     }
+    if of_context and context is None and (target is None or target.dim() != 1):
+        raise RuntimeError(
+            f"{caller}: context must be (B, C), got None, and target holds no labels to make it "
+            "from"
+        )
     for width in of_context if context is not None else ():
         if tuple(context.shape) != (plan.batch, width):
             raise RuntimeError(
                 f"{caller}: context must be (B, C) = {(plan.batch, width)}, got "
                 f"{tuple(context.shape)}"
             )
+
+
+def _check_state(plan: SweepPlan, state, groups, settings, caller: str) -> None:
+    """As `_check_data`: of what optimizers keep."""
+    for parameter, row, own in reference.assigned(plan.parameters, state, groups, settings):
+        of_its_shape = {"gradient": 1, "sgd_momentum": 1, "adam": 2, "adamw": 2}.get(row.rule, 0)
+        for kept in own[:of_its_shape]:
+            if not (
+                kept.shape == parameter.shape
+                and kept.dtype == parameter.dtype
+                and kept.device == parameter.device
+                and kept.is_contiguous()
+            ):
+                raise RuntimeError(
+                    f"{caller}: a parameter's optimizer state (or gradient) must be a contiguous "
+                    f"{parameter.dtype} tensor of shape {tuple(parameter.shape)} on "
+                    f"{parameter.device}, got {kept.dtype} {tuple(kept.shape)} on {kept.device}"
+                )
 
 
 def sweep_repeat_(
@@ -385,6 +409,7 @@ def sweep_update_(
         )
     done, plan._pending = plan._pending, None
     if plan.structure is not None:
+        _check_state(plan, state, groups, settings, caller)
         return plan.structure.update(done, gradient, plan.parameters, state, groups, settings)
     gradients, losses = done.gradients, done.synthesis_loss
     if done.regress_top is not None and gradient is not None:

@@ -1,34 +1,37 @@
 """The Triton backend: a step's kernels for any GPU that Triton knows.
 
-Of its own modules only `unavailable` is safe to call without Triton.
+Of its modules this one alone is imported where Triton is missing.
 """
 
+import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 
 import torch
 
+# The oldest Triton that the kernels are for; pyproject.toml asks for it (tests/test_build.py).
+OLDEST = "3.6"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install fastdni[triton])"
     import triton
 
-    needed = next(r for r in importlib.metadata.requires("fastdni") or [] if "triton" in r)
-    least = re.search(r">=([\d.]+)", needed).group(1)
-    if _numbers(triton.__version__) < _numbers(least):
-        return f"Triton must be {least} or later, this is {triton.__version__}"
+    if _numbers(triton.__version__) < _numbers(OLDEST):
+        return f"Triton must be {OLDEST} or later, this is {triton.__version__}"
     if not torch.cuda.is_available() and not interpreted():
         return "torch sees no GPU"
     return None
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1."""
     import triton
@@ -36,6 +39,7 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@functools.cache
 def load() -> None:
     """Registers the ops, for which Triton is imported: torch.ops.fastdni.triton_..."""
     for name in ("regression_loss", "synthesizer", "sweep"):

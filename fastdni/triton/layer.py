@@ -7,42 +7,42 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdni.triton.op import launched
 from fastdni.triton.tile import (
-    Tile,
+    Arithmetic,
     accumulate,
+    accumulate_described,
     activated,
+    cast,
     differentiated,
     operand,
     positions,
-    tile_for,
 )
 
 
 @triton.jit
-def layer_kernel(
-    a, weight, bias, second_bias, context, context_weight, other, out, second_out, partials,
-    rows, columns, depth, context_width, column_stride, depth_stride, scale,
-    FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, PRODUCTS: tl.constexpr,
+def layer_tile(
+    number,
+    a, weight, bias, second_bias, context, context_weight, other, out, second_out, rounded,
+    partials, rows, columns, depth, context_width, column_stride, depth_stride, scale,
+    FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of c = a w^T + ctx Q^T (without a weight c = a), and of what FINISH makes of it:
-
-    "activate"       out = phi(c + b + q)
-    "synthesize"     out = g^ = c + b + q, second_out = g^ phi'(u) with phi(u) = other
-    "differentiate"  out = c phi'(u) with phi(u) = other
-    "regress"        e = other - c; out = scale e; the sum of e^2 to partials
-    """
-    first, r, c = positions(ROWS, COLUMNS, rows, columns)
+    first, r, c = positions(number, ROWS, COLUMNS, rows, columns)
     own = r < rows - first
     inside = own[:, None] & (c < columns)[None, :]
-    at = r[:, None] * columns + c[None, :]
     start = first * columns
-    out += start
+    at = r[:, None] * columns + c[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     if weight is None:
         sums += tl.load(a + start + at, mask=inside, other=0.0).to(tl.float32)
+    elif DESCRIBED:
+        sums = accumulate_described(
+            sums, a, first.to(tl.int32), weight, tl.min(c), depth, TRANSPOSED, PRODUCTS, DEPTH
+        )
     else:
         sums = accumulate(
             sums, a, first, r, rows, weight, column_stride, depth_stride, c, columns, depth,
@@ -66,25 +66,66 @@ def layer_kernel(
         sums += tl.load(second_bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
     kind = out.dtype.element_ty
     if FINISH == "activate":
-        tl.store(out + at, activated(sums, ACTIVATION).to(kind), mask=inside)
+        result = activated(sums, ACTIVATION)
+        tl.store(out + start + at, cast(result, kind), mask=inside)
     else:
         beside = tl.load(other + start + at, mask=inside, other=0.0).to(tl.float32)
-        if FINISH == "synthesize":
-            tl.store(out + at, sums.to(kind), mask=inside)
-            second = differentiated(sums, beside, ACTIVATION)
-            tl.store(second_out + start + at, second, mask=inside)
-        elif FINISH == "differentiate":
-            tl.store(out + at, differentiated(sums, beside, ACTIVATION).to(kind), mask=inside)
-        else:
+        if FINISH == "regress":
             error = tl.where(inside, beside - sums, 0.0)
-            tl.store(out + at, (scale * error).to(kind), mask=inside)
-            tl.store(partials + tl.program_id(0), tl.sum(error * error))
+            result = scale * error
+            tl.store(partials + number, tl.sum(error * error))
+            tl.store(out + start + at, cast(result, kind), mask=inside)
+        else:
+            result = differentiated(sums, beside, ACTIVATION)
+            if FINISH == "synthesize":
+                tl.store(out + start + at, cast(sums, kind), mask=inside)
+                tl.store(second_out + start + at, cast(result, kind), mask=inside)
+            else:
+                tl.store(out + start + at, cast(result, kind), mask=inside)
+    if rounded is not None:
+        tl.store(rounded + start + at, cast(result, tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def layer_kernel(
+    a, weight, bias, second_bias, context, context_weight, other, out, second_out, rounded,
+    partials, rows, columns, depth, context_width, column_stride, depth_stride, scale,
+    FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Tiles of c = a w^T + ctx Q^T (without a weight c = a), and of what FINISH makes of it:
+
+    "activate"       out = phi(c + b + q)
+    "synthesize"     out = g^ = c + b + q, second_out = g^ phi'(u) with phi(u) = other
+    "differentiate"  out = c phi'(u) with phi(u) = other
+    "regress"        e = other - c; out = scale e; the sum of e^2 to partials
+
+    The last of these goes to `rounded` as well, where that is given. DESCRIBED: a and weight are
+    tensor descriptors, and programs stay for several tiles.
+    """
+    if DESCRIBED:
+        tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
+        for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            layer_tile(
+                number, a, weight, bias, second_bias, context, context_weight, other, out,
+                second_out, rounded, partials, rows, columns, depth, context_width, column_stride,
+                depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
+                ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+    else:
+        layer_tile(
+            tl.program_id(0), a, weight, bias, second_bias, context, context_weight, other, out,
+            second_out, rounded, partials, rows, columns, depth, context_width, column_stride,
+            depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
+            ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
 
 
 def layer(
     a: Tensor,
     weight: Tensor | None,
-    products: str,
+    products: Arithmetic,
     finish: str = "activate",
     activation: str = "identity",
     transposed: bool = False,
@@ -93,8 +134,7 @@ def layer(
     context_weight: Tensor | None = None,
     other: Tensor | None = None,
     scale: float = 1.0,
-    partials: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """See `layer_kernel`.
 
     Args:
@@ -102,31 +142,40 @@ def layer(
         weight: (N, K); (K, N) where it is `transposed`; None: N is K.
         context: (B, C), or labels (B,); with `context_weight` (N, C).
         other: (B, N).
-        partials: `layer_tile(...).count(B, N)` of them, where FINISH is "regress".
 
     Returns:
-        out, (B, N); and second_out where FINISH is "synthesize".
+        out, (B, N); and second_out where FINISH is "synthesize", partial sums where it is
+        "regress".
     """
     rows, depth = a.shape
     columns = depth
     if weight is not None:
         columns = weight.shape[1] if transposed else weight.shape[0]
-    tile = layer_tile(rows, columns, depth, products)
+    kind = "synthesize" if finish == "synthesize" else "layer"
+    tile = products.tile(kind, rows, columns, depth, a)
     out = (a if other is None else other).new_empty(rows, columns)
     second = torch.empty_like(out) if finish == "synthesize" else None
+    tiles = tile.count(rows, columns)
+    partials = a.new_empty(tiles, dtype=torch.float32) if finish == "regress" else None
     if out.numel() == 0:
-        return out if second is None else (out, second)
+        return out, second if partials is None else partials
+    tile = tile._replace(described=tile.described and weight is not None)
+    rounded, operands = None, (a, weight)
+    if tile.described:
+        rounded = torch.empty_like(out, dtype=torch.bfloat16)
+        block = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
+        operands = (
+            TensorDescriptor.from_tensor(products.rounded(a), [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(products.rounded(weight), block),
+        )
+        products.keep(out if second is None else second, rounded)
     strides = (1, columns) if transposed else (depth, 1)
     width = 0 if context is None else context_weight.shape[1]
-    wrap_triton(layer_kernel)[(tile.count(rows, columns),)](
-        a, weight, *biases, context, context_weight, other, out, second, partials,
+    launched(layer_kernel)[(tile.programs(a, rows, columns),)](
+        *operands, *biases, context, context_weight, other, out, second, rounded, partials,
         rows, columns, depth, width, *strides, scale,
-        finish, activation, context is not None and context.dim() == 1, products,
-        tile.rows, tile.columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        finish, activation, context is not None and context.dim() == 1, transposed,
+        products.name, tile.described, tile.rows, tile.columns, tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out if second is None else (out, second)
-
-
-def layer_tile(rows: int, columns: int, depth: int, products: str) -> Tile:
-    """How a layer's result is cut up."""
-    return tile_for("layer", rows, columns, depth, products)
+    return out, second if partials is None else partials

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from fastdni.triton.op import launched
 from fastdni.triton.tile import differentiated
 
 _ROWS, _COLUMNS, _SUMS = 8, 128, 1024
@@ -31,7 +31,8 @@ def cross_entropy_kernel(
         v = tl.load(h + at, mask=here, other=0.0)
         v = tl.where((start + k < columns)[None, :], v, float("-inf"))
         larger = tl.maximum(largest, tl.max(v, 1))
-        sums = sums * tl.exp(largest - larger) + tl.sum(tl.exp(v - larger[:, None]), 1)
+        shift = tl.where(larger == float("-inf"), 0.0, larger)  # not inf - inf
+        sums = sums * tl.exp(largest - shift) + tl.sum(tl.exp(v - shift[:, None]), 1)
         largest = larger
     count = tl.load(counted).to(tl.float32)
     scale = 1.0 / tl.where(count > 1.0, count, 1.0)
@@ -88,10 +89,10 @@ def criterion(h: Tensor, target: Tensor, name: str, activation: str) -> tuple[Te
     sizes = (activation, _ROWS, _COLUMNS)
     if name == "mse":
         scale = 2 / (rows * columns)
-        wrap_triton(mse_kernel)[(programs,)](h, target, out, partials, rows, columns, scale, *sizes)
+        launched(mse_kernel)[(programs,)](h, target, out, partials, rows, columns, scale, *sizes)
         return total(partials, rows * columns), out
     counted = (target != _IGNORED.value).sum()
-    wrap_triton(cross_entropy_kernel)[(programs,)](
+    launched(cross_entropy_kernel)[(programs,)](
         h, target, counted, out, partials, rows, columns, *sizes
     )
     return total(partials, counted), out
@@ -102,5 +103,5 @@ def total(partials: Tensor, divisor: float | Tensor) -> Tensor:
     out = partials.new_empty(())
     at = divisor if isinstance(divisor, Tensor) else None
     number = 0.0 if at is not None else float(divisor)
-    wrap_triton(sum_kernel)[(1,)](partials, partials.numel(), number, at, out, _SUMS)
+    launched(sum_kernel)[(1,)](partials, partials.numel(), number, at, out, _SUMS)
     return out

@@ -6,9 +6,9 @@ The formulas and letters are those of `fastdni.reference.sweep`.
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fastdni.reference import SweepNorm
+from fastdni.triton.op import launched
 from fastdni.triton.tile import activated
 
 _ROWS, _COLUMNS = 32, 32
@@ -98,7 +98,7 @@ def norm(z: Tensor, of: SweepNorm, activation: str) -> tuple[Tensor, Tensor, Ten
     mean, variance, count = of.running or (None, None, None)
     if count is not None:
         count.add_(1)
-    wrap_triton(norm_kernel)[(triton.cdiv(columns, _COLUMNS),)](
+    launched(norm_kernel)[(triton.cdiv(columns, _COLUMNS),)](
         z, of.weight, of.bias, mean, variance, count, normalized, h, inverse,
         rows, columns, of.momentum or 0.0, of.eps, activation, of.momentum is None, _ROWS, _COLUMNS,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def norm_gradient(
     """dz, dgamma and dbeta."""
     rows, columns = du.shape
     dz, of_gamma, of_beta = du.new_empty(du.shape), du.new_empty(columns), du.new_empty(columns)
-    wrap_triton(norm_gradient_kernel)[(triton.cdiv(columns, _COLUMNS),)](
+    launched(norm_gradient_kernel)[(triton.cdiv(columns, _COLUMNS),)](
         du, normalized, inverse, of.weight, dz, of_gamma, of_beta, rows, columns, _ROWS, _COLUMNS
     )
     return dz, of_gamma, of_beta

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fastdni.reference import accumulate_dtype, reduction_divisor
 from fastdni.triton.loss import total
+from fastdni.triton.op import launched, op
 
 _COUNT = 1024
 
@@ -23,7 +23,7 @@ def regression_loss_kernel(prediction, target, error, partials, count, COUNT: tl
     tl.store(partials + tl.program_id(0), tl.sum(e * e))
 
 
-@torch.library.triton_op("fastdni::triton_regression_loss", mutates_args=())
+@op("triton_regression_loss")
 def regression_loss(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """See `fastdni.ops.regression_loss`."""
     prediction, target = prediction.contiguous(), target.contiguous()
@@ -33,7 +33,7 @@ def regression_loss(prediction: Tensor, target: Tensor, reduction: str) -> tuple
     programs = triton.cdiv(count, _COUNT)
     partials = error.new_empty(programs, dtype=torch.float32)
     if count > 0:
-        wrap_triton(regression_loss_kernel)[(programs,)](
+        launched(regression_loss_kernel)[(programs,)](
             prediction, target, error, partials, count, _COUNT
         )
     return total(partials, reduction_divisor(error, reduction)).to(wide), error

@@ -18,8 +18,9 @@ from fastdni.reference import SweepStage, SynthesizerParameters, assigned
 from fastdni.triton.layer import layer
 from fastdni.triton.loss import criterion
 from fastdni.triton.norm import norm, norm_gradient
+from fastdni.triton.op import on_device, op
 from fastdni.triton.synthesizer import Evaluation, Gradient
-from fastdni.triton.tile import arithmetic
+from fastdni.triton.tile import Arithmetic
 from fastdni.triton.update import Target, apply
 
 
@@ -30,6 +31,7 @@ class SweepResult(NamedTuple):
     loss: Tensor | None
     synthesis_loss: Tensor
     gradients: list[Gradient]
+    products: Arithmetic
     input_gradient: Tensor | None
     regress_top: Callable[[Tensor], tuple[Tensor, list[Gradient]]] | None
 
@@ -42,7 +44,7 @@ def sweep(
     context: Tensor | None,
     criterion_name: str | None,
     active: list[bool],
-    products: str,
+    products: Arithmetic,
     network_input: Tensor | None = None,
     input_gradient: bool = False,
 ) -> SweepResult:
@@ -54,7 +56,8 @@ def sweep(
         Others as `fastdni.reference.sweep`.
     """
     x = x.contiguous()
-    beside = target if context is None else context.contiguous()
+    beside = target if context is None else context
+    beside = None if beside is None else beside.contiguous()
     network_input = x if network_input is None else network_input.contiguous()
     nan = torch.full((), float("nan"), device=x.device)
 
@@ -75,7 +78,8 @@ def sweep(
     for index, stage in enumerate(stages):
         stage_input = made[index - 1].prediction if unlocked and index > 0 else h
         phi = stage.activation if stage.norm is None else "identity"
-        h = layer(stage_input, stage.weight, products, "activate", phi, biases=(stage.bias, None))
+        own = (stage.bias, None)
+        h, _ = layer(stage_input, stage.weight, products, "activate", phi, biases=own)
         if stage.norm is not None:
             h, normalized, inverse = norm(h, stage.norm, stage.activation)
         du, evaluation = None, None
@@ -100,7 +104,7 @@ def sweep(
                 losses.append(found)
                 gradients += of_synthesizer
             elif input_gradient:
-                of_input = layer(dz, stage.weight, products, transposed=True)
+                of_input, _ = layer(dz, stage.weight, products, transposed=True)
         elif below is not None:
             losses.append(nan)
         if stage.input_synthesizer is not None:
@@ -118,14 +122,16 @@ def sweep(
     if unlocked:
         synthesis_loss = torch.stack([synthesis_loss, torch.stack(input_losses)])
     output = made[-1].prediction if unlocked and criterion_name is None else h
-    return SweepResult(output, loss, synthesis_loss, gradients, of_input, regress_top)
+    return SweepResult(
+        output, loss, synthesis_loss, gradients, products, of_input, regress_top
+    )
 
 
 class Structure:
     """Stages without their tensors: the op below is given these again at every step."""
 
     def __init__(self, stages: list[SweepStage], criterion: str, products: str):
-        self.criterion, self.products = criterion, arithmetic(products)
+        self.criterion, self.products = criterion, products
         leaves, self._spec = tree_flatten(stages)
         # Of each leaf where its tensor comes: among the parameters, or the statistics.
         numbers: dict[int, tuple[int, int]] = {}
@@ -150,20 +156,22 @@ class Structure:
         self, stages, x, target, context, active, network_input, input_gradient
     ) -> SweepResult:
         """See `fastdni.ops.sweep_forward_`."""
-        return sweep(
-            stages, x, target, context, self.criterion, list(map(bool, active)), self.products,
-            network_input, input_gradient,
-        )  # fmt: skip
+        with on_device(x):
+            return sweep(
+                stages, x, target, context, self.criterion, list(map(bool, active)),
+                Arithmetic(self.products), network_input, input_gradient,
+            )  # fmt: skip
 
     def update(self, done: SweepResult, gradient, parameters, state, groups, settings) -> Tensor:
         """See `fastdni.ops.sweep_update_`."""
         gradients, losses = done.gradients, done.synthesis_loss
-        if done.regress_top is not None and gradient is not None:
-            loss, of_top = done.regress_top(gradient.contiguous())
-            gradients = gradients + of_top
-            losses = losses.clone()
-            (losses[0] if losses.dim() == 2 else losses)[-1] = loss
-        update(gradients, parameters, state, groups, settings, self.products)
+        with on_device(losses), torch.no_grad():
+            if done.regress_top is not None and gradient is not None:
+                loss, of_top = done.regress_top(gradient.contiguous())
+                gradients = gradients + of_top
+                losses = losses.clone()
+                (losses[0] if losses.dim() == 2 else losses)[-1] = loss
+            update(gradients, parameters, state, groups, settings, done.products)
         return losses
 
 
@@ -171,9 +179,7 @@ _numbers = itertools.count(1)
 _structures: "weakref.WeakValueDictionary[int, Structure]" = weakref.WeakValueDictionary()
 
 
-@torch.library.triton_op(
-    "fastdni::triton_sweep_", mutates_args=("parameters", "statistics", "state")
-)
+@op("triton_sweep_", mutates_args=("parameters", "statistics", "state"))
 def sweep_(
     structure: int,
     x: Tensor,
@@ -190,9 +196,9 @@ def sweep_(
     of = _structures[structure]
     done = sweep(
         of.stages(parameters, statistics), x, target, context, of.criterion,
-        list(map(bool, active)), of.products,
+        list(map(bool, active)), Arithmetic(of.products),
     )  # fmt: skip
-    update(done.gradients, parameters, state, groups, settings, of.products)
+    update(done.gradients, parameters, state, groups, settings, done.products)
     return done.output, done.loss, done.synthesis_loss
 
 
@@ -203,7 +209,7 @@ def update(
     state: list[Tensor],
     groups: list[int],
     settings: list[float],
-    products: str,
+    products: Arithmetic,
 ) -> None:
     """Every update; the arguments are those of `fastdni.reference.assigned`."""
     targets: dict[int, Target] = {}

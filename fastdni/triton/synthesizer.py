@@ -5,7 +5,6 @@ The formulas and letters are those of `fastdni.reference.synthesizer`.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastdni.reference import (
@@ -14,9 +13,10 @@ from fastdni.reference import (
     accumulate_dtype,
     reduction_divisor,
 )
-from fastdni.triton.layer import layer, layer_tile
+from fastdni.triton.layer import layer
 from fastdni.triton.loss import total
-from fastdni.triton.tile import arithmetic
+from fastdni.triton.op import op
+from fastdni.triton.tile import Arithmetic
 from fastdni.triton.update import Target, apply
 
 
@@ -50,7 +50,7 @@ class Evaluation:
         parameters: SynthesizerParameters,
         trigger: Tensor,
         context: Tensor | None,
-        products: str,
+        products: Arithmetic,
         h: Tensor | None = None,
         activation: str = "identity",
     ):
@@ -66,13 +66,12 @@ class Evaluation:
                     "context_weight": parameters.context_weight,
                 }
             if last and h is not None:
-                found = layer(
+                self.prediction, self.du = layer(
                     self._inputs[i], weight, products, "synthesize", activation, other=h, **how
                 )
-                self.prediction, self.du = found
                 break
             phi = "identity" if last else "relu"
-            found = layer(self._inputs[i], weight, products, "activate", phi, **how)
+            found, _ = layer(self._inputs[i], weight, products, "activate", phi, **how)
             if last:
                 self.prediction = found
             else:
@@ -86,7 +85,7 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, prediction: Tensor, hidden: list[Tensor], parameters, trigger, context, products: str
+        cls, prediction: Tensor, hidden: list[Tensor], parameters, trigger, context, products
     ) -> "Evaluation":
         """One that was made before."""
         self = cls.__new__(cls)
@@ -107,13 +106,10 @@ class Evaluation:
         the layers, from above; by default the divisor is B."""
         p, products = self.prediction, self._products
         divisor = len(p) if divisor is None else divisor
-        tile = layer_tile(*p.shape, target.shape[1], products)
-        partials = p.new_empty(tile.count(*p.shape), dtype=torch.float32)
         # e = p - target, and the gradient of the prediction.
-        grad = layer(
-            target, weight, products, "regress", transposed=True, other=p, scale=2 / divisor,
-            partials=partials,
-        )  # fmt: skip
+        grad, partials = layer(
+            target, weight, products, "regress", transposed=True, other=p, scale=2 / divisor
+        )
         return total(partials, divisor), self.gradients(grad)
 
     def gradients(self, grad: Tensor) -> list[Gradient]:
@@ -128,7 +124,7 @@ class Evaluation:
                 found.append(Gradient(grad, self._context, self._parameters.context_weight, ()))
             found.append(Gradient(grad, self._inputs[i], weights[i], tuple(own)))
             if i > 0:
-                grad = layer(
+                grad, _ = layer(
                     grad, self.weights[i], self._products, "differentiate", "relu", transposed=True,
                     other=self._inputs[i],
                 )  # fmt: skip
@@ -143,7 +139,7 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).contiguous()
 
 
-@torch.library.triton_op("fastdni::triton_synthesizer_fwd", mutates_args=())
+@op("triton_synthesizer_fwd")
 def synthesizer_fwd(
     trigger: Tensor,
     context: Tensor | None,
@@ -157,11 +153,11 @@ def synthesizer_fwd(
     given = (weights, biases, context_weight, context_bias)
     parameters = SynthesizerParameters(*given).contiguous()
     beside = None if context is None else _matrix(context)
-    made = Evaluation(parameters, _matrix(trigger), beside, arithmetic(products))
+    made = Evaluation(parameters, _matrix(trigger), beside, Arithmetic(products))
     return [made.prediction.reshape(*trigger.shape[:-1], weights[-1].shape[0]), *made.hidden]
 
 
-@torch.library.triton_op("fastdni::triton_synthesizer_bwd", mutates_args=())
+@op("triton_synthesizer_bwd")
 def synthesizer_bwd(
     target: Tensor,
     prediction: Tensor,
@@ -184,13 +180,14 @@ def synthesizer_bwd(
         of_context = first.new_empty(first.shape[0], context.shape[-1])
         q = first.new_empty(first.shape[0]) if bias else None
         grads = grads._replace(context_weight=of_context, context_bias=q)
-    beside, products = None if context is None else _matrix(context), arithmetic(products)
+    beside = None if context is None else _matrix(context)
+    arithmetic = Arithmetic(products)
     made = Evaluation.of(
-        _matrix(prediction), [_matrix(h) for h in hidden], grads, _matrix(trigger), beside, products
+        _matrix(prediction), list(map(_matrix, hidden)), grads, _matrix(trigger), beside, arithmetic
     )
     made.weights = [weight.contiguous() for weight in weights]
     loss, gradients = made.regress(_matrix(target), divisor=reduction_divisor(target, reduction))
     for grad, x, weight, biases in gradients:
         of_biases = [Target(b, [b], _WRITTEN) for b in biases]
-        apply(grad, x, Target(weight, [weight], _WRITTEN), of_biases, products)
+        apply(grad, x, Target(weight, [weight], _WRITTEN), of_biases, arithmetic)
     return [loss.to(accumulate_dtype(prediction.dtype)), *grads.tensors()]

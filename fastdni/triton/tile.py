@@ -3,27 +3,36 @@
 Every sum has an order that follows from the shapes: no atomics, no program that waits for another.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# Under Triton's interpreter arithmetic in bfloat16 is wrong: there operands are rounded to it and
-# multiplied as float32, which is what a tensor core does.
+# Under Triton's interpreter arithmetic in bfloat16 is wrong: there operands that were rounded to it
+# are multiplied as float32, which is what a tensor core does.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def cast(tile, DTYPE: tl.constexpr):
+    """A tile in another dtype, rounded to the nearest and to even between two."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:  # where .to() only cuts off
+        bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        rounded = bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        rounded = tile.to(DTYPE)
+    return rounded
 
 
 @triton.jit
 def operand(tile, PRODUCTS: tl.constexpr):
     """A tile as a product reads it."""
     if PRODUCTS == "bfloat16":
-        if INTERPRETED:  # to the nearest, and to even between two; there .to() only cuts off
-            bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-            narrow = bits.to(tl.float32, bitcast=True)
-        else:
-            narrow = tile.to(tl.bfloat16)
+        narrow = cast(tile, tl.bfloat16)
     elif PRODUCTS == "float16":
         narrow = tile.to(tl.float16)
     else:
@@ -59,11 +68,23 @@ def accumulate(
 
 
 @triton.jit
-def positions(ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows, columns):
-    """The first row of this program's tile, its rows from there on, and its columns. Only the
-    first needs 64 bits. Neighbours share what they read."""
+def accumulate_described(
+    sums, a, first, b, column, depth,
+    TRANSPOSED: tl.constexpr, PRODUCTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`accumulate` by tensor descriptors, whose copies leave out what is outside."""
+    for start in range(0, depth, DEPTH):
+        x = a.load([first, start])
+        y = b.load([start, column]) if TRANSPOSED else b.load([column, start]).T
+        sums = add_product(x, y, sums, PRODUCTS)
+    return sums
+
+
+@triton.jit
+def positions(number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows, columns):
+    """The first row of a tile, its rows from there on, and its columns. Only the first needs 64
+    bits. Neighbours share what they read."""
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    number = tl.program_id(0)
     row_tile, column_tile = tl.swizzle2d(
         number // column_tiles, number % column_tiles, row_tiles, column_tiles, 8
     )
@@ -112,17 +133,27 @@ def differentiated(gradient, h, ACTIVATION: tl.constexpr):
 
 
 class Tile(NamedTuple):
-    """How a result is cut up, and the warps and pipeline stages of a program."""
+    """How a result is cut up, and the warps and pipeline stages of a program.
+
+    `described`: whether operands come by tensor descriptors (the copies of sm_90 and later), to
+    programs that stay, as many as there are multiprocessors.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    described: bool = False
 
     def count(self, rows: int, columns: int) -> int:
         """Tiles of a result."""
         return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
+
+    def programs(self, like: Tensor, rows: int, columns: int) -> int:
+        """Programs of a launch on a tensor's device."""
+        tiles = self.count(rows, columns)
+        return min(tiles, multiprocessors(like.device)) if self.described else tiles
 
 
 # From so many multiply-adds on the tile after them, chosen so that nothing spills (an optimizer
@@ -131,6 +162,7 @@ class Tile(NamedTuple):
 _SMALL = (0, Tile(32, 32, 32, 4, 2))
 CLASSES = {
     "layer": ((1 << 30, Tile(128, 128, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
+    "synthesize": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
     "tf32 layer": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
     "update": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 8, 3)), _SMALL),
     "exact": ((1 << 26, Tile(64, 64, 16, 4, 2)), (0, Tile(32, 32, 16, 4, 2))),
@@ -138,16 +170,75 @@ CLASSES = {
 
 
 def arithmetic(products: str) -> str:
-    """That of products on this GPU: AMD's have no three products of TF32 in place of one."""
-    return "exact" if torch.version.hip and products == "tf32x3" else products
+    """That of products on this GPU: few of AMD's have TF32, which have float32 in its place."""
+    return "exact" if torch.version.hip and products.startswith("tf32") else products
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def has_descriptors(device: torch.device) -> bool:
+    """Whether a device copies by tensor descriptors: NVIDIA's GPUs from sm_90 on."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def tile_for(kind: str, rows: int, columns: int, depth: int, products: str) -> Tile:
-    """The tile of a product of that size, of a "layer" or an "update"."""
+    """The tile of a product of that size, of a "layer", one to "synthesize" or an "update"."""
     narrow = products in ("bfloat16", "float16")
     if products == "exact":
         kind = products
-    elif kind == "layer" and not narrow:
+    elif kind != "update" and not narrow:
         kind = "tf32 layer"
     of = CLASSES[kind]
     return next(tile for least, tile in of if rows * columns * depth >= least)
+
+
+# Where operands come by descriptors: tiles of bfloat16, whose rows must begin at 16 bytes.
+_DESCRIBED = {
+    "layer": Tile(128, 128, 64, 8, 3, described=True),
+    "synthesize": Tile(128, 64, 64, 8, 3, described=True),
+    "update": Tile(128, 64, 64, 8, 3, described=True),
+}
+_DESCRIBED_FROM = 1 << 30
+
+
+class Arithmetic:
+    """That of a step's products, and what it has rounded already.
+
+    Attributes:
+        name: as `SweepPlan` has it.
+    """
+
+    def __init__(self, name: str):
+        self.name = arithmetic(name)
+        self._rounded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def tile(self, kind: str, rows: int, columns: int, depth: int, like: Tensor) -> Tile:
+        """See `tile_for`; `like` is an operand."""
+        large = rows * columns * depth >= _DESCRIBED_FROM and self.name == "bfloat16"
+        # Who traces an op does not see what is written beside descriptors.
+        traced = type(like) not in (Tensor, torch.nn.Parameter)
+        aligned = columns % 8 == rows % 8 == depth % 8 == 0
+        if large and aligned and not traced and has_descriptors(like.device):
+            return _DESCRIBED[kind]
+        return tile_for(kind, rows, columns, depth, self.name)
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """A copy in bfloat16, made once: nothing that is multiplied changes during a step."""
+        if id(tensor) not in self._rounded:
+            rounded = tensor.to(torch.bfloat16)
+            if rounded.data_ptr() % 16:  # a part of another one, say
+                rounded = rounded.clone()
+            # The tensor is kept, too: its id must not become another's.
+            self._rounded[id(tensor)] = tensor, rounded
+        return self._rounded[id(tensor)][1]
+
+    def keep(self, tensor: Tensor, rounded: Tensor) -> None:
+        """For a tensor that a kernel has rounded as it made it."""
+        self._rounded[id(tensor)] = tensor, rounded

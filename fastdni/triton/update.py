@@ -9,10 +9,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdni.reference import OptimizerSettings
-from fastdni.triton.tile import add_product, positions, tile_for
+from fastdni.triton.op import launched
+from fastdni.triton.tile import Arithmetic, Tile, add_product, cast, positions, tile_for
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def update(
         first += start
         if FLAG:
             grad += tl.load(first + at, mask=inside, other=0.0)
-        tl.store(first + at, grad.to(first.dtype.element_ty), mask=inside)
+        tl.store(first + at, cast(grad, first.dtype.element_ty), mask=inside)
     else:
         value += start
         p = tl.load(value + at, mask=inside, other=0.0)
@@ -62,64 +63,99 @@ def update(
 
 
 @triton.jit
-def update_kernel(
+def update_tile(
+    number,
     grad, x, weight, first, second, step_at, bias, bias_first, bias_second, bias_step_at,
     more, more_first, more_second, more_step_at, rows, outputs, inputs,
     lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
-    PRODUCTS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient grad^T x, reduced over all rows, and the update of the weight's tile;
-    the columns' sums of grad update up to two biases. Where they are given, the learning rate is
-    read at lr_at and the (raised) step counts at step_at."""
-    first_output, o, i = positions(OUTPUTS, INPUTS, outputs, inputs)
-    r = tl.arange(0, ROWS)
-    own = o < outputs - first_output
-    grad += first_output
-    sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
-    of_bias = tl.zeros((OUTPUTS,), tl.float32)
-    for start in range(0, rows, ROWS):
-        left = r < rows - start
-        g = tl.load(
-            grad + r[:, None] * outputs + o[None, :], mask=left[:, None] & own[None, :], other=0.0
-        )
-        grad += ROWS * outputs
-        if bias is not None:
-            of_bias += tl.sum(g.to(tl.float32), 0)
-        if weight is not None:
-            if LABELS:
-                label = tl.load(x + r, mask=left, other=-1)
-                x += ROWS
-                y = (label[:, None] == i[None, :]).to(tl.float32)
-            else:
-                here = left[:, None] & (i < inputs)[None, :]
-                y = tl.load(x + r[:, None] * inputs + i[None, :], mask=here, other=0.0)
-                x += ROWS * inputs
-            sums = add_product(tl.trans(g), y, sums, PRODUCTS)
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
+    r = tl.arange(0, ROWS)
+    first_output, o, i = positions(number, OUTPUTS, INPUTS, outputs, inputs)
+    own = o < outputs - first_output
+    sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+    of_bias = tl.zeros((OUTPUTS,), tl.float32)
+    if DESCRIBED:
+        output, input = first_output.to(tl.int32), tl.min(i)
+        for start in range(0, rows, ROWS):
+            g, y = grad.load([start, output]), x.load([start, input])
+            sums = add_product(g.T, y, sums, PRODUCTS)
+    else:
+        g_at = grad + first_output + r[:, None] * outputs + o[None, :]
+        x_at = x if weight is None or LABELS else x + r[:, None] * inputs + i[None, :]
+        for start in range(0, rows, ROWS):
+            left = r < rows - start
+            g = tl.load(g_at, mask=left[:, None] & own[None, :], other=0.0)
+            g_at += ROWS * outputs
+            if bias is not None:
+                of_bias += tl.sum(g.to(tl.float32), 0)
+            if weight is not None:
+                if LABELS:
+                    label = tl.load(x_at + start + r, mask=left, other=-1)
+                    y = (label[:, None] == i[None, :]).to(tl.float32)
+                else:
+                    y = tl.load(x_at, mask=left[:, None] & (i < inputs)[None, :], other=0.0)
+                    x_at += ROWS * inputs
+                sums = add_product(tl.trans(g), y, sums, PRODUCTS)
     if weight is not None:
         inside = own[:, None] & (i < inputs)[None, :]
         update(
             sums, weight, first, second, step_at,
             first_output * inputs, o[:, None] * inputs + i[None, :], inside,
-            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
-            RULE, DECAYED, FLAG,
+            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
+            log_a, log_b, RULE, DECAYED, FLAG,
         )  # fmt: skip
     if bias is not None:
-        # All programs of these outputs have the sums; the one with the first inputs writes.
+        # All tiles of these outputs have the sums; the one with the first inputs writes.
         writes = own & (tl.min(i) == 0)
         update(
             of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, writes,
-            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
-            RULE, DECAYED, FLAG,
+            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
+            log_a, log_b, RULE, DECAYED, FLAG,
         )  # fmt: skip
         if more is not None:
             update(
                 of_bias, more, more_first, more_second, more_step_at, first_output, o, writes,
-                lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a,
-                log_b, RULE, DECAYED, FLAG,
+                lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
+                log_a, log_b, RULE, DECAYED, FLAG,
             )  # fmt: skip
+
+
+@triton.jit
+def update_kernel(
+    grad, x, weight, first, second, step_at, bias, bias_first, bias_second, bias_step_at,
+    more, more_first, more_second, more_step_at, rows, outputs, inputs,
+    lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+    RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
+    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the gradient grad^T x, reduced over all rows, and the update of the weight's tile;
+    the columns' sums of grad update up to two biases. Where they are given, the learning rate is
+    read at lr_at and the (raised) step counts at step_at. DESCRIBED: grad and x are tensor
+    descriptors, programs stay for several tiles, and there are no biases."""
+    if DESCRIBED:
+        tiles = tl.cdiv(outputs, OUTPUTS) * tl.cdiv(inputs, INPUTS)
+        for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            update_tile(
+                number, grad, x, weight, first, second, step_at, bias, bias_first, bias_second,
+                bias_step_at, more, more_first, more_second, more_step_at, rows, outputs, inputs,
+                lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
+                log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
+                OUTPUTS, INPUTS, ROWS,
+            )  # fmt: skip
+    else:
+        update_tile(
+            tl.program_id(0), grad, x, weight, first, second, step_at, bias, bias_first,
+            bias_second, bias_step_at, more, more_first, more_second, more_step_at, rows, outputs,
+            inputs, lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
+            log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
+            OUTPUTS, INPUTS, ROWS,
+        )  # fmt: skip
 
 
 class Target(NamedTuple):
@@ -160,7 +196,11 @@ def _log(beta: float) -> float:
 
 
 def apply(
-    grad: Tensor, x: Tensor | None, weight: Target | None, biases: list[Target], products: str
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Target | None,
+    biases: list[Target],
+    products: Arithmetic,
 ) -> None:
     """Updates what a gradient trains.
 
@@ -170,20 +210,30 @@ def apply(
         weight: (N, K), or None.
         biases: up to two of (N,).
     """
-    left = biases
     if weight is not None and weight.value.numel() > 0:
-        left = [bias for bias in biases if not bias.has_numbers_of(weight)]
-        _launch(grad, x, weight, [b for b in biases if b.has_numbers_of(weight)], products)
-    for bias in left:
-        _launch(grad, None, None, [bias], products)
+        tile = products.tile("update", *weight.value.shape, len(grad), grad)
+        tile = tile._replace(described=tile.described and x.dim() == 2)
+        together, apart = [], []
+        for bias in biases:  # which wants the sums of what is not rounded
+            fits = bias.has_numbers_of(weight) and not tile.described
+            (together if fits else apart).append(bias)
+        _launch(grad, x, weight, together, products, tile)
+        biases = apart
+    for bias in biases:
+        tile = tile_for("update", grad.shape[1], 1, len(grad), products.name)
+        _launch(grad, None, None, [bias], products, tile)
 
 
 def _launch(
-    grad: Tensor, x: Tensor | None, weight: Target | None, biases: list[Target], products: str
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Target | None,
+    biases: list[Target],
+    products: Arithmetic,
+    tile: Tile,
 ) -> None:
     rows, outputs = grad.shape
     inputs = 1 if weight is None else weight.value.shape[1]
-    tile = tile_for("update", outputs, inputs, rows, products)
     target = weight or biases[0]
     nothing: list[Tensor | None] = [None] * 4
     memory = nothing if weight is None else weight.memory()
@@ -192,8 +242,15 @@ def _launch(
     memory = (memory + nothing * 2)[:12]
     settings = target.settings
     flag = settings.a != 0 if settings.rule == "gradient" else settings.nesterov
-    wrap_triton(update_kernel)[(tile.count(outputs, inputs),)](
-        grad, x, *memory, rows, outputs, inputs, *target.numbers(),
-        settings.rule, settings.weight_decay != 0, flag, x is not None and x.dim() == 1, products,
-        tile.rows, tile.columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    labels = x is not None and x.dim() == 1
+    operands = grad, x
+    if tile.described:
+        operands = (
+            TensorDescriptor.from_tensor(products.rounded(grad), [tile.depth, tile.rows]),
+            TensorDescriptor.from_tensor(products.rounded(x), [tile.depth, tile.columns]),
+        )
+    launched(update_kernel)[(tile.programs(grad, outputs, inputs),)](
+        *operands, *memory, rows, outputs, inputs, *target.numbers(),
+        settings.rule, settings.weight_decay != 0, bool(flag), labels, products.name,
+        tile.described, tile.rows, tile.columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
