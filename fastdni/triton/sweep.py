@@ -122,9 +122,7 @@ def sweep(
     if unlocked:
         synthesis_loss = torch.stack([synthesis_loss, torch.stack(input_losses)])
     output = made[-1].prediction if unlocked and criterion_name is None else h
-    return SweepResult(
-        output, loss, synthesis_loss, gradients, products, of_input, regress_top
-    )
+    return SweepResult(output, loss, synthesis_loss, gradients, products, of_input, regress_top)
 
 
 class Structure:

@@ -111,18 +111,18 @@ def update_tile(
         )  # fmt: skip
     if bias is not None:
         # All tiles of these outputs have the sums; the one with the first inputs writes.
-        writes = own & (tl.min(i) == 0)
-        update(
-            of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, writes,
-            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
-            log_a, log_b, RULE, DECAYED, FLAG,
-        )  # fmt: skip
-        if more is not None:
+        if tl.min(i) == 0:
             update(
-                of_bias, more, more_first, more_second, more_step_at, first_output, o, writes,
+                of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, own,
                 lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
                 log_a, log_b, RULE, DECAYED, FLAG,
             )  # fmt: skip
+            if more is not None:
+                update(
+                    of_bias, more, more_first, more_second, more_step_at, first_output, o, own,
+                    lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
+                    log_a, log_b, RULE, DECAYED, FLAG,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -252,5 +252,6 @@ def _launch(
     launched(update_kernel)[(tile.programs(grad, outputs, inputs),)](
         *operands, *memory, rows, outputs, inputs, *target.numbers(),
         settings.rule, settings.weight_decay != 0, bool(flag), labels, products.name,
-        tile.described, tile.rows, tile.columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        tile.described, tile.rows, tile.columns, tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
