@@ -109,7 +109,7 @@ def update_tile(
             lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
             log_a, log_b, RULE, DECAYED, FLAG,
         )  # fmt: skip
-    if bias is not None:
+    if bias is not None:  # noqa: SIM102  decided when it is compiled, what follows when it runs
         # All tiles of these outputs have the sums; the one with the first inputs writes.
         if tl.min(i) == 0:
             update(
