@@ -208,6 +208,21 @@ def test_kernels_that_fail_do_not_serve(met, monkeypatch):
         backend.why_unserved(GPU)
 
 
+@pytest.mark.parametrize("width, products, expected", [
+    (4096, "bfloat16", "triton"), (2048, "tf32", "triton"), (256, "bfloat16", "cuda"),
+    (4096, "exact", "cuda"),
+])  # fmt: skip
+def test_auto_takes_triton_for_large_products(met, monkeypatch, width, products, expected):
+    monkeypatch.setattr(backend, "server", lambda tensor, devices: "cuda")
+    monkeypatch.setattr(backend, "why_unserved", lambda device, name: None)
+    monkeypatch.setattr(backend.triton, "unavailable", lambda: None)
+    weight = torch.empty(width, width, device="meta")
+    stages = [reference.SweepStage(weight, None, None, "relu")]
+    assert ops.sweep_backend(stages, 256, products) == expected
+    with fastdni.use_backend("reference"):  # fixed, not "auto": nothing is chosen
+        assert ops.sweep_backend(stages, 256, products) == "cuda"
+
+
 def test_nothing_is_compared_while_a_graph_is_captured(met, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "a graph is captured" in backend.why_unserved(GPU)

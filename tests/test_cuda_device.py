@@ -166,7 +166,7 @@ def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, li
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
-@pytest.mark.parametrize("backend", ["cuda", "auto", "reference"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "auto", "reference"])
 @pytest.mark.parametrize("rates", ["tensor", "number"])
 def test_a_step_is_captured_in_a_graph_and_replayed(rates, backend):
     net = network((7, 33, 20, 5), dtype=torch.float32).cuda()

@@ -69,6 +69,26 @@ def test_kernels_fit_and_use_tensor_cores(target):
     assert exact and (target == "gfx942" or not any(k["instructions"] for k in exact))
 
 
+def test_a_step_is_traced_into_one_graph():
+    """Through the op to its kernels, as torch.compile sees them."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT.with_name("triton_traced.py")],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout)["kernels"]
+    # Two stages with BatchNorm, their synthesizers with a label context, a head: every weight is
+    # updated with its biases, gamma and beta of the norms by themselves.
+    assert kernels[:4] == ["layer_kernel", "norm_kernel", "layer_kernel", "norm_gradient_kernel"]
+    counts = {name: kernels.count(name) for name in set(kernels)}
+    assert counts == {
+        "layer_kernel": 7, "norm_kernel": 2, "norm_gradient_kernel": 2, "cross_entropy_kernel": 1,
+        "sum_kernel": 3, "update_kernel": 11,
+    }  # fmt: skip
+
+
 def test_what_spills_is_seen():
     """By the same look: a tile that is too large for its threads."""
     done = subprocess.run(

@@ -31,39 +31,42 @@ def layer_tile(
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    first, r, c = positions(number, ROWS, COLUMNS, rows, columns)
-    own = r < rows - first
-    inside = own[:, None] & (c < columns)[None, :]
-    start = first * columns
+    first, r, column, c = positions(number, ROWS, COLUMNS, rows, columns)
+    own, of_columns = r < rows - first, c < columns - column
+    inside = own[:, None] & of_columns[None, :]
+    start = first * columns + column
     at = r[:, None] * columns + c[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     if weight is None:
         sums += tl.load(a + start + at, mask=inside, other=0.0).to(tl.float32)
     elif DESCRIBED:
         sums = accumulate_described(
-            sums, a, first.to(tl.int32), weight, tl.min(c), depth, TRANSPOSED, PRODUCTS, DEPTH
-        )
+            sums, a, first.to(tl.int32), weight, column.to(tl.int32), depth,
+            TRANSPOSED, PRODUCTS, DEPTH,
+        )  # fmt: skip
     else:
         sums = accumulate(
-            sums, a, first, r, rows, weight, column_stride, depth_stride, c, columns, depth,
-            PRODUCTS, DEPTH,
+            sums, a, first, r, rows, weight, column_stride, depth_stride, column, c, columns,
+            depth, PRODUCTS, DEPTH,
         )  # fmt: skip
     if context is not None:
         if LABELS:  # a one-hot context picks a column of its weight
             label = tl.load(context + first + r, mask=own, other=-1)
             known = (label >= 0) & (label < context_width)
-            picked = context_weight + c[None, :] * context_width + label[:, None]
-            found = tl.load(picked, mask=known[:, None] & (c < columns)[None, :], other=0.0)
+            picked = context_weight + column * context_width
+            picked += c[None, :] * context_width + label[:, None]
+            found = tl.load(picked, mask=known[:, None] & of_columns[None, :], other=0.0)
             sums += operand(found, PRODUCTS).to(tl.float32)
         else:
             sums = accumulate(
-                sums, context, first, r, rows, context_weight, context_width, 1, c, columns,
-                context_width, PRODUCTS, DEPTH,
+                sums, context, first, r, rows, context_weight, context_width, 1, column, c,
+                columns, context_width, PRODUCTS, DEPTH,
             )  # fmt: skip
     if bias is not None:
-        sums += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + column + c, mask=of_columns, other=0.0).to(tl.float32)[None, :]
     if second_bias is not None:
-        sums += tl.load(second_bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+        q = tl.load(second_bias + column + c, mask=of_columns, other=0.0)
+        sums += q.to(tl.float32)[None, :]
     kind = out.dtype.element_ty
     if FINISH == "activate":
         result = activated(sums, ACTIVATION)

@@ -49,18 +49,18 @@ def add_product(x, y, sums, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    sums, a, first, r, rows, b, column_stride, depth_stride, c, columns, depth,
+    sums, a, first, r, rows, b, column_stride, depth_stride, column, c, columns, depth,
     PRODUCTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """sums + (rows first + r of a) (columns c of b), over the whole depth; a is (rows, depth) in
-    memory."""
+    """sums + (rows first + r of a) (columns column + c of b), over the whole depth; a is (rows,
+    depth) in memory."""
     k = tl.arange(0, DEPTH)
     a += first * depth + r[:, None] * depth + k[None, :]
-    b += k[:, None] * depth_stride + c[None, :] * column_stride
+    b += column * column_stride + k[:, None] * depth_stride + c[None, :] * column_stride
     for start in range(0, depth, DEPTH):
         left = k < depth - start
         x = tl.load(a, mask=(r < rows - first)[:, None] & left[None, :], other=0.0)
-        y = tl.load(b, mask=left[:, None] & (c < columns)[None, :], other=0.0)
+        y = tl.load(b, mask=left[:, None] & (c < columns - column)[None, :], other=0.0)
         sums = add_product(x, y, sums, PRODUCTS)
         a += DEPTH
         b += DEPTH * depth_stride
@@ -82,14 +82,14 @@ def accumulate_described(
 
 @triton.jit
 def positions(number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows, columns):
-    """The first row of a tile, its rows from there on, and its columns. Only the first needs 64
-    bits. Neighbours share what they read."""
+    """The first row of a tile and its rows from there on, the first column and its columns from
+    there on. Only what is first needs 64 bits. Neighbours share what they read."""
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     row_tile, column_tile = tl.swizzle2d(
         number // column_tiles, number % column_tiles, row_tiles, column_tiles, 8
     )
-    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    return row_tile.to(tl.int64) * ROWS, tl.arange(0, ROWS), c
+    first, column = row_tile.to(tl.int64) * ROWS, column_tile.to(tl.int64) * COLUMNS
+    return first, tl.arange(0, ROWS), column, tl.arange(0, COLUMNS)
 
 
 @triton.jit

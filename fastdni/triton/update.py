@@ -75,18 +75,20 @@ def update_tile(
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
     r = tl.arange(0, ROWS)
-    first_output, o, i = positions(number, OUTPUTS, INPUTS, outputs, inputs)
-    own = o < outputs - first_output
+    first_output, o, first_input, i = positions(number, OUTPUTS, INPUTS, outputs, inputs)
+    own, of_inputs = o < outputs - first_output, i < inputs - first_input
     sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
     of_bias = tl.zeros((OUTPUTS,), tl.float32)
     if DESCRIBED:
-        output, input = first_output.to(tl.int32), tl.min(i)
+        column, column_of_x = first_output.to(tl.int32), first_input.to(tl.int32)
         for start in range(0, rows, ROWS):
-            g, y = grad.load([start, output]), x.load([start, input])
+            g, y = grad.load([start, column]), x.load([start, column_of_x])
             sums = add_product(g.T, y, sums, PRODUCTS)
     else:
         g_at = grad + first_output + r[:, None] * outputs + o[None, :]
-        x_at = x if weight is None or LABELS else x + r[:, None] * inputs + i[None, :]
+        x_at = x
+        if weight is not None and not LABELS:
+            x_at += first_input + r[:, None] * inputs + i[None, :]
         for start in range(0, rows, ROWS):
             left = r < rows - start
             g = tl.load(g_at, mask=left[:, None] & own[None, :], other=0.0)
@@ -96,22 +98,22 @@ def update_tile(
             if weight is not None:
                 if LABELS:
                     label = tl.load(x_at + start + r, mask=left, other=-1)
-                    y = (label[:, None] == i[None, :]).to(tl.float32)
+                    y = (label[:, None] == (first_input + i)[None, :]).to(tl.float32)
                 else:
-                    y = tl.load(x_at, mask=left[:, None] & (i < inputs)[None, :], other=0.0)
+                    y = tl.load(x_at, mask=left[:, None] & of_inputs[None, :], other=0.0)
                     x_at += ROWS * inputs
                 sums = add_product(tl.trans(g), y, sums, PRODUCTS)
     if weight is not None:
-        inside = own[:, None] & (i < inputs)[None, :]
+        inside = own[:, None] & of_inputs[None, :]
         update(
             sums, weight, first, second, step_at,
-            first_output * inputs, o[:, None] * inputs + i[None, :], inside,
+            first_output * inputs + first_input, o[:, None] * inputs + i[None, :], inside,
             lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
             log_a, log_b, RULE, DECAYED, FLAG,
         )  # fmt: skip
     if bias is not None:  # noqa: SIM102  decided when it is compiled, what follows when it runs
         # All tiles of these outputs have the sums; the one with the first inputs writes.
-        if tl.min(i) == 0:
+        if first_input == 0:
             update(
                 of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, own,
                 lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
