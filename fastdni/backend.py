@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from fastdni import _C, triton
+from fastdni.traced import constant
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -81,7 +82,7 @@ def _look(device: torch.device, name: str) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
     """Why `auto` does not let a backend serve a GPU, or None. The first time, its kernels are
     compared there with plain PyTorch: a second's work (for Triton, which compiles them, some more),

@@ -32,3 +32,9 @@ def test_a_missing_or_unknown_command_is_one_line_and_exit_code_2():
         result = run(*arguments)
         assert result.returncode == 2
         assert "COMMAND" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_import_brings_no_compiler():
+    """torch's and Triton's take seconds."""
+    code = "import sys, fastdni; sys.exit(bool({'torch._dynamo', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,15 +10,26 @@ import re
 
 import torch
 
+from fastdni.traced import constant
+
 # The oldest Triton that the kernels are for; pyproject.toml asks for it (tests/test_build.py).
 OLDEST = "3.6"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+# What was found out already (functools.cache is something that torch.compile warns of).
+_found: dict[str, object] = {}
+
+
+@constant
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
+    if "unavailable" not in _found:
+        _found["unavailable"] = _why_unavailable()
+    return _found["unavailable"]
+
+
+def _why_unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install fastdni[triton])"
     import triton
@@ -30,13 +41,14 @@ def unavailable() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@constant
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1."""
-    import triton
+    if "interpreted" not in _found:
+        import triton
 
-    return triton.knobs.runtime.interpret
+        _found["interpreted"] = triton.knobs.runtime.interpret
+    return _found["interpreted"]
 
 
 @functools.cache
