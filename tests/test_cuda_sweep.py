@@ -15,7 +15,7 @@ from fastdni import ops, reference
 
 RULES = reference.RULES
 SPREADS = ["rows", "clusters", "instructions"]
-KEPT = {"gradient": 1, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adamw": 2}
+KEPT = reference.KEPT
 
 
 def built(variant, fault=None):

@@ -170,7 +170,7 @@ def test_an_update_by_numbers_on_the_host(settings, apart):
     expected, targets = [], []
     for parameter, gradient, own in zip(parameters, gradients, (row, other, row), strict=True):
         state = [s.abs() for s in fresh_state(own, [parameter])]
-        count = {"adam": 2, "adamw": 2, "momentum": 1}.get(settings, 0)
+        count = reference.KEPT[own.rule]
         kept = on_device(cast(state[:count], torch.float32))
         mine = parameter.to(DEVICE, copy=True)
         targets.append(Target(mine, kept, own, 3.0))

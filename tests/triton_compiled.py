@@ -1,10 +1,11 @@
 """Compiles Triton's kernels ahead of time, as a step launches them, and says what came of it.
 
-    python tests/triton_compiled.py TARGET [CASE ...]
+    python tests/triton_compiled.py TARGET CASE ...
 
-TARGET is an architecture such as sm_90 or gfx942. Prints a JSON list, an entry for each kernel as a
-step of a case launches it (sizes, alignment and types included). No GPU is needed: the step runs on
-tensors without memory, and its launches are written down. Not in a process that interprets kernels.
+TARGET is an architecture such as sm_90 or gfx942, CASE a name of CASES or "all". Prints a JSON
+list, an entry for each kernel as a step of a case launches it (sizes, alignment and types
+included). No GPU is needed: the step runs on tensors without memory, and its launches are written
+down. Not in a process that interprets kernels.
 """
 
 import json
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
+from fastdni.reference import KEPT, OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
 from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, tile, update
 from fastdni.triton.tile import Arithmetic, Tile
 
@@ -84,7 +85,7 @@ def step(
     if criterion == "mse":
         target, context = tensor(batch, classes), tensor(batch, classes)
     done = structure.forward(stages, tensor(batch, width), target, context, [1] * 4, None, False)
-    kept = {"adam": 2, "adamw": 2, "sgd_momentum": 1, "gradient": 1, "sgd": 0}[rule]
+    kept = KEPT[rule]
     # Numbers as `net.step` hands them over: all of them are floats.
     settings = OptimizerSettings(rule, 1e-3, 0.01, 0.9, 0.99, 1e-8, float(rule == "sgd_momentum"))
     targets = {
@@ -213,7 +214,9 @@ def main(architecture: str, cases: list[str]) -> None:
         tile.has_descriptors = lambda device: target.arch >= 90
         tile.multiprocessors = lambda device: 132
     found, seen = [], set()
-    for case in cases or CASES:
+    if "all" in cases:
+        cases = [*CASES, *(case for case in cases if case not in CASES and case != "all")]
+    for case in cases:
         launches.clear()
         {**CASES, "too large": too_large}[case]()
         for launch in launches:

@@ -296,8 +296,7 @@ def _check_data(plan: SweepPlan, x, target, context, caller: str) -> None:
 def _check_state(plan: SweepPlan, state, groups, settings, caller: str) -> None:
     """As `_check_data`: of what optimizers keep."""
     for parameter, row, own in reference.assigned(plan.parameters, state, groups, settings):
-        of_its_shape = {"gradient": 1, "sgd_momentum": 1, "adam": 2, "adamw": 2}.get(row.rule, 0)
-        for kept in own[:of_its_shape]:
+        for kept in own[: reference.KEPT[row.rule]]:
             if not (
                 kept.shape == parameter.shape
                 and kept.dtype == parameter.dtype

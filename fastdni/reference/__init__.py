@@ -3,7 +3,13 @@
 Imports nothing but torch.
 """
 
-from fastdni.reference.optimizer import RULES, OptimizerSettings, assigned, optimizer_update
+from fastdni.reference.optimizer import (
+    KEPT,
+    RULES,
+    OptimizerSettings,
+    assigned,
+    optimizer_update,
+)
 from fastdni.reference.regression_loss import (
     accumulate_dtype,
     reduction_divisor,
@@ -23,6 +29,7 @@ from fastdni.reference.synthesizer import (
 )
 
 __all__ = [
+    "KEPT",
     "RULES",
     "OptimizerSettings",
     "SweepNorm",

@@ -69,8 +69,8 @@ def _decayed(gradient: Tensor, weight_decay: float, parameter: Tensor) -> Tensor
     return gradient if weight_decay == 0 else gradient + weight_decay * parameter
 
 
-# Tensors that a rule keeps beside a parameter.
-_KEPT = {"none": 0, "gradient": 1, "sgd": 0, "sgd_momentum": 1, "adam": 3, "adamw": 3}
+# Tensors of a parameter's shape that a rule keeps; those of Adam have a step count besides.
+KEPT = {"none": 0, "gradient": 1, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adamw": 2}
 
 
 def assigned(
@@ -85,6 +85,6 @@ def assigned(
             continue
         rule, *numbers = settings[group * width : (group + 1) * width]
         row = OptimizerSettings(RULES[int(rule)], *numbers)
-        count = _KEPT[row.rule] + math.isnan(row.lr)
+        count = KEPT[row.rule] + row.rule.startswith("adam") + math.isnan(row.lr)
         own, left = left[:count], left[count:]
         yield parameter, row, own
