@@ -100,7 +100,7 @@ def test_operands_are_rounded_to_bfloat16():
 
 @pytest.mark.parametrize("name", ["mlp", "norm", "unlocked"])
 def test_operands_by_descriptors(monkeypatch, name):
-    """As on sm_90 and later from large sizes on: a few programs, each with many tiles."""
+    """As on sm_90 and sm_100 from large sizes on: a few programs, each with many tiles."""
     from fastdni.triton import tile
 
     described = []

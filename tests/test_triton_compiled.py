@@ -66,7 +66,7 @@ def test_kernels_fit_and_use_tensor_cores(target):
     for kernel in products:
         assert any(re.match(instruction, each) for each in kernel["instructions"]), name(kernel)
     described = [k for k in products if "cp.async.bulk.tensor" in k["instructions"]]
-    assert (len(described) >= 4) == (target in ("sm_90", "sm_100", "sm_120"))
+    assert (len(described) >= 4) == (target in ("sm_90", "sm_100"))
     exact = [k for k in found if "exact" in k["constants"].values()]
     assert exact and (target == "gfx942" or not any(k["instructions"] for k in exact))
 

@@ -211,7 +211,7 @@ def main(architecture: str, cases: list[str]) -> None:
         target = GPUTarget("hip", architecture, 64)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-        tile.has_descriptors = lambda device: target.arch >= 90
+        tile.has_descriptors = lambda device: target.arch // 10 in (9, 10)
         tile.multiprocessors = lambda device: 132
     found, seen = [], set()
     if "all" in cases:

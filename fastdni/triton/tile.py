@@ -135,8 +135,8 @@ def differentiated(gradient, h, ACTIVATION: tl.constexpr):
 class Tile(NamedTuple):
     """How a result is cut up, and the warps and pipeline stages of a program.
 
-    `described`: whether operands come by tensor descriptors (the copies of sm_90 and later), to
-    programs that stay, as many as there are multiprocessors.
+    `described`: whether operands come by tensor descriptors (see `has_descriptors`), to programs
+    that stay, as many as there are multiprocessors.
     """
 
     rows: int
@@ -182,10 +182,11 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def has_descriptors(device: torch.device) -> bool:
-    """Whether a device copies by tensor descriptors: NVIDIA's GPUs from sm_90 on."""
+    """Whether tensor cores take what tensor descriptors copy: those of sm_90 and sm_100. (sm_120's
+    want operands in registers, as older ones do, and then tiles of this size spill.)"""
     if device.type != "cuda" or torch.version.hip:
         return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def tile_for(kind: str, rows: int, columns: int, depth: int, products: str) -> Tile:
