@@ -182,7 +182,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def set_fp32_precision(name: str) -> None:
-    """Fixes how the CUDA kernels of a network's step multiply float32, in this process.
+    """Fixes how the kernels of a GPU multiply float32, in this process.
 
     Args:
         name: `"torch"` (the default): what `torch.backends.cuda.matmul.fp32_precision` says, exact

@@ -56,7 +56,7 @@ class FusedPart:
 
     def backend(self, batch: int) -> str:
         """The backend that serves steps of so many rows."""
-        return ops.sweep_backend(self.stages, batch, self._how["products"])
+        return ops.sweep_backend(self.stages, batch, self.products)
 
     def plan(self, batch: int) -> ops.SweepPlan:
         """The plan of a batch size, made when it is first met."""

@@ -47,7 +47,7 @@ def regression_loss(
         e = prediction - target;   loss = sum(e^2) / B   ("batchmean")   or   mean(e^2)   ("mean")
 
     Args:
-        prediction: (B, ...), float32, float64 or bfloat16 (others are served by the reference).
+        prediction: (B, ...), float32, float64 or bfloat16; float16 by Triton or the reference.
         target: the same shape, dtype and device.
         reduction: `"batchmean"` divides by the size B of the first dimension, `"mean"` by the
             number of elements. An empty batch has loss 0.

@@ -74,8 +74,8 @@ def synthesizer_fwd(
     The formula, shapes and letters are those of `fastdni.reference.synthesizer_fwd`.
 
     Args:
-        trigger: h, (..., K), in the parameters' dtype: float32, float64 or bfloat16 (others are
-            served by the reference). Sums are float32 for bfloat16.
+        trigger: h, (..., K), in the parameters' dtype: float32, float64 or bfloat16 (float16 is
+            served by Triton or the reference). Sums are float32 for bfloat16.
         context: ctx, (..., C), or None.
         parameters: of the synthesizer.
 

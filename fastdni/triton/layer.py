@@ -31,6 +31,7 @@ def layer_tile(
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """A tile of `layer_kernel`."""
     first, r, column, c = positions(number, ROWS, COLUMNS, rows, columns)
     own, of_columns = r < rows - first, c < columns - column
     inside = own[:, None] & of_columns[None, :]
@@ -107,7 +108,7 @@ def layer_kernel(
     The last of these goes to `rounded` as well, where that is given. DESCRIBED: a and weight are
     tensor descriptors, and programs stay for several tiles.
     """
-    if DESCRIBED:
+    if DESCRIBED:  # the loop costs registers, which plain tiles want for more programs
         tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             layer_tile(

@@ -54,7 +54,7 @@ class Evaluation:
         h: Tensor | None = None,
         activation: str = "identity",
     ):
-        self._begin(parameters, trigger, context, products)
+        self._begin(parameters, parameters.weights, trigger, context, products)
         weights, biases = parameters.weights, parameters.biases
         for i, weight in enumerate(weights):
             last = i + 1 == len(weights)
@@ -77,19 +77,18 @@ class Evaluation:
             else:
                 self._inputs.append(found)
 
-    def _begin(self, parameters, trigger, context, products) -> None:
-        self._parameters, self._products = parameters, products
-        self.weights = parameters.weights  # to multiply with; `_parameters` are to be trained
+    def _begin(self, parameters, weights, trigger, context, products) -> None:
+        self._parameters, self._weights, self._products = parameters, weights, products
         self._context = None if parameters.context_weight is None else context
         self._inputs, self.du = [trigger], None
 
     @classmethod
     def of(
-        cls, prediction: Tensor, hidden: list[Tensor], parameters, trigger, context, products
+        cls, prediction: Tensor, hidden: list, parameters, weights, trigger, context, products
     ) -> "Evaluation":
-        """One that was made before."""
+        """One that was made before with these weights; `parameters` are what it trains."""
         self = cls.__new__(cls)
-        self._begin(parameters, trigger, context, products)
+        self._begin(parameters, weights, trigger, context, products)
         self.prediction = prediction
         self._inputs += hidden
         return self
@@ -110,9 +109,9 @@ class Evaluation:
         grad, partials = layer(
             target, weight, products, "regress", transposed=True, other=p, scale=2 / divisor
         )
-        return total(partials, divisor), self.gradients(grad)
+        return total(partials, divisor), self._gradients(grad)
 
-    def gradients(self, grad: Tensor) -> list[Gradient]:
+    def _gradients(self, grad: Tensor) -> list[Gradient]:
         """What trains the layers, from above, given the gradient of the prediction."""
         weights, biases = self._parameters.weights, self._parameters.biases
         found: list[Gradient] = []
@@ -125,8 +124,8 @@ class Evaluation:
             found.append(Gradient(grad, self._inputs[i], weights[i], tuple(own)))
             if i > 0:
                 grad, _ = layer(
-                    grad, self.weights[i], self._products, "differentiate", "relu", transposed=True,
-                    other=self._inputs[i],
+                    grad, self._weights[i], self._products, "differentiate", "relu",
+                    transposed=True, other=self._inputs[i],
                 )  # fmt: skip
         return found
 
@@ -183,9 +182,9 @@ def synthesizer_bwd(
     beside = None if context is None else _matrix(context)
     arithmetic = Arithmetic(products)
     made = Evaluation.of(
-        _matrix(prediction), list(map(_matrix, hidden)), grads, _matrix(trigger), beside, arithmetic
-    )
-    made.weights = [weight.contiguous() for weight in weights]
+        _matrix(prediction), list(map(_matrix, hidden)), grads,
+        [weight.contiguous() for weight in weights], _matrix(trigger), beside, arithmetic,
+    )  # fmt: skip
     loss, gradients = made.regress(_matrix(target), divisor=reduction_divisor(target, reduction))
     for grad, x, weight, biases in gradients:
         of_biases = [Target(b, [b], _WRITTEN) for b in biases]

@@ -72,6 +72,7 @@ def update_tile(
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """A tile of `update_kernel`."""
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
     r = tl.arange(0, ROWS)
@@ -140,7 +141,7 @@ def update_kernel(
     the columns' sums of grad update up to two biases. Where they are given, the learning rate is
     read at lr_at and the (raised) step counts at step_at. DESCRIBED: grad and x are tensor
     descriptors, programs stay for several tiles, and there are no biases."""
-    if DESCRIBED:
+    if DESCRIBED:  # the loop costs registers, which plain tiles want for more programs
         tiles = tl.cdiv(outputs, OUTPUTS) * tl.cdiv(inputs, INPUTS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             update_tile(
