@@ -213,7 +213,7 @@ def weight_update(folder: Path) -> None:
         torch._fused_adam_([weight], [found], [first], [second], [], [step], **how)
 
     calls = {
-        "triton": lambda: apply(grad, x, target, [], rounded),
+        "triton": lambda: apply(grad, x, target, None, [], rounded),
         "torch": by_torch,
     }
     times = time_calls(calls, size**3, 2.0, "cuda")

@@ -99,10 +99,15 @@ class Repetition:
         return results
 
     def finish(self) -> None:
-        """What an optimizer's own step and `zero_grad` would leave."""
-        self._optimizers.mark_called()
-        if not self._watch.no_gradients():
-            _drop_gradients(self._watch.parameters)
+        """See `_finish`."""
+        _finish(self._optimizers, self._watch)
+
+
+def _finish(optimizers: Optimizers, watch: ModuleWatch) -> None:
+    """What an optimizer's own step and `zero_grad` would leave."""
+    optimizers.mark_called()
+    if not watch.no_gradients():
+        _drop_gradients(watch.parameters)
 
 
 class Trainer:
@@ -185,14 +190,21 @@ class Trainer:
             ):
                 self._refuse(number, "it shares parameters with another module")
 
-    def _parts_for(self, criterion, dtype: torch.dtype | None) -> list:
-        """The network as parts, from below."""
+    def _parts_for(self, criterion, dtype: torch.dtype | None, batch: int) -> list:
+        """The network as parts, from below: stages that follow each other and are served by the
+        same backend are one."""
         name = criterion if isinstance(criterion, str) else None
         # Where every stage is on the CPU the key is the same whatever torch says of GPUs.
         devices = [stage.weight.device for stage in self.parsed if stage is not None]
         asked = next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
         products = backend.products(asked, dtype)
-        choice = (name, dtype, backend.choice(), products)
+        servers = None  # of each stage, where that depends on its size
+        if backend.choice() == "auto" and products in backend.TRITON_FROM:
+            servers = tuple(
+                None if stage is None else ops.sweep_backend([stage], batch, products)
+                for stage in self.parsed
+            )
+        choice = (name, dtype, backend.choice(), products, servers)
         parts = self._parts.get(choice)
         if parts is not None:
             return parts
@@ -213,6 +225,8 @@ class Trainer:
                 close(number)
                 parts.append(LocalPart(self._net, number))
             else:
+                if run and servers is not None and servers[number] != servers[number - 1]:
+                    close(number)
                 run.append(stage)
         close(count)
         self._parts[choice] = parts
@@ -225,7 +239,7 @@ class Trainer:
         dims, dtype = self._input_dims(x), autocast_dtype(x)
         fused = {
             number: part
-            for part in self._parts_for(criterion, dtype)
+            for part in self._parts_for(criterion, dtype, len(x))
             if isinstance(part, FusedPart)
             for number in range(part.first, part.first + len(part.stages))
             if dims[part.first] == 2
@@ -315,18 +329,23 @@ class Trainer:
         watch = self._watch
         device = watch.parameters[0].device if watch.parameters else step.x.device
         check_devices(step, device)
-        parts = self._parts_for(step.criterion, autocast_dtype(step.x))
-        whole = len(parts) == 1 and type(parts[0]) is FusedPart and step.x.dim() == 2
+        parts = self._parts_for(step.criterion, autocast_dtype(step.x), len(step.x))
+        fused = all(type(part) is FusedPart for part in parts) and step.x.dim() == 2
+        whole = fused and len(parts) == 1
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
         if not whole or parts[0].backend(len(step.x)) not in ("cpu", "cuda"):
             check_inputs(self._net, step)
         optimizers = step.optimizers
-        if not whole or (optimizers is not None and optimizers.reason is not None):
-            run = partial(self._run_whole if whole else self._run_parts, parts)
-            return run(step) if optimizers is None else self._through_gradients(run, step)
+        run = partial(self._run_whole if whole else self._run_parts, parts)
         if optimizers is None:
-            return self._run_whole(parts, step)
+            return run(step)
+        if not fused or optimizers.reason is not None:
+            return self._through_gradients(run, step)
+        if not whole:
+            results = run(step)
+            _finish(optimizers, watch)
+            return results
         (part,) = parts
         run = part.whole_step(step)
         results = run(step.x, step.target, step.context)

@@ -180,12 +180,12 @@ BARRIER = "  __syncthreads();\n"
 def test_a_planted_fault_is_caught(variant, report, n, offset, fault):
     run = built(variant, fault)
     with pytest.raises(HostRunError, match=report):
-        regression_loss(run, "float32", example("float32", n)[0], offset=offset)
+        regression_loss(run, "float64", example("float64", n)[0], offset=offset)
 
 
 def test_a_removed_barrier_shows_in_the_result():
     run = built("plain", Fault(BLOCK_SUM, BARRIER, ""))
-    _, loss, _ = regression_loss(run, "float32", example("float32", 33)[0], seed=1)
+    _, loss, _ = regression_loss(run, "float64", example("float64", 33)[0], seed=1)
     assert np.isnan(loss)
 
 

@@ -15,6 +15,7 @@ import fastdni as dni
 
 RANKS = 2
 STEPS = 3
+CASES = [("backward", False), ("backward", True), ("bidirectional", True)]  # kind, deferred
 
 
 def optimizer_of(network):
@@ -25,9 +26,7 @@ def data(rank):
     return batches(STEPS * RANKS, size=8)[rank::RANKS]
 
 
-def train(rank, kind, deferred, address, results):
-    sys.path.insert(0, __file__.rsplit("/", 1)[0])
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+def train(rank, kind, deferred):
     torch.manual_seed(0)
     network, _ = networks(kind, True, width=16)
     parallel = DistributedDataParallel(network, broadcast_buffers=False)
@@ -40,44 +39,41 @@ def train(rank, kind, deferred, address, results):
         else:
             F.nll_loss(parallel(images, labels), labels).backward()
         optimizer.step()
-    torch.save({n: p.detach() for n, p in network.named_parameters()}, f"{results}/{rank}.pt")
+    return {n: p.detach() for n, p in network.named_parameters()}
+
+
+def process(rank, address, results):
+    sys.path.insert(0, __file__.rsplit("/", 1)[0])
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    torch.save([train(rank, *case) for case in CASES], f"{results}/{rank}.pt")
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
     # Everything is saved. Unloading torch beside its own threads has aborted, once in many runs.
     os._exit(0)
 
 
-def averaged():
+def averaged(kind):
     """The same training in one process: the ranks' gradients are averaged by hand."""
-
-    def run(kind):
-        torch.manual_seed(0)
-        _, network = networks(kind, True, width=16)
-        optimizer = optimizer_of(network)
-        for step in zip(*(data(rank) for rank in range(RANKS)), strict=True):
-            optimizer.zero_grad()
-            for images, labels in step:
-                F.nll_loss(network(images, labels), labels).backward()
-            for p in network.parameters():
-                p.grad /= RANKS
-            optimizer.step()
-        return {n: p.detach() for n, p in network.named_parameters()}
-
-    return run
+    torch.manual_seed(0)
+    _, network = networks(kind, True, width=16)
+    optimizer = optimizer_of(network)
+    for step in zip(*(data(rank) for rank in range(RANKS)), strict=True):
+        optimizer.zero_grad()
+        for images, labels in step:
+            F.nll_loss(network(images, labels), labels).backward()
+        for p in network.parameters():
+            p.grad /= RANKS
+        optimizer.step()
+    return {n: p.detach() for n, p in network.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "kind, deferred",
-    [("backward", False), ("backward", True), ("bidirectional", True)],
-    ids=["backward", "backward-deferred", "bidirectional-deferred"],
-)
-def test_gradients_are_averaged(kind, deferred, tmp_path):
-    address = f"file://{tmp_path}/rendezvous"
-    mp.spawn(train, (kind, deferred, address, str(tmp_path)), nprocs=RANKS)
-    wanted = averaged()(kind)
-    for rank in range(RANKS):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+def test_gradients_are_averaged(tmp_path):
+    mp.spawn(process, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=RANKS)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    for (kind, _), *found in zip(CASES, *of_ranks, strict=True):
+        wanted = averaged(kind)
+        for each in found:
+            torch.testing.assert_close(each, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_undeferred_gradients_inside_the_forward_are_refused(tmp_path):

@@ -722,5 +722,5 @@ def test_many_batch_sizes_keep_few_plans():
     optimizer = OPTIMIZERS["sgd"](net.parameters())
     for rows in range(2, 40):
         net.step(optimizer=optimizer, **batch(net, rows))
-    (part,) = net._trainer._parts_for("cross_entropy", None)
+    (part,) = net._trainer._parts_for("cross_entropy", None, 32)
     assert len(part._plans) <= 8

@@ -266,7 +266,7 @@ def test_bindings_do_not_pile_up():
     for seed in range(200):
         mask = torch.rand(17, generator=generator) < 0.5
         net.step(optimizer=optimizer, update_mask=mask.tolist(), **batch(net, seed=seed))
-    (part,) = net._trainer._parts_for("cross_entropy", None)
+    (part,) = net._trainer._parts_for("cross_entropy", None, 32)
     assert len(part._bindings) <= 64
 
 

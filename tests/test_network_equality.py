@@ -89,9 +89,10 @@ def test_float32(case):
         torch.testing.assert_close(a, o, rtol=1e-5, atol=1e-5)
 
     oracle, found = values(fusible(start).double(), 20), values(fusible(start), 20)
-    orders = [None, torch.randperm(30), torch.randperm(30)]
-    own = [distance(values(local(start), 20, order), oracle) for order in orders]
-    assert distance(found, oracle) <= 3 * max(own)
+    orders = [None, torch.randperm(30), torch.randperm(30)]  # the first that suffices ends it
+    own = (distance(values(local(start), 20, order), oracle) for order in orders)
+    off = distance(found, oracle)
+    assert any(off <= 3 * each for each in own)
 
 
 @pytest.mark.parametrize("unlocked", [False, True], ids=["update unlock", "complete unlock"])

@@ -197,9 +197,11 @@ def test_gradcheck(n_hidden, context, bias, reduction):
     assert torch.autograd.gradcheck(lambda *x: Regression.apply(p, reduction, *x), leaves)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("leading", [(0,), (4,), (2, 3)], ids=name)
+@pytest.mark.parametrize(
+    ("leading", "dtype", "layout"),
+    sample(itertools.product([(0,), (4,), (2, 3)], DTYPES, ["contiguous", "transposed"]), every=5),
+    ids=name,
+)
 def test_opcheck(leading, dtype, layout):
     # The second's trigger is narrow: csrc/ops/product.cpp takes such a weight's gradient apart.
     for sizes, n_hidden, extras in ((Sizes(5, 6, 3), 0, False), (Sizes(2, 16, 3), 2, True)):

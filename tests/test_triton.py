@@ -178,7 +178,8 @@ def test_an_update_by_numbers_on_the_host(settings, apart):
         steps = [torch.tensor(2.0)] if count == 2 else []
         reference.optimizer_update(own, wide[0], gradient.double(), [*wide[1:], *steps])
         expected += wide
-    apply(grad.to(DEVICE), x.to(DEVICE), targets[0], targets[1:], Arithmetic("exact"))
+    grad = grad.to(DEVICE)
+    apply(grad, x.to(DEVICE), targets[0], grad, targets[1:], Arithmetic("exact"))
     compare([t for target in targets for t in (target.value, *target.kept)], expected, 1e-5)
 
 
@@ -214,6 +215,44 @@ def test_steps_of_a_network_equal_the_cpus(name, kind):
                 results += each.step(optimizer=optimizer, update_mask=mask, **given)
         values.append([*results, *each.state_dict().values(), *state_of(optimizer)])
     compare(*values, 1e-3 if name.startswith("adam") else 2e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's kernels stand for the CUDA backend's")
+@pytest.mark.filterwarnings("error:.*lr_scheduler")
+@pytest.mark.parametrize("name, unlocked", [("nesterov", False), ("adam", True)])
+def test_auto_divides_a_network_by_the_size_of_its_stages(monkeypatch, name, unlocked):
+    """Each run of large stages goes to Triton, what lies between to compiled kernels."""
+
+    def by_size(stages, batch, products):
+        if fastdni.backend.choice() != "auto":
+            return fastdni.backend.choice()
+        return "triton" if max(stage.weight.shape[0] for stage in stages) >= 16 else "cpu"
+
+    for where in ("fastdni.ops.sweep_backend", "fastdni.ops.sweep.sweep_backend"):
+        monkeypatch.setattr(where, by_size)
+    monkeypatch.setitem(fastdni.backend.TRITON_FROM, "exact", 0)
+    net = network((7, 20, 16, 9, 8, 18, 5), unlocked=unlocked, context=True).float()
+    twin = copy.deepcopy(net)
+    values = []
+    for each, backend in ((net, "auto"), (twin, "cpu")):
+        optimizer = OPTIMIZERS[name](each.parameters())
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        results = []
+        with fastdni.use_backend(backend):
+            for seed in range(2):
+                given = batch(each, rows=20, seed=seed)
+                for parameter in each.parameters():
+                    parameter.grad = torch.ones_like(parameter)  # no part of a step
+                results += each.step(optimizer=optimizer, **given)
+                schedule.step()  # warns where no step was taken
+                assert all(parameter.grad is None for parameter in each.parameters())
+            rows = fastdni.explain(each, given["x"], optimizer)
+        expected = ["cpu"] * 6
+        if backend == "auto":
+            expected = ["triton", "triton", "cpu", "cpu", "triton", "cpu"]
+        assert [row["backend"] for row in rows.rows] == expected
+        values.append([*results, *each.state_dict().values(), *state_of(optimizer)])
+    compare(*values, 1e-3 if name == "adam" else 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

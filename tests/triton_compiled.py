@@ -96,9 +96,9 @@ def step(
         )
         for p in parameters
     }  # fmt: skip
-    for grad, x, weight, biases in done.gradients:
+    for grad, x, weight, sums, biases in done.gradients:
         of_biases = [targets[id(bias)] for bias in biases]
-        update.apply(grad, x, targets.get(id(weight)), of_biases, done.products)
+        update.apply(grad, x, targets.get(id(weight)), sums, of_biases, done.products)
 
 
 def ops(dtype: torch.dtype, products: str) -> None:

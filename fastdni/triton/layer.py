@@ -3,6 +3,8 @@
 The formulas and letters are those of `fastdni.reference.sweep`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ from fastdni.triton.tile import (
 def layer_tile(
     number,
     a, weight, bias, second_bias, context, context_weight, other, out, second_out, rounded,
-    partials, rows, columns, depth, context_width, column_stride, depth_stride, scale,
+    squares, sums_out, rows, columns, depth, context_width, column_stride, depth_stride, scale,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -76,16 +78,20 @@ def layer_tile(
         beside = tl.load(other + start + at, mask=inside, other=0.0).to(tl.float32)
         if FINISH == "regress":
             error = tl.where(inside, beside - sums, 0.0)
+            # Columns first, as below: fewer registers hold what is on its way.
+            tl.store(squares + number, tl.sum(tl.sum(error * error, 0), 0))
             result = scale * error
-            tl.store(partials + number, tl.sum(error * error))
-            tl.store(out + start + at, cast(result, kind), mask=inside)
+            of_rows = result
         else:
             result = differentiated(sums, beside, ACTIVATION)
-            if FINISH == "synthesize":
-                tl.store(out + start + at, cast(sums, kind), mask=inside)
-                tl.store(second_out + start + at, cast(result, kind), mask=inside)
-            else:
-                tl.store(out + start + at, cast(result, kind), mask=inside)
+            of_rows = tl.where(own[:, None], result, 0.0)
+        sums_out += first // ROWS * columns + column
+        tl.store(sums_out + c, tl.sum(of_rows, 0), mask=of_columns)
+        if FINISH == "synthesize":
+            tl.store(out + start + at, cast(sums, kind), mask=inside)
+            tl.store(second_out + start + at, cast(result, kind), mask=inside)
+        else:
+            tl.store(out + start + at, cast(result, kind), mask=inside)
     if rounded is not None:
         tl.store(rounded + start + at, cast(result, tl.bfloat16), mask=inside)
 
@@ -93,7 +99,7 @@ def layer_tile(
 @triton.jit
 def layer_kernel(
     a, weight, bias, second_bias, context, context_weight, other, out, second_out, rounded,
-    partials, rows, columns, depth, context_width, column_stride, depth_stride, scale,
+    squares, sums_out, rows, columns, depth, context_width, column_stride, depth_stride, scale,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -103,27 +109,37 @@ def layer_kernel(
     "activate"       out = phi(c + b + q)
     "synthesize"     out = g^ = c + b + q, second_out = g^ phi'(u) with phi(u) = other
     "differentiate"  out = c phi'(u) with phi(u) = other
-    "regress"        e = other - c; out = scale e; the sum of e^2 to partials
+    "regress"        e = other - c; out = scale e; the sum of e^2 to squares
 
-    The last of these goes to `rounded` as well, where that is given. DESCRIBED: a and weight are
-    tensor descriptors, and programs stay for several tiles.
+    The last of these goes to `rounded` as well, where that is given, and where it is a gradient its
+    column sums over a tile's rows go to sums_out, a row for each row of tiles. DESCRIBED: a and
+    weight are tensor descriptors, and programs stay for several tiles.
     """
     if DESCRIBED:  # the loop costs registers, which plain tiles want for more programs
         tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             layer_tile(
                 number, a, weight, bias, second_bias, context, context_weight, other, out,
-                second_out, rounded, partials, rows, columns, depth, context_width, column_stride,
-                depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
-                ROWS, COLUMNS, DEPTH,
+                second_out, rounded, squares, sums_out, rows, columns, depth, context_width,
+                column_stride, depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED,
+                PRODUCTS, DESCRIBED, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
     else:
         layer_tile(
             tl.program_id(0), a, weight, bias, second_bias, context, context_weight, other, out,
-            second_out, rounded, partials, rows, columns, depth, context_width, column_stride,
-            depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
-            ROWS, COLUMNS, DEPTH,
+            second_out, rounded, squares, sums_out, rows, columns, depth, context_width,
+            column_stride, depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS,
+            DESCRIBED, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
+
+
+class Layer(NamedTuple):
+    """What `layer` has made, each (B, N) but for partial sums; FINISH says what of it."""
+
+    out: Tensor
+    second_out: Tensor | None
+    squares: Tensor | None
+    sums: Tensor | None  # (P, N): their column sums are those of the gradient made last
 
 
 def layer(
@@ -138,7 +154,7 @@ def layer(
     context_weight: Tensor | None = None,
     other: Tensor | None = None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> Layer:
     """See `layer_kernel`.
 
     Args:
@@ -146,10 +162,6 @@ def layer(
         weight: (N, K); (K, N) where it is `transposed`; None: N is K.
         context: (B, C), or labels (B,); with `context_weight` (N, C).
         other: (B, N).
-
-    Returns:
-        out, (B, N); and second_out where FINISH is "synthesize", partial sums where it is
-        "regress".
     """
     rows, depth = a.shape
     columns = depth
@@ -159,10 +171,14 @@ def layer(
     tile = products.tile(kind, rows, columns, depth, a)
     out = (a if other is None else other).new_empty(rows, columns)
     second = torch.empty_like(out) if finish == "synthesize" else None
-    tiles = tile.count(rows, columns)
-    partials = a.new_empty(tiles, dtype=torch.float32) if finish == "regress" else None
+    squares, sums = None, None
+    if finish == "regress":
+        squares = a.new_empty(tile.count(rows, columns), dtype=torch.float32)
+    if finish != "activate":
+        sums = a.new_empty(triton.cdiv(rows, tile.rows), columns, dtype=torch.float32)
+    made = Layer(out, second, squares, sums)
     if out.numel() == 0:
-        return out, second if partials is None else partials
+        return made
     tile = tile._replace(described=tile.described and weight is not None)
     rounded, operands = None, (a, weight)
     if tile.described:
@@ -176,10 +192,10 @@ def layer(
     strides = (1, columns) if transposed else (depth, 1)
     width = 0 if context is None else context_weight.shape[1]
     launched(layer_kernel)[(tile.programs(a, rows, columns),)](
-        *operands, *biases, context, context_weight, other, out, second, rounded, partials,
+        *operands, *biases, context, context_weight, other, out, second, rounded, squares, sums,
         rows, columns, depth, width, *strides, scale,
         finish, activation, context is not None and context.dim() == 1, transposed,
         products.name, tile.described, tile.rows, tile.columns, tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out, second if partials is None else partials
+    return made

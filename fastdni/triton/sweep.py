@@ -79,32 +79,36 @@ def sweep(
         stage_input = made[index - 1].prediction if unlocked and index > 0 else h
         phi = stage.activation if stage.norm is None else "identity"
         own = (stage.bias, None)
-        h, _ = layer(stage_input, stage.weight, products, "activate", phi, biases=own)
+        h = layer(stage_input, stage.weight, products, "activate", phi, biases=own).out
         if stage.norm is not None:
             h, normalized, inverse = norm(h, stage.norm, stage.activation)
-        du, evaluation = None, None
+        du, sums, evaluation = None, None, None
         if stage.synthesizer is not None:
             evaluation = evaluate(stage.synthesizer, h, h, stage.activation)
-            du = evaluation.du
+            du, sums = evaluation.du, evaluation.sums
             if unlocked:
                 evaluation = evaluate(stage.synthesizer, made[index].prediction)
         elif criterion_name is not None:
             loss, du = criterion(h, target.contiguous(), criterion_name, stage.activation)
+            sums = du
         if active[index]:
             dz = du
             if stage.norm is not None:
-                dz, of_gamma, of_beta = norm_gradient(du, normalized, inverse, stage.norm)
+                sums, of_gamma, of_beta = norm_gradient(du, normalized, inverse, stage.norm)
+                dz = sums
                 if stage.norm.weight is not None:
-                    gradients.append(Gradient(of_gamma[None], None, None, (stage.norm.weight,)))
-                    gradients.append(Gradient(of_beta[None], None, None, (stage.norm.bias,)))
+                    gradients += [
+                        Gradient(None, None, None, of_gamma[None], (stage.norm.weight,)),
+                        Gradient(None, None, None, of_beta[None], (stage.norm.bias,)),
+                    ]
             own = () if stage.bias is None else (stage.bias,)
-            gradients.append(Gradient(dz, stage_input, stage.weight, own))
+            gradients.append(Gradient(dz, stage_input, stage.weight, sums, own))
             if below is not None:
                 found, of_synthesizer = below.regress(dz, stage.weight)
                 losses.append(found)
                 gradients += of_synthesizer
             elif input_gradient:
-                of_input, _ = layer(dz, stage.weight, products, transposed=True)
+                of_input = layer(dz, stage.weight, products, transposed=True).out
         elif below is not None:
             losses.append(nan)
         if stage.input_synthesizer is not None:
@@ -229,8 +233,8 @@ def update(
         targets[id(parameter)] = Target(parameter, kept, row, step, step_at, lr_at)
     if counts:
         torch._foreach_add_(counts, 1.0)
-    for grad, x, weight, biases in gradients:
+    for grad, x, weight, sums, biases in gradients:
         of_weight = targets.get(id(weight))
         of_biases = [targets[id(bias)] for bias in biases if id(bias) in targets]
         if of_weight is not None or of_biases:
-            apply(grad, x, of_weight, of_biases, products)
+            apply(grad, x, of_weight, sums, of_biases, products)

@@ -13,7 +13,7 @@ from fastdni.reference import (
     accumulate_dtype,
     reduction_divisor,
 )
-from fastdni.triton.layer import layer
+from fastdni.triton.layer import Layer, layer
 from fastdni.triton.loss import total
 from fastdni.triton.op import op
 from fastdni.triton.tile import Arithmetic
@@ -21,11 +21,13 @@ from fastdni.triton.update import Target, apply
 
 
 class Gradient(NamedTuple):
-    """What trains a layer: grad^T x is the weight's gradient, grad's column sums the biases'."""
+    """What trains a layer: grad^T x is the weight's gradient, the column sums of `sums` are the
+    biases'."""
 
-    grad: Tensor  # (B, N)
+    grad: Tensor | None  # (B, N)
     x: Tensor | None  # (B, K), or labels (B,) for their one-hot vectors
     weight: Tensor | None  # the parameters themselves
+    sums: Tensor | None  # (P, N)
     biases: tuple[Tensor, ...]
 
 
@@ -42,7 +44,7 @@ class Evaluation:
 
     Attributes:
         prediction: (B, N).
-        du: prediction * phi'(u), where it was asked for.
+        du, sums: prediction * phi'(u), where it was asked for, and what its column sums are from.
     """
 
     def __init__(
@@ -66,12 +68,13 @@ class Evaluation:
                     "context_weight": parameters.context_weight,
                 }
             if last and h is not None:
-                self.prediction, self.du = layer(
+                made = layer(
                     self._inputs[i], weight, products, "synthesize", activation, other=h, **how
                 )
+                self.prediction, self.du, self.sums = made.out, made.second_out, made.sums
                 break
             phi = "identity" if last else "relu"
-            found, _ = layer(self._inputs[i], weight, products, "activate", phi, **how)
+            found = layer(self._inputs[i], weight, products, "activate", phi, **how).out
             if last:
                 self.prediction = found
             else:
@@ -80,7 +83,7 @@ class Evaluation:
     def _begin(self, parameters, weights, trigger, context, products) -> None:
         self._parameters, self._weights, self._products = parameters, weights, products
         self._context = None if parameters.context_weight is None else context
-        self._inputs, self.du = [trigger], None
+        self._inputs, self.du, self.sums = [trigger], None, None
 
     @classmethod
     def of(
@@ -106,24 +109,25 @@ class Evaluation:
         p, products = self.prediction, self._products
         divisor = len(p) if divisor is None else divisor
         # e = p - target, and the gradient of the prediction.
-        grad, partials = layer(
+        made = layer(
             target, weight, products, "regress", transposed=True, other=p, scale=2 / divisor
         )
-        return total(partials, divisor), self._gradients(grad)
+        return total(made.squares, divisor), self._gradients(made)
 
-    def _gradients(self, grad: Tensor) -> list[Gradient]:
+    def _gradients(self, made: Layer) -> list[Gradient]:
         """What trains the layers, from above, given the gradient of the prediction."""
         weights, biases = self._parameters.weights, self._parameters.biases
         found: list[Gradient] = []
         for i in reversed(range(len(weights))):
-            own = [biases[i]] if biases else []
+            grad, own = made.out, [biases[i]] if biases else []
             if i == 0 and self._context is not None:
                 q = self._parameters.context_bias
                 own += [] if q is None else [q]
-                found.append(Gradient(grad, self._context, self._parameters.context_weight, ()))
-            found.append(Gradient(grad, self._inputs[i], weights[i], tuple(own)))
+                of_context = self._parameters.context_weight
+                found.append(Gradient(grad, self._context, of_context, None, ()))
+            found.append(Gradient(grad, self._inputs[i], weights[i], made.sums, tuple(own)))
             if i > 0:
-                grad, _ = layer(
+                made = layer(
                     grad, self._weights[i], self._products, "differentiate", "relu",
                     transposed=True, other=self._inputs[i],
                 )  # fmt: skip
@@ -186,7 +190,7 @@ def synthesizer_bwd(
         [weight.contiguous() for weight in weights], _matrix(trigger), beside, arithmetic,
     )  # fmt: skip
     loss, gradients = made.regress(_matrix(target), divisor=reduction_divisor(target, reduction))
-    for grad, x, weight, biases in gradients:
+    for grad, x, weight, sums, biases in gradients:
         of_biases = [Target(b, [b], _WRITTEN) for b in biases]
-        apply(grad, x, Target(weight, [weight], _WRITTEN), of_biases, arithmetic)
+        apply(grad, x, Target(weight, [weight], _WRITTEN), sums, of_biases, arithmetic)
     return [loss.to(accumulate_dtype(prediction.dtype)), *grads.tensors()]

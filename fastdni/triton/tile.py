@@ -166,7 +166,12 @@ CLASSES = {
     "tf32 layer": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
     "update": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 8, 3)), _SMALL),
     "exact": ((1 << 26, Tile(64, 32, 16, 4, 2)), (0, Tile(32, 32, 16, 4, 2))),
+    # A head, or the weight of a label context: few columns, so that what is copied for a product
+    # counts, not the product, and many programs copy at the same time.
+    "few columns": ((0, Tile(32, 16, 64, 4, 3)),),
+    "few rows": ((0, Tile(16, 32, 64, 4, 3)),),
 }
+_FEW = 16
 
 
 def arithmetic(products: str) -> str:
@@ -194,6 +199,10 @@ def tile_for(kind: str, rows: int, columns: int, depth: int, products: str) -> T
     narrow = products in ("bfloat16", "float16")
     if products == "exact":
         kind = products
+    elif columns <= _FEW:
+        kind = "few columns"
+    elif rows <= _FEW:
+        kind = "few rows"
     elif kind != "update" and not narrow:
         kind = "tf32 layer"
     of = CLASSES[kind]

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdni.reference import OptimizerSettings
 from fastdni.triton.op import launched
-from fastdni.triton.tile import Arithmetic, Tile, add_product, cast, positions, tile_for
+from fastdni.triton.tile import Arithmetic, add_product, cast, positions, tile_for
 
 
 @triton.jit
@@ -65,8 +65,8 @@ def update(
 @triton.jit
 def update_tile(
     number,
-    grad, x, weight, first, second, step_at, bias, bias_first, bias_second, bias_step_at,
-    more, more_first, more_second, more_step_at, rows, outputs, inputs,
+    grad, x, weight, first, second, step_at, bias_sums, bias, bias_first, bias_second,
+    bias_step_at, more, more_first, more_second, more_step_at, rows, sum_rows, outputs, inputs,
     lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -78,25 +78,22 @@ def update_tile(
     r = tl.arange(0, ROWS)
     first_output, o, first_input, i = positions(number, OUTPUTS, INPUTS, outputs, inputs)
     own, of_inputs = o < outputs - first_output, i < inputs - first_input
-    sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
-    of_bias = tl.zeros((OUTPUTS,), tl.float32)
-    if DESCRIBED:
-        column, column_of_x = first_output.to(tl.int32), first_input.to(tl.int32)
-        for start in range(0, rows, ROWS):
-            g, y = grad.load([start, column]), x.load([start, column_of_x])
-            sums = add_product(g.T, y, sums, PRODUCTS)
-    else:
-        g_at = grad + first_output + r[:, None] * outputs + o[None, :]
-        x_at = x
-        if weight is not None and not LABELS:
-            x_at += first_input + r[:, None] * inputs + i[None, :]
-        for start in range(0, rows, ROWS):
-            left = r < rows - start
-            g = tl.load(g_at, mask=left[:, None] & own[None, :], other=0.0)
-            g_at += ROWS * outputs
-            if bias is not None:
-                of_bias += tl.sum(g.to(tl.float32), 0)
-            if weight is not None:
+    if weight is not None:
+        sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+        if DESCRIBED:
+            column, column_of_x = first_output.to(tl.int32), first_input.to(tl.int32)
+            for start in range(0, rows, ROWS):
+                g, y = grad.load([start, column]), x.load([start, column_of_x])
+                sums = add_product(g.T, y, sums, PRODUCTS)
+        else:
+            g_at = grad + first_output + r[:, None] * outputs + o[None, :]
+            x_at = x
+            if not LABELS:
+                x_at += first_input + r[:, None] * inputs + i[None, :]
+            for start in range(0, rows, ROWS):
+                left = r < rows - start
+                g = tl.load(g_at, mask=left[:, None] & own[None, :], other=0.0)
+                g_at += ROWS * outputs
                 if LABELS:
                     label = tl.load(x_at + start + r, mask=left, other=-1)
                     y = (label[:, None] == (first_input + i)[None, :]).to(tl.float32)
@@ -104,7 +101,6 @@ def update_tile(
                     y = tl.load(x_at, mask=left[:, None] & of_inputs[None, :], other=0.0)
                     x_at += ROWS * inputs
                 sums = add_product(tl.trans(g), y, sums, PRODUCTS)
-    if weight is not None:
         inside = own[:, None] & of_inputs[None, :]
         update(
             sums, weight, first, second, step_at,
@@ -113,8 +109,14 @@ def update_tile(
             log_a, log_b, RULE, DECAYED, FLAG,
         )  # fmt: skip
     if bias is not None:  # noqa: SIM102  decided when it is compiled, what follows when it runs
-        # All tiles of these outputs have the sums; the one with the first inputs writes.
-        if first_input == 0:
+        if first_input == 0:  # one of the tiles of these outputs
+            of_bias = tl.zeros((OUTPUTS,), tl.float32)
+            at = bias_sums + first_output + r[:, None] * outputs + o[None, :]
+            for start in range(0, sum_rows, ROWS):
+                left = r < sum_rows - start
+                part = tl.load(at, mask=left[:, None] & own[None, :], other=0.0)
+                of_bias += tl.sum(part.to(tl.float32), 0)
+                at += ROWS * outputs
             update(
                 of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, own,
                 lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
@@ -130,34 +132,34 @@ def update_tile(
 
 @triton.jit
 def update_kernel(
-    grad, x, weight, first, second, step_at, bias, bias_first, bias_second, bias_step_at,
-    more, more_first, more_second, more_step_at, rows, outputs, inputs,
+    grad, x, weight, first, second, step_at, bias_sums, bias, bias_first, bias_second,
+    bias_step_at, more, more_first, more_second, more_step_at, rows, sum_rows, outputs, inputs,
     lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the gradient grad^T x, reduced over all rows, and the update of the weight's tile;
-    the columns' sums of grad update up to two biases. Where they are given, the learning rate is
+    the column sums of bias_sums update up to two biases. Where they are given, the learning rate is
     read at lr_at and the (raised) step counts at step_at. DESCRIBED: grad and x are tensor
-    descriptors, programs stay for several tiles, and there are no biases."""
+    descriptors, and programs stay for several tiles."""
     if DESCRIBED:  # the loop costs registers, which plain tiles want for more programs
         tiles = tl.cdiv(outputs, OUTPUTS) * tl.cdiv(inputs, INPUTS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             update_tile(
-                number, grad, x, weight, first, second, step_at, bias, bias_first, bias_second,
-                bias_step_at, more, more_first, more_second, more_step_at, rows, outputs, inputs,
-                lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
-                log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
-                OUTPUTS, INPUTS, ROWS,
+                number, grad, x, weight, first, second, step_at, bias_sums, bias, bias_first,
+                bias_second, bias_step_at, more, more_first, more_second, more_step_at, rows,
+                sum_rows, outputs, inputs, lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps,
+                correction_a, correction_b, log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS,
+                DESCRIBED, OUTPUTS, INPUTS, ROWS,
             )  # fmt: skip
     else:
         update_tile(
-            tl.program_id(0), grad, x, weight, first, second, step_at, bias, bias_first,
-            bias_second, bias_step_at, more, more_first, more_second, more_step_at, rows, outputs,
-            inputs, lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
-            log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
-            OUTPUTS, INPUTS, ROWS,
+            tl.program_id(0), grad, x, weight, first, second, step_at, bias_sums, bias,
+            bias_first, bias_second, bias_step_at, more, more_first, more_second, more_step_at,
+            rows, sum_rows, outputs, inputs, lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps,
+            correction_a, correction_b, log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS,
+            DESCRIBED, OUTPUTS, INPUTS, ROWS,
         )  # fmt: skip
 
 
@@ -199,9 +201,10 @@ def _log(beta: float) -> float:
 
 
 def apply(
-    grad: Tensor,
+    grad: Tensor | None,
     x: Tensor | None,
     weight: Target | None,
+    sums: Tensor | None,
     biases: list[Target],
     products: Arithmetic,
 ) -> None:
@@ -209,51 +212,51 @@ def apply(
 
     Args:
         grad: (B, N), of a layer's output.
-        x: (B, K), its input, or labels (B,) for their one-hot vectors; None without a weight.
-        weight: (N, K), or None.
+        x: (B, K), its input, or labels (B,) for their one-hot vectors.
+        weight: (N, K), or None, and then there is neither grad nor x.
+        sums: (P, N), whose column sums are the gradient of the biases.
         biases: up to two of (N,).
     """
     if weight is not None and weight.value.numel() > 0:
-        tile = products.tile("update", *weight.value.shape, len(grad), grad)
-        tile = tile._replace(described=tile.described and x.dim() == 2)
-        together, apart = [], []
-        for bias in biases:  # which wants the sums of what is not rounded
-            fits = bias.has_numbers_of(weight) and not tile.described
-            (together if fits else apart).append(bias)
-        _launch(grad, x, weight, together, products, tile)
-        biases = apart
+        together = [bias for bias in biases if bias.has_numbers_of(weight)]
+        _launch(grad, x, weight, sums, together, products)
+        biases = [bias for bias in biases if not bias.has_numbers_of(weight)]
     for bias in biases:
-        tile = tile_for("update", grad.shape[1], 1, len(grad), products.name)
-        _launch(grad, None, None, [bias], products, tile)
+        _launch(None, None, None, sums, [bias], products)
 
 
 def _launch(
-    grad: Tensor,
+    grad: Tensor | None,
     x: Tensor | None,
     weight: Target | None,
+    sums: Tensor | None,
     biases: list[Target],
     products: Arithmetic,
-    tile: Tile,
 ) -> None:
-    rows, outputs = grad.shape
-    inputs = 1 if weight is None else weight.value.shape[1]
     target = weight or biases[0]
     nothing: list[Tensor | None] = [None] * 4
-    memory = nothing if weight is None else weight.memory()
-    for bias in biases:
-        memory = memory + bias.memory()
-    memory = (memory + nothing * 2)[:12]
+    outputs, inputs, rows = len(target.value), 1, 0
+    of_weight, labels = nothing, False
+    sum_rows = len(sums) if biases else 0
+    if weight is not None:
+        inputs, rows = weight.value.shape[1], len(grad)
+        of_weight, labels = weight.memory(), x.dim() == 1
+        tile = products.tile("update", outputs, inputs, rows, grad)
+        tile = tile._replace(described=tile.described and not labels)
+    else:
+        tile = tile_for("update", outputs, 1, sum_rows, products.name)
+    of_biases = [tensor for bias in biases for tensor in bias.memory()]
+    of_biases = [sums if biases else None, *of_biases, *nothing * (2 - len(biases))]
     settings = target.settings
     flag = settings.a != 0 if settings.rule == "gradient" else settings.nesterov
-    labels = x is not None and x.dim() == 1
     operands = grad, x
     if tile.described:
         operands = (
             TensorDescriptor.from_tensor(products.rounded(grad), [tile.depth, tile.rows]),
             TensorDescriptor.from_tensor(products.rounded(x), [tile.depth, tile.columns]),
         )
-    launched(update_kernel)[(tile.programs(grad, outputs, inputs),)](
-        *operands, *memory, rows, outputs, inputs, *target.numbers(),
+    launched(update_kernel)[(tile.programs(target.value, outputs, inputs),)](
+        *operands, *of_weight, *of_biases, rows, sum_rows, outputs, inputs, *target.numbers(),
         settings.rule, settings.weight_decay != 0, bool(flag), labels, products.name,
         tile.described, tile.rows, tile.columns, tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -53,7 +53,7 @@ def build(kernel: str, variant: str, fault: Fault | None = None) -> Run:
     Args:
         kernel: name of the case.
         variant: a key of VARIANTS.
-        fault: a fault to plant in a copy of csrc first.
+        fault: a fault to plant in a copy of csrc first; such a build has float64 alone.
 
     Returns:
         run(params, arrays, outputs): calls the kernel with `params` (a mapping) and the arrays the
@@ -66,10 +66,10 @@ def build(kernel: str, variant: str, fault: Fault | None = None) -> Run:
     require(variant)
     csrc = CSRC if fault is None else _plant(fault)
     # Only the kernel sees the fault, so that its build shares everything else with the sound one.
+    shared = tuple(VARIANTS[variant])
+    alone = () if fault is None else ("-DSIMT_FLOAT64_ALONE",)
     with ThreadPoolExecutor() as pool:
-        objects = list(
-            pool.map(_compile, ("main", kernel), (CSRC, csrc), (tuple(VARIANTS[variant]),) * 2)
-        )
+        objects = list(pool.map(_compile, ("main", kernel), (CSRC, csrc), (shared, shared + alone)))
     name = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16]
     program = CACHE / f"host_kernels-{kernel}-{variant}-{name}"
     _make(program, [*FLAGS, *VARIANTS[variant], *objects])

@@ -12,6 +12,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/scalar.h"
@@ -104,13 +105,30 @@ class Case {
   std::vector<Output> outputs_;
 };
 
-// Calls run(T{}) for the dtype of that name.
-template <class Run>
+template <class T>
+constexpr const char* kName = "bfloat16";
+template <>
+constexpr const char* kName<float> = "float32";
+template <>
+constexpr const char* kName<double> = "float64";
+
+// Calls run(T{}) for the one of these dtypes that has the name. Planted faults are compiled for
+// float64 alone, which is met with the same instructions.
+template <class... Ts, class Run>
 void for_dtype(const std::string& dtype, const Run& run) {
-  if (dtype == "float32") return run(float{});
-  if (dtype == "float64") return run(double{});
-  if (dtype == "bfloat16") return run(fastdni::bfloat16{});
-  throw BadArguments("unknown dtype=" + dtype);
+  bool found = false;
+  const auto try_one = [&](auto zero) {
+    using T = decltype(zero);
+#ifdef SIMT_FLOAT64_ALONE
+    if constexpr (std::is_same_v<T, double>)
+#endif
+      if (dtype == kName<T>) {
+        found = true;
+        run(zero);
+      }
+  };
+  (try_one(Ts{}), ...);
+  if (!found) throw BadArguments("unknown dtype=" + dtype);
 }
 
 using CaseFunction = void (*)(Case&);

@@ -61,7 +61,7 @@ struct Meeting {
   unsigned expected;
   unsigned arrived = 0, left = 0;
   std::array<uint64_t, kLanes> values{};  // by lane
-  std::shared_ptr<void> shared;           // or what all of them fill
+  std::shared_ptr<void> shared{};         // or what all of them fill
   char order = 0;                         // its address is the object that is released and acquired
 
   bool complete() const { return arrived == expected; }

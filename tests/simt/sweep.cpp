@@ -210,8 +210,7 @@ void run(simt::Case& io) {
 }
 
 const simt::Register kCase("sweep", [](simt::Case& io) {
-  if (io.text("dtype") == "float64") return run<double>(io);
-  run<float>(io);
+  simt::for_dtype<float, double>(io.text("dtype"), [&](auto zero) { run<decltype(zero)>(io); });
 });
 
 }  // namespace
