@@ -98,15 +98,26 @@ def test_operands_are_rounded_to_bfloat16():
         compare(found, one.run("reference"), 1e-4)
 
 
+@pytest.mark.parametrize("name", ["wide rows", "mlp", "unlocked"])
+def test_tiles_in_parts(monkeypatch, name):
+    """As the larger ones are, here of eight columns each."""
+    from fastdni.triton import tile
+
+    monkeypatch.setitem(tile.TILES, "exact", (tile.Tile(32, 32, 16, 4, 2, parts=4),))
+    one, _ = problem(name)
+    compare(run(one), one.run("reference"), 2e-4)
+
+
 @pytest.mark.parametrize("name", ["mlp", "norm", "unlocked"])
 def test_operands_by_descriptors(monkeypatch, name):
     """As on sm_90 and sm_100 from large sizes on: a few programs, each with many tiles."""
     from fastdni.triton import tile
 
     described = []
-    small = tile.Tile(32, 32, 32, 4, 2, described=True)
-    monkeypatch.setattr(tile, "_DESCRIBED", dict.fromkeys(tile._DESCRIBED, small))
+    small = tile.Tile(32, 32, 32, 4, 2, parts=2, described=True)
+    monkeypatch.setattr(tile, "DESCRIBED", dict.fromkeys(tile.DESCRIBED, (small,)))
     monkeypatch.setattr(tile, "_DESCRIBED_FROM", 0)
+    monkeypatch.setattr(tile, "_ENOUGH", 1)
     monkeypatch.setattr(tile, "has_descriptors", lambda device: described.append(1) or True)
     monkeypatch.setattr(tile, "multiprocessors", lambda device: 3)
     torch.manual_seed(0)
@@ -191,8 +202,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "name, kind", sample(itertools.product(sorted(OPTIMIZERS), KINDS), every=3)
+)
 def test_steps_of_a_network_equal_the_cpus(name, kind):
     # In front of a BatchNorm a bias' gradient is rounding noise, and Adam makes steps of it.
     how = KINDS[kind] | {"bias": not name.startswith("adam")}

@@ -1,6 +1,5 @@
 """What Triton's compilers make of the kernels, ahead of time: no GPU is needed."""
 
-import functools
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import pytest
 from conftest import sample
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from fastdni.triton.tile import DESCRIBED, TILES  # noqa: E402
 
 SCRIPT = Path(__file__).parent / "triton_compiled.py"
 # Shared memory of a block, in KB, and the instruction that products on tensor cores become.
@@ -22,20 +22,20 @@ TARGETS = {
     "sm_120": (99, r"mma\.sync"),
     "gfx942": (64, r"v_mfma"),
 }
-# Of the script's cases those compiled for every other target than this unless all are asked for.
-CASES = ("large bfloat16", "norm, exact", "numbers on the device")
-IN_FULL, TOO_LARGE = "sm_90", "too large"
+# Of the script's cases those that have every kernel and every size of tile. The others, of other
+# arithmetics and rules, are compiled for one target, and under --all for every one.
+CASES = (
+    "large bfloat16", "less large bfloat16", "medium exact", "medium tf32x3", "norm, exact",
+    "numbers on the device", "ops bfloat16",
+)  # fmt: skip
+IN_FULL = "sm_90"
 
 
-@functools.cache
-def compiled(target: str) -> list[dict]:
+def compiled(target: str, *cases: str) -> list[dict]:
     """Every kernel as the cases launch it. In a process that does not interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    chosen = ["all", TOO_LARGE] if target == IN_FULL else CASES
-    if len(sample(range(7))) == 7:
-        chosen = ["all", *chosen]
     done = subprocess.run(
-        [sys.executable, SCRIPT, target, *chosen], env=environment, capture_output=True, text=True
+        [sys.executable, SCRIPT, target, *cases], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -49,24 +49,31 @@ def name(kernel: dict) -> str:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_and_use_tensor_cores(target):
     most, instruction = TARGETS[target]
-    found = [kernel for kernel in compiled(target) if kernel["case"] != TOO_LARGE]
-    assert {k["kernel"] for k in found} >= {
+    in_full = target == IN_FULL or len(sample(range(7))) == 7
+    found = compiled(target, *(["all"] if in_full else CASES))
+    assert {k["kernel"] for k in found} == {
         "layer_kernel", "update_kernel", "norm_kernel", "norm_gradient_kernel",
-        "cross_entropy_kernel", "sum_kernel",
+        "cross_entropy_kernel", "mse_kernel", "sum_kernel", "regression_loss_kernel",
     }  # fmt: skip
+    descriptors = target in ("sm_90", "sm_100")
+    tables = [*TILES.values(), *(DESCRIBED.values() if descriptors else ())]
+    met = {tuple(kernel["tile"]) for kernel in found}
+    assert met >= {(tile.rows, tile.columns, tile.described) for of in tables for tile in of}
+    finishes = {k["constants"].get("FINISH") for k in found}
+    assert finishes >= {"activate", "synthesize", "differentiate", "regress"}
     for kernel in found:
         spilled = ("spilled", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         assert not any(kernel.get(key, 0) for key in spilled), name(kernel)
         assert kernel["shared"] <= most << 10, name(kernel)
         assert not kernel["atomics"], name(kernel)
     # Products of large tiles; those of a few columns may take another instruction.
-    large = [k for k in found if k["case"].startswith("large") and k["tile"] >= 64 * 64]
+    large = [k for k in found if k["case"].startswith("large") and (k["tile"][0] or 0) >= 64]
     products = [k for k in large if k["multiplies"]]
     assert len(products) >= 4
     for kernel in products:
         assert any(re.match(instruction, each) for each in kernel["instructions"]), name(kernel)
     described = [k for k in products if "cp.async.bulk.tensor" in k["instructions"]]
-    assert (len(described) >= 4) == (target in ("sm_90", "sm_100"))
+    assert (len(described) >= 4) == descriptors
     exact = [k for k in found if "exact" in k["constants"].values()]
     assert exact and (target == "gfx942" or not any(k["instructions"] for k in exact))
 
@@ -93,5 +100,5 @@ def test_a_step_is_traced_into_one_graph():
 
 def test_what_spills_is_seen():
     """By the same look: a tile that is too large for its threads."""
-    (kernel,) = (k for k in compiled(IN_FULL) if k["case"] == TOO_LARGE)
+    (kernel,) = compiled("sm_90", "too large")
     assert kernel["spilled"] > 0

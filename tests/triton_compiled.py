@@ -103,7 +103,7 @@ def step(
 
 def ops(dtype: torch.dtype, products: str) -> None:
     """Writes down the launches of the drop-in modules' ops."""
-    x, target = tensor(256, 256, dtype=dtype), tensor(256, 256, dtype=dtype)
+    x, target = tensor(1024, 256, dtype=dtype), tensor(1024, 256, dtype=dtype)
     weights = [tensor(512, 256, dtype=dtype), tensor(256, 512, dtype=dtype)]
     biases = [tensor(512, dtype=dtype), tensor(256, dtype=dtype)]
     forward = synthesizer.synthesizer_fwd._init_fn
@@ -115,6 +115,7 @@ def ops(dtype: torch.dtype, products: str) -> None:
 
 CASES = {
     "large bfloat16": lambda: step(4096, 4096, "bfloat16"),
+    "less large bfloat16": lambda: step(1024, 1024, "bfloat16"),
     "large tf32": lambda: step(4096, 4096, "tf32"),
     "medium exact": lambda: step(256, 1024, "exact", "adamw", hidden=1024),
     "medium tf32x3": lambda: step(256, 1024, "tf32x3", "sgd"),
@@ -167,8 +168,11 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
         "constants": {k: v for k, v in constants.items() if isinstance(v, str)},
         "multiplies": "weight" in signature and "weight" not in constants,
         "shared": made.metadata.shared,
-        "tile": constants.get("COLUMNS", constants.get("INPUTS", 0))
-        * constants.get("ROWS" if "COLUMNS" in constants else "OUTPUTS", 0),
+        "tile": [
+            constants.get("OUTPUTS", constants.get("ROWS")),
+            constants.get("INPUTS", constants.get("COLUMNS")),
+            constants.get("DESCRIBED", False),
+        ],
         "seconds": round(time.monotonic() - begin, 1),
     }
     if target.backend == "hip":

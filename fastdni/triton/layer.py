@@ -19,29 +19,99 @@ from fastdni.triton.tile import (
     activated,
     cast,
     differentiated,
+    halves,
     operand,
     positions,
 )
 
 
 @triton.jit
+def finish(
+    sums, first, column, place, given,
+    FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, PRODUCTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """What `layer_kernel` makes of a tile's sums: of a part of its columns after the other, so that
+    what is beside them is never in registers for all. `place` is the first part's number."""
+    if PARTS > 1:
+        left, right = halves(sums, ROWS, COLUMNS)
+        finish(
+            left, first, column, place, given,
+            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, DEPTH, PARTS // 2,
+        )  # fmt: skip
+        finish(
+            right, first, column + COLUMNS // 2, place + PARTS // 2, given,
+            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, DEPTH, PARTS // 2,
+        )  # fmt: skip
+    else:
+        (
+            bias, second_bias, context, context_weight, other, out, second_out, rounded, squares,
+            sums_out, rows, columns, context_width, scale,
+        ) = given  # fmt: skip
+        r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        own, of_columns = r < rows - first, c < columns - column
+        inside = own[:, None] & of_columns[None, :]
+        at = r[:, None] * columns + c[None, :]
+        start = first * columns + column
+        if context is not None:
+            if LABELS:  # a one-hot context picks a column of its weight
+                label = tl.load(context + first + r, mask=own, other=-1)
+                known = (label >= 0) & (label < context_width)
+                label = tl.where(known, label, 0).to(tl.int32)
+                at_label = c[None, :] * context_width + label[:, None]
+                picked = context_weight + column * context_width
+                found = tl.load(
+                    picked + at_label, mask=known[:, None] & of_columns[None, :], other=0.0
+                )
+                sums += operand(found, PRODUCTS).to(tl.float32)
+            else:
+                sums = accumulate(
+                    sums, context, first, r, rows, context_weight, context_width, 1, column, c,
+                    columns, context_width, PRODUCTS, DEPTH,
+                )  # fmt: skip
+        if bias is not None:
+            sums += tl.load(bias + column + c, mask=of_columns, other=0.0).to(tl.float32)[None, :]
+        if second_bias is not None:
+            q = tl.load(second_bias + column + c, mask=of_columns, other=0.0)
+            sums += q.to(tl.float32)[None, :]
+        kind = out.dtype.element_ty
+        if FINISH == "activate":
+            result = activated(sums, ACTIVATION)
+            tl.store(out + start + at, cast(result, kind), mask=inside)
+        else:
+            if FINISH == "synthesize":
+                tl.store(out + start + at, cast(sums, kind), mask=inside)
+                out = second_out
+            beside = tl.load(other + start + at, mask=inside, other=0.0).to(tl.float32)
+            if FINISH == "regress":
+                error = tl.where(inside, beside - sums, 0.0)
+                tl.store(squares + place, tl.sum(error * error))
+                result = scale * error
+                of_rows = result
+            else:
+                result = differentiated(sums, beside, ACTIVATION)
+                of_rows = tl.where(own[:, None], result, 0.0)
+            sums_out += first // ROWS * columns + column
+            tl.store(sums_out + c, tl.sum(of_rows, 0), mask=of_columns)
+            tl.store(out + start + at, cast(result, kind), mask=inside)
+        if rounded is not None:
+            tl.store(rounded + start + at, cast(result, tl.bfloat16), mask=inside)
+
+
+@triton.jit
 def layer_tile(
-    number,
-    a, weight, bias, second_bias, context, context_weight, other, out, second_out, rounded,
-    squares, sums_out, rows, columns, depth, context_width, column_stride, depth_stride, scale,
+    number, a, weight, rows, columns, depth, column_stride, depth_stride, given,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of `layer_kernel`."""
     first, r, column, c = positions(number, ROWS, COLUMNS, rows, columns)
-    own, of_columns = r < rows - first, c < columns - column
-    inside = own[:, None] & of_columns[None, :]
-    start = first * columns + column
-    at = r[:, None] * columns + c[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     if weight is None:
-        sums += tl.load(a + start + at, mask=inside, other=0.0).to(tl.float32)
+        inside = (r < rows - first)[:, None] & (c < columns - column)[None, :]
+        at = first * columns + column + r[:, None] * columns + c[None, :]
+        sums += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
     elif DESCRIBED:
         sums = accumulate_described(
             sums, a, first.to(tl.int32), weight, column.to(tl.int32), depth,
@@ -52,48 +122,10 @@ def layer_tile(
             sums, a, first, r, rows, weight, column_stride, depth_stride, column, c, columns,
             depth, PRODUCTS, DEPTH,
         )  # fmt: skip
-    if context is not None:
-        if LABELS:  # a one-hot context picks a column of its weight
-            label = tl.load(context + first + r, mask=own, other=-1)
-            known = (label >= 0) & (label < context_width)
-            picked = context_weight + column * context_width
-            picked += c[None, :] * context_width + label[:, None]
-            found = tl.load(picked, mask=known[:, None] & of_columns[None, :], other=0.0)
-            sums += operand(found, PRODUCTS).to(tl.float32)
-        else:
-            sums = accumulate(
-                sums, context, first, r, rows, context_weight, context_width, 1, column, c,
-                columns, context_width, PRODUCTS, DEPTH,
-            )  # fmt: skip
-    if bias is not None:
-        sums += tl.load(bias + column + c, mask=of_columns, other=0.0).to(tl.float32)[None, :]
-    if second_bias is not None:
-        q = tl.load(second_bias + column + c, mask=of_columns, other=0.0)
-        sums += q.to(tl.float32)[None, :]
-    kind = out.dtype.element_ty
-    if FINISH == "activate":
-        result = activated(sums, ACTIVATION)
-        tl.store(out + start + at, cast(result, kind), mask=inside)
-    else:
-        beside = tl.load(other + start + at, mask=inside, other=0.0).to(tl.float32)
-        if FINISH == "regress":
-            error = tl.where(inside, beside - sums, 0.0)
-            # Columns first, as below: fewer registers hold what is on its way.
-            tl.store(squares + number, tl.sum(tl.sum(error * error, 0), 0))
-            result = scale * error
-            of_rows = result
-        else:
-            result = differentiated(sums, beside, ACTIVATION)
-            of_rows = tl.where(own[:, None], result, 0.0)
-        sums_out += first // ROWS * columns + column
-        tl.store(sums_out + c, tl.sum(of_rows, 0), mask=of_columns)
-        if FINISH == "synthesize":
-            tl.store(out + start + at, cast(sums, kind), mask=inside)
-            tl.store(second_out + start + at, cast(result, kind), mask=inside)
-        else:
-            tl.store(out + start + at, cast(result, kind), mask=inside)
-    if rounded is not None:
-        tl.store(rounded + start + at, cast(result, tl.bfloat16), mask=inside)
+    finish(
+        sums, first, column, number * PARTS, given,
+        FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS, DEPTH, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -102,7 +134,7 @@ def layer_kernel(
     squares, sums_out, rows, columns, depth, context_width, column_stride, depth_stride, scale,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of c = a w^T + ctx Q^T (without a weight c = a), and of what FINISH makes of it:
 
@@ -115,21 +147,23 @@ def layer_kernel(
     column sums over a tile's rows go to sums_out, a row for each row of tiles. DESCRIBED: a and
     weight are tensor descriptors, and programs stay for several tiles.
     """
+    given = (
+        bias, second_bias, context, context_weight, other, out, second_out, rounded, squares,
+        sums_out, rows, columns, context_width, scale,
+    )  # fmt: skip
     if DESCRIBED:  # the loop costs registers, which plain tiles want for more programs
         tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             layer_tile(
-                number, a, weight, bias, second_bias, context, context_weight, other, out,
-                second_out, rounded, squares, sums_out, rows, columns, depth, context_width,
-                column_stride, depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED,
-                PRODUCTS, DESCRIBED, ROWS, COLUMNS, DEPTH,
+                number, a, weight, rows, columns, depth, column_stride, depth_stride, given,
+                FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
+                ROWS, COLUMNS, DEPTH, PARTS,
             )  # fmt: skip
     else:
         layer_tile(
-            tl.program_id(0), a, weight, bias, second_bias, context, context_weight, other, out,
-            second_out, rounded, squares, sums_out, rows, columns, depth, context_width,
-            column_stride, depth_stride, scale, FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS,
-            DESCRIBED, ROWS, COLUMNS, DEPTH,
+            tl.program_id(0), a, weight, rows, columns, depth, column_stride, depth_stride, given,
+            FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
+            ROWS, COLUMNS, DEPTH, PARTS,
         )  # fmt: skip
 
 
@@ -173,7 +207,7 @@ def layer(
     second = torch.empty_like(out) if finish == "synthesize" else None
     squares, sums = None, None
     if finish == "regress":
-        squares = a.new_empty(tile.count(rows, columns), dtype=torch.float32)
+        squares = a.new_empty(tile.count(rows, columns) * tile.parts, dtype=torch.float32)
     if finish != "activate":
         sums = a.new_empty(triton.cdiv(rows, tile.rows), columns, dtype=torch.float32)
     made = Layer(out, second, squares, sums)
@@ -195,7 +229,7 @@ def layer(
         *operands, *biases, context, context_weight, other, out, second, rounded, squares, sums,
         rows, columns, depth, width, *strides, scale,
         finish, activation, context is not None and context.dim() == 1, transposed,
-        products.name, tile.described, tile.rows, tile.columns, tile.depth,
+        products.name, tile.described, tile.rows, tile.columns, tile.depth, tile.parts,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return made

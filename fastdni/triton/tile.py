@@ -93,6 +93,12 @@ def positions(number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows, columns):
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def tanh(u):
     """Near zero a polynomial (that of the Cephes library), where 1 - e^-2|u| would lose digits."""
     z = u * u
@@ -135,8 +141,9 @@ def differentiated(gradient, h, ACTIVATION: tl.constexpr):
 class Tile(NamedTuple):
     """How a result is cut up, and the warps and pipeline stages of a program.
 
-    `described`: whether operands come by tensor descriptors (see `has_descriptors`), to programs
-    that stay, as many as there are multiprocessors.
+    `parts`: of its columns, that an epilogue takes one after the other. `described`: whether
+    operands come by tensor descriptors (see `has_descriptors`), to programs that stay, as many as
+    there are multiprocessors.
     """
 
     rows: int
@@ -144,6 +151,7 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    parts: int = 1
     described: bool = False
 
     def count(self, rows: int, columns: int) -> int:
@@ -156,22 +164,28 @@ class Tile(NamedTuple):
         return min(tiles, multiprocessors(like.device)) if self.described else tiles
 
 
-# From so many multiply-adds on the tile after them, chosen so that nothing spills (an optimizer
-# holds more than a layer does; exact float32 is not for tensor cores) and small results make many
-# programs. Counted, not measured.
-_SMALL = (0, Tile(32, 32, 32, 4, 2))
-CLASSES = {
-    "layer": ((1 << 30, Tile(128, 128, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
-    "synthesize": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
-    "tf32 layer": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 4, 3)), _SMALL),
-    "update": ((1 << 30, Tile(128, 64, 32, 8, 3)), (1 << 24, Tile(64, 64, 32, 8, 3)), _SMALL),
-    "exact": ((1 << 26, Tile(64, 32, 16, 4, 2)), (0, Tile(32, 32, 16, 4, 2))),
-    # A head, or the weight of a label context: few columns, so that what is copied for a product
-    # counts, not the product, and many programs copy at the same time.
-    "few columns": ((0, Tile(32, 16, 64, 4, 3)),),
-    "few rows": ((0, Tile(16, 32, 64, 4, 3)),),
+# From the largest on, each such that nothing spills. A result is cut into the first of which there
+# are enough to occupy a GPU, or into the last: larger tiles read less, small results are to make
+# many programs. Counted, not measured.
+TILES = {
+    "tensor cores": (
+        Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 64, 32, 8, 3, parts=2), Tile(32, 32, 32, 4, 2),
+    ),
+    "exact": (Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
+    # A head, the weight of a label context, a few rows: what is copied for a product counts there,
+    # not the product.
+    "few columns": (Tile(32, 16, 64, 4, 3),),
+    "few rows": (Tile(16, 32, 64, 4, 3),),
+}  # fmt: skip
+# Where operands come by descriptors: tiles of bfloat16, whose rows must begin at 16 bytes.
+DESCRIBED = {
+    "layer": (Tile(128, 256, 64, 8, 3, 4, True), Tile(128, 128, 64, 8, 3, 2, True)),
+    "synthesize": (Tile(128, 128, 64, 8, 3, 4, True),),
+    "update": (Tile(128, 256, 64, 8, 3, 8, True), Tile(128, 128, 64, 8, 3, 4, True)),
 }
 _FEW = 16
+_ENOUGH = 64
+_DESCRIBED_FROM = 1 << 30  # multiply-adds
 
 
 def arithmetic(products: str) -> str:
@@ -194,28 +208,20 @@ def has_descriptors(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def tile_for(kind: str, rows: int, columns: int, depth: int, products: str) -> Tile:
-    """The tile of a product of that size, of a "layer", one to "synthesize" or an "update"."""
-    narrow = products in ("bfloat16", "float16")
+def _first(tiles: tuple[Tile, ...], rows: int, columns: int) -> Tile | None:
+    return next((tile for tile in tiles if tile.count(rows, columns) >= _ENOUGH), None)
+
+
+def tile_for(rows: int, columns: int, products: str) -> Tile:
+    """The tile of a result of that size."""
+    kind = "tensor cores"
     if products == "exact":
         kind = products
     elif columns <= _FEW:
         kind = "few columns"
     elif rows <= _FEW:
         kind = "few rows"
-    elif kind != "update" and not narrow:
-        kind = "tf32 layer"
-    of = CLASSES[kind]
-    return next(tile for least, tile in of if rows * columns * depth >= least)
-
-
-# Where operands come by descriptors: tiles of bfloat16, whose rows must begin at 16 bytes.
-_DESCRIBED = {
-    "layer": Tile(128, 128, 64, 8, 3, described=True),
-    "synthesize": Tile(128, 64, 64, 8, 3, described=True),
-    "update": Tile(128, 64, 64, 8, 3, described=True),
-}
-_DESCRIBED_FROM = 1 << 30
+    return _first(TILES[kind], rows, columns) or TILES[kind][-1]
 
 
 class Arithmetic:
@@ -230,14 +236,16 @@ class Arithmetic:
         self._rounded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tile(self, kind: str, rows: int, columns: int, depth: int, like: Tensor) -> Tile:
-        """See `tile_for`; `like` is an operand."""
+        """That of a product: of a "layer", one to "synthesize" or an "update"; `like` is an
+        operand."""
         large = rows * columns * depth >= _DESCRIBED_FROM and self.name == "bfloat16"
         # Who traces an op does not see what is written beside descriptors.
         traced = type(like) not in (Tensor, torch.nn.Parameter)
         aligned = columns % 8 == rows % 8 == depth % 8 == 0
+        described = None
         if large and aligned and not traced and has_descriptors(like.device):
-            return _DESCRIBED[kind]
-        return tile_for(kind, rows, columns, depth, self.name)
+            described = _first(DESCRIBED[kind], rows, columns)
+        return described or tile_for(rows, columns, self.name)
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """A copy in bfloat16, made once: nothing that is multiplied changes during a step."""

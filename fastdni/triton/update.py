@@ -13,13 +13,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdni.reference import OptimizerSettings
 from fastdni.triton.op import launched
-from fastdni.triton.tile import Arithmetic, add_product, cast, positions, tile_for
+from fastdni.triton.tile import Arithmetic, add_product, cast, halves, positions, tile_for
 
 
 @triton.jit
 def update(
-    grad, value, first, second, step_at, start, at, inside,
-    lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+    grad, of, start, at, inside, numbers,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
     """Updates elements start + at of a parameter and of what its rule keeps.
@@ -27,6 +26,8 @@ def update(
     FLAG: Nesterov's momentum; of the rule "gradient" whether to add. Without DECAYED an infinite
     parameter must not make the gradient NaN.
     """
+    value, first, second, step_at = of
+    lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b = numbers
     if RULE == "gradient":
         first += start
         if FLAG:
@@ -63,22 +64,42 @@ def update(
 
 
 @triton.jit
+def update_columns(
+    sums, of, first_output, first_input, outputs, inputs, numbers,
+    RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`update` of a weight's tile, a part of its columns after the other: see `layer.finish`."""
+    if PARTS > 1:
+        left, right = halves(sums, OUTPUTS, INPUTS)
+        update_columns(
+            left, of, first_output, first_input, outputs, inputs, numbers,
+            RULE, DECAYED, FLAG, OUTPUTS, INPUTS // 2, PARTS // 2,
+        )  # fmt: skip
+        update_columns(
+            right, of, first_output, first_input + INPUTS // 2, outputs, inputs, numbers,
+            RULE, DECAYED, FLAG, OUTPUTS, INPUTS // 2, PARTS // 2,
+        )  # fmt: skip
+    else:
+        o, i = tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
+        inside = (o < outputs - first_output)[:, None] & (i < inputs - first_input)[None, :]
+        start, at = first_output * inputs + first_input, o[:, None] * inputs + i[None, :]
+        update(sums, of, start, at, inside, numbers, RULE, DECAYED, FLAG)
+
+
+@triton.jit
 def update_tile(
-    number,
-    grad, x, weight, first, second, step_at, bias_sums, bias, bias_first, bias_second,
-    bias_step_at, more, more_first, more_second, more_step_at, rows, sum_rows, outputs, inputs,
-    lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+    number, grad, x, of_weight, bias_sums, of_bias, of_more, rows, sum_rows, outputs, inputs,
+    numbers,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of `update_kernel`."""
-    if lr_at is not None:
-        lr = tl.load(lr_at).to(tl.float32)
     r = tl.arange(0, ROWS)
     first_output, o, first_input, i = positions(number, OUTPUTS, INPUTS, outputs, inputs)
     own, of_inputs = o < outputs - first_output, i < inputs - first_input
-    if weight is not None:
+    if x is not None:
         sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
         if DESCRIBED:
             column, column_of_x = first_output.to(tl.int32), first_input.to(tl.int32)
@@ -101,33 +122,22 @@ def update_tile(
                     y = tl.load(x_at, mask=left[:, None] & of_inputs[None, :], other=0.0)
                     x_at += ROWS * inputs
                 sums = add_product(tl.trans(g), y, sums, PRODUCTS)
-        inside = own[:, None] & of_inputs[None, :]
-        update(
-            sums, weight, first, second, step_at,
-            first_output * inputs + first_input, o[:, None] * inputs + i[None, :], inside,
-            lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
-            log_a, log_b, RULE, DECAYED, FLAG,
+        update_columns(
+            sums, of_weight, first_output, first_input, outputs, inputs, numbers,
+            RULE, DECAYED, FLAG, OUTPUTS, INPUTS, PARTS,
         )  # fmt: skip
-    if bias is not None:  # noqa: SIM102  decided when it is compiled, what follows when it runs
+    if bias_sums is not None:  # noqa: SIM102  decided when it is compiled, what follows when it runs
         if first_input == 0:  # one of the tiles of these outputs
-            of_bias = tl.zeros((OUTPUTS,), tl.float32)
+            sum_of_bias = tl.zeros((OUTPUTS,), tl.float32)
             at = bias_sums + first_output + r[:, None] * outputs + o[None, :]
             for start in range(0, sum_rows, ROWS):
                 left = r < sum_rows - start
                 part = tl.load(at, mask=left[:, None] & own[None, :], other=0.0)
-                of_bias += tl.sum(part.to(tl.float32), 0)
+                sum_of_bias += tl.sum(part.to(tl.float32), 0)
                 at += ROWS * outputs
-            update(
-                of_bias, bias, bias_first, bias_second, bias_step_at, first_output, o, own,
-                lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
-                log_a, log_b, RULE, DECAYED, FLAG,
-            )  # fmt: skip
-            if more is not None:
-                update(
-                    of_bias, more, more_first, more_second, more_step_at, first_output, o, own,
-                    lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b,
-                    log_a, log_b, RULE, DECAYED, FLAG,
-                )  # fmt: skip
+            update(sum_of_bias, of_bias, first_output, o, own, numbers, RULE, DECAYED, FLAG)
+            if of_more[0] is not None:
+                update(sum_of_bias, of_more, first_output, o, own, numbers, RULE, DECAYED, FLAG)
 
 
 @triton.jit
@@ -137,29 +147,33 @@ def update_kernel(
     lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the gradient grad^T x, reduced over all rows, and the update of the weight's tile;
     the column sums of bias_sums update up to two biases. Where they are given, the learning rate is
     read at lr_at and the (raised) step counts at step_at. DESCRIBED: grad and x are tensor
     descriptors, and programs stay for several tiles."""
+    if lr_at is not None:
+        lr = tl.load(lr_at).to(tl.float32)
+    numbers = (
+        lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
+    )  # fmt: skip
+    of_weight = (weight, first, second, step_at)
+    of_bias = (bias, bias_first, bias_second, bias_step_at)
+    of_more = (more, more_first, more_second, more_step_at)
     if DESCRIBED:  # the loop costs registers, which plain tiles want for more programs
         tiles = tl.cdiv(outputs, OUTPUTS) * tl.cdiv(inputs, INPUTS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             update_tile(
-                number, grad, x, weight, first, second, step_at, bias_sums, bias, bias_first,
-                bias_second, bias_step_at, more, more_first, more_second, more_step_at, rows,
-                sum_rows, outputs, inputs, lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps,
-                correction_a, correction_b, log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS,
-                DESCRIBED, OUTPUTS, INPUTS, ROWS,
+                number, grad, x, of_weight, bias_sums, of_bias, of_more, rows, sum_rows, outputs,
+                inputs, numbers, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
+                OUTPUTS, INPUTS, ROWS, PARTS,
             )  # fmt: skip
     else:
         update_tile(
-            tl.program_id(0), grad, x, weight, first, second, step_at, bias_sums, bias,
-            bias_first, bias_second, bias_step_at, more, more_first, more_second, more_step_at,
-            rows, sum_rows, outputs, inputs, lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps,
-            correction_a, correction_b, log_a, log_b, RULE, DECAYED, FLAG, LABELS, PRODUCTS,
-            DESCRIBED, OUTPUTS, INPUTS, ROWS,
+            tl.program_id(0), grad, x, of_weight, bias_sums, of_bias, of_more, rows, sum_rows,
+            outputs, inputs, numbers, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
+            OUTPUTS, INPUTS, ROWS, PARTS,
         )  # fmt: skip
 
 
@@ -244,7 +258,7 @@ def _launch(
         tile = products.tile("update", outputs, inputs, rows, grad)
         tile = tile._replace(described=tile.described and not labels)
     else:
-        tile = tile_for("update", outputs, 1, sum_rows, products.name)
+        tile = tile_for(outputs, 1, products.name)
     of_biases = [tensor for bias in biases for tensor in bias.memory()]
     of_biases = [sums if biases else None, *of_biases, *nothing * (2 - len(biases))]
     settings = target.settings
@@ -258,6 +272,6 @@ def _launch(
     launched(update_kernel)[(tile.programs(target.value, outputs, inputs),)](
         *operands, *of_weight, *of_biases, rows, sum_rows, outputs, inputs, *target.numbers(),
         settings.rule, settings.weight_decay != 0, bool(flag), labels, products.name,
-        tile.described, tile.rows, tile.columns, tile.depth,
+        tile.described, tile.rows, tile.columns, tile.depth, tile.parts,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
