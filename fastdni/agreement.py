@@ -21,8 +21,8 @@ _NETWORKS = (
     (_ROWS, (70, 36, 10), True, 0),
     (_ROWS, (20, 520, 10), False, 0),
 )
-# The smallest tiles, and the largest.
-_OF_TRITON = ((_ROWS, (70, 36, 10), True, 1), (1024, (1024, 1024, 10), False, 0))
+# The smallest tiles, and the largest: of a layer, a synthesizer and their updates.
+_OF_TRITON = ((_ROWS, (70, 36, 10), True, 1), (2048, (1024, 2048, 1024, 10), False, 0))
 # The largest error allowed, relative to the largest value. Faults of a kernel are of the size of
 # the values.
 _TOLERANCES = {"exact": 1e-4, "tf32x3": 1e-3, "tf32": 3e-2, "bfloat16": 0.2}

@@ -104,7 +104,7 @@ TRITON_FROM = {"bfloat16": 2e9, "tf32": 1e9}
 
 
 def takes_triton(device: torch.device, work: int, products: str) -> bool:
-    """Whether `auto` gives a sweep whose largest product has so many multiply-adds to Triton on a
+    """Whether `auto` gives stages whose largest product has so many multiply-adds to Triton, on a
     GPU that the CUDA kernels serve."""
     large = work >= TRITON_FROM.get(products, math.inf)
     return large and triton.unavailable() is None and why_unserved(device, "triton") is None

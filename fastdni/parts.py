@@ -158,7 +158,9 @@ class FusedPart:
         return output
 
     def forget(self) -> None:
-        """Nothing is kept but the plan's memory."""
+        """Lets go of what the step has made."""
+        self.loss, self._input_gradient, self._plan = None, None, None
+        self.synthesis_losses, self.input_losses = [], []
 
     @torch.no_grad()
     def backward(self, gradient: Tensor | None, step: Step) -> Tensor | None:
@@ -306,5 +308,5 @@ class LocalPart:
         return torch.zeros_like(self._x) if found is None and self._number > 0 else found
 
     def forget(self) -> None:
-        """Lets go of the step's activations and graphs."""
+        """Lets go of what the step has made."""
         self._x = self._output = self._loss = self._prediction = self._regressed = None

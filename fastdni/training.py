@@ -28,6 +28,7 @@ from fastdni.synthesizers import BasicSynthesizer
 from fastdni.watch import ModuleWatch
 
 GRADIENTS = object()  # in an optimizer's place: no update
+_MAX_DIVISIONS = 8  # of a network into parts, by criterion, arithmetic and batch size
 
 _grad = attrgetter("grad")
 
@@ -229,6 +230,8 @@ class Trainer:
                     close(number)
                 run.append(stage)
         close(count)
+        if len(self._parts) == _MAX_DIVISIONS:
+            del self._parts[next(iter(self._parts))]
         self._parts[choice] = parts
         return parts
 
@@ -401,8 +404,6 @@ class Trainer:
             gradient = None
             for part in reversed(done):
                 gradient = part.backward(gradient, step)
-        for part in done:
-            part.forget()
         losses = [loss for part in done for loss in part.synthesis_losses]
         wide = reference.accumulate_dtype(h.dtype)
         synthesis_loss = (
@@ -411,7 +412,10 @@ class Trainer:
         if self._net.input_synthesizers is not None:
             made = [loss.to(wide) for part in done for loss in part.input_losses]
             synthesis_loss = torch.stack([synthesis_loss, torch.stack(made)])
-        return done[-1].loss, h, synthesis_loss
+        loss = done[-1].loss
+        for part in done:
+            part.forget()
+        return loss, h, synthesis_loss
 
 
 def _drop_gradients(parameters: list[Tensor]) -> None:

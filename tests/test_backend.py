@@ -208,15 +208,16 @@ def test_kernels_that_fail_do_not_serve(met, monkeypatch):
         backend.why_unserved(GPU)
 
 
-@pytest.mark.parametrize("width, products, expected", [
-    (4096, "bfloat16", "triton"), (2048, "tf32", "triton"), (256, "bfloat16", "cuda"),
-    (4096, "exact", "cuda"),
+@pytest.mark.parametrize("width, products, expected, dtype", [
+    (4096, "bfloat16", "triton", torch.float32), (2048, "tf32", "triton", torch.float32),
+    (256, "bfloat16", "cuda", torch.float32), (4096, "exact", "cuda", torch.float32),
+    (4096, "tf32", "cuda", torch.float64),
 ])  # fmt: skip
-def test_auto_takes_triton_for_large_products(met, monkeypatch, width, products, expected):
+def test_auto_takes_triton_for_large_products(met, monkeypatch, width, products, expected, dtype):
     monkeypatch.setattr(backend, "server", lambda tensor, devices: "cuda")
     monkeypatch.setattr(backend, "why_unserved", lambda device, name: None)
     monkeypatch.setattr(backend.triton, "unavailable", lambda: None)
-    weight = torch.empty(width, width, device="meta")
+    weight = torch.empty(width, width, device="meta", dtype=dtype)
     stages = [reference.SweepStage(weight, None, None, "relu")]
     assert ops.sweep_backend(stages, 256, products) == expected
     with fastdni.use_backend("reference"):  # fixed, not "auto": nothing is chosen

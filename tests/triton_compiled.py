@@ -58,33 +58,34 @@ def made_synthesizer(n: int, hidden: int, context: int) -> SynthesizerParameters
     widths = [n, *[hidden] * (hidden > 0), n]
     weights = [tensor(b, a) for a, b in zip(widths, widths[1:], strict=False)]
     biases = [tensor(b) for b in widths[1:]]
-    return SynthesizerParameters(weights, biases, tensor(widths[1], context), tensor(widths[1]))
+    of_context = (tensor(widths[1], context), tensor(widths[1])) if context else ()
+    return SynthesizerParameters(weights, biases, *of_context)
 
 
 def step(
-    batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=10,
-    criterion="cross_entropy", on_the_device=False,
+    batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=0,
+    context=0, on_the_device=False,
 ) -> None:  # fmt: skip
-    """Writes down the launches of a step of two stages of that width, and a head."""
+    """Writes down the launches of a step of stages of that width; with a head and labels for it, or
+    without, and then perhaps with a context of some width."""
     stages = []
     for number in range(3):
         top = number == 2
-        n = classes if top else width
+        n = classes if top and classes else width
         statistics = tensor(n), tensor(n), tensor(dtype=torch.int64)
         of_norm = SweepNorm(tensor(n), tensor(n), statistics, 0.1, 1e-5)
         stages.append(
             SweepStage(
                 tensor(n, width), tensor(n), of_norm if normed and not top else None,
-                "identity" if top else activation,
-                None if top else made_synthesizer(n, hidden, classes),
+                "identity" if top and classes else activation,
+                None if top else made_synthesizer(n, hidden, classes or context),
             )
         )  # fmt: skip
-    structure = sweep.Structure(stages, criterion, products)
+    structure = sweep.Structure(stages, "cross_entropy" if classes else "mse", products)
     parameters = [p for stage in stages for p in stage.parameters()]
-    target, context = tensor(batch, dtype=torch.int64), None
-    if criterion == "mse":
-        target, context = tensor(batch, classes), tensor(batch, classes)
-    done = structure.forward(stages, tensor(batch, width), target, context, [1] * 4, None, False)
+    target = tensor(batch, dtype=torch.int64) if classes else tensor(batch, width)
+    given = tensor(batch, context) if context else None
+    done = structure.forward(stages, tensor(batch, width), target, given, [1] * 4, None, False)
     kept = KEPT[rule]
     # Numbers as `net.step` hands them over: all of them are floats.
     settings = OptimizerSettings(rule, 1e-3, 0.01, 0.9, 0.99, 1e-8, float(rule == "sgd_momentum"))
@@ -114,18 +115,19 @@ def ops(dtype: torch.dtype, products: str) -> None:
 
 
 CASES = {
-    "large bfloat16": lambda: step(4096, 4096, "bfloat16"),
+    "large bfloat16": lambda: step(4096, 4096, "bfloat16", classes=10),
     "less large bfloat16": lambda: step(1024, 1024, "bfloat16"),
-    "large tf32": lambda: step(4096, 4096, "tf32"),
+    "large tf32": lambda: step(4096, 4096, "tf32", context=40),
+    "large tf32x3": lambda: step(1024, 1024, "tf32x3"),
+    "by no 16": lambda: step(4096, 4104, "bfloat16", classes=1000),
+    "large context": lambda: step(4096, 4096, "bfloat16", context=40),
     "medium exact": lambda: step(256, 1024, "exact", "adamw", hidden=1024),
     "medium tf32x3": lambda: step(256, 1024, "tf32x3", "sgd"),
     "norm": lambda: step(256, 256, "tf32", "sgd_momentum", normed=True, activation="tanh"),
-    "numbers on the device": lambda: step(
-        256, 256, "tf32", hidden=64, criterion="mse", on_the_device=True
-    ),
+    "numbers on the device": lambda: step(256, 256, "tf32", hidden=64, on_the_device=True),
     "norm, exact": lambda: step(256, 256, "exact", normed=True),
     "odd": lambda: step(33, 70, "exact", "gradient", activation="sigmoid", classes=7),
-    "odd bfloat16": lambda: step(33, 70, "bfloat16", normed=True),
+    "odd bfloat16": lambda: step(33, 70, "bfloat16", normed=True, classes=7),
     "ops bfloat16": lambda: ops(torch.bfloat16, "bfloat16"),
     "ops float16": lambda: ops(torch.float16, "float16"),
 }
@@ -134,7 +136,7 @@ CASES = {
 def too_large() -> None:
     """A layer whose tile does not fit its threads' registers; of no use but to be seen."""
     exact = Arithmetic("exact")
-    exact.tile = lambda *of: Tile(128, 128, 32, 2, 2)
+    exact.tile = lambda *of: Tile(64, 64, 16, 1, 2)
     layer.layer(tensor(256, 256), tensor(256, 256), exact)
 
 
@@ -159,6 +161,13 @@ def described(kernel, arguments, options) -> tuple:
     return signature, constants, attributes, options
 
 
+def kind_of(constants: dict) -> str:
+    """A table's name in `tile.DESCRIBED`."""
+    if "OUTPUTS" in constants:
+        return "update"
+    return "synthesize" if constants["FINISH"] == "synthesize" else "layer"
+
+
 def compiled(kernel, signature, constants, attributes, options, target: GPUTarget) -> dict:
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     begin = time.monotonic()
@@ -168,10 +177,13 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
         "constants": {k: v for k, v in constants.items() if isinstance(v, str)},
         "multiplies": "weight" in signature and "weight" not in constants,
         "shared": made.metadata.shared,
+        # As `tile.Tile` begins, and of which table where operands come by descriptors.
         "tile": [
             constants.get("OUTPUTS", constants.get("ROWS")),
             constants.get("INPUTS", constants.get("COLUMNS")),
-            constants.get("DESCRIBED", False),
+            constants.get("ROWS" if "OUTPUTS" in constants else "DEPTH"),
+            constants.get("PARTS"),
+            kind_of(constants) if constants.get("DESCRIBED") else None,
         ],
         "seconds": round(time.monotonic() - begin, 1),
     }

@@ -105,7 +105,8 @@ def sweep_backend(stages: Sequence[SweepStage], batch: int, products: str) -> st
     """The backend that serves a sweep: a name of `fastdni.backends()`."""
     weight = stages[0].weight
     name = backend.server(weight, _DEVICES)
-    if name == "cuda" and backend.choice() == "auto":
+    # float64 is the CUDA kernels' alone.
+    if name == "cuda" and backend.choice() == "auto" and weight.dtype in backend.triton.DTYPES:
         largest = batch * max(p.numel() for stage in stages for p in stage.parameters())
         if backend.takes_triton(weight.device, largest, products):
             return "triton"

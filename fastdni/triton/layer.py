@@ -22,6 +22,7 @@ from fastdni.triton.tile import (
     halves,
     operand,
     positions,
+    tile_for,
 )
 
 
@@ -29,7 +30,7 @@ from fastdni.triton.tile import (
 def finish(
     sums, first, column, place, given,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, PRODUCTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What `layer_kernel` makes of a tile's sums: of a part of its columns after the other, so that
     what is beside them is never in registers for all. `place` is the first part's number."""
@@ -37,11 +38,11 @@ def finish(
         left, right = halves(sums, ROWS, COLUMNS)
         finish(
             left, first, column, place, given,
-            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, DEPTH, PARTS // 2,
+            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
         finish(
             right, first, column + COLUMNS // 2, place + PARTS // 2, given,
-            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, DEPTH, PARTS // 2,
+            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
     else:
         (
@@ -53,22 +54,14 @@ def finish(
         inside = own[:, None] & of_columns[None, :]
         at = r[:, None] * columns + c[None, :]
         start = first * columns + column
-        if context is not None:
-            if LABELS:  # a one-hot context picks a column of its weight
-                label = tl.load(context + first + r, mask=own, other=-1)
-                known = (label >= 0) & (label < context_width)
-                label = tl.where(known, label, 0).to(tl.int32)
-                at_label = c[None, :] * context_width + label[:, None]
-                picked = context_weight + column * context_width
-                found = tl.load(
-                    picked + at_label, mask=known[:, None] & of_columns[None, :], other=0.0
-                )
-                sums += operand(found, PRODUCTS).to(tl.float32)
-            else:
-                sums = accumulate(
-                    sums, context, first, r, rows, context_weight, context_width, 1, column, c,
-                    columns, context_width, PRODUCTS, DEPTH,
-                )  # fmt: skip
+        if LABELS:  # a one-hot context picks a column of its weight
+            label = tl.load(context + first + r, mask=own, other=-1)
+            known = (label >= 0) & (label < context_width)
+            label = tl.where(known, label, 0).to(tl.int32)
+            at_label = c[None, :] * context_width + label[:, None]
+            picked = context_weight + column * context_width
+            found = tl.load(picked + at_label, mask=known[:, None] & of_columns[None, :], other=0.0)
+            sums += operand(found, PRODUCTS).to(tl.float32)
         if bias is not None:
             sums += tl.load(bias + column + c, mask=of_columns, other=0.0).to(tl.float32)[None, :]
         if second_bias is not None:
@@ -100,7 +93,8 @@ def finish(
 
 @triton.jit
 def layer_tile(
-    number, a, weight, rows, columns, depth, column_stride, depth_stride, given,
+    number, a, weight, context, context_weight, rows, columns, depth, context_width,
+    column_stride, depth_stride, given,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
@@ -122,9 +116,14 @@ def layer_tile(
             sums, a, first, r, rows, weight, column_stride, depth_stride, column, c, columns,
             depth, PRODUCTS, DEPTH,
         )  # fmt: skip
+    if context is not None and not LABELS:
+        sums = accumulate(
+            sums, context, first, r, rows, context_weight, context_width, 1, column, c, columns,
+            context_width, PRODUCTS, 16,
+        )  # fmt: skip
     finish(
         sums, first, column, number * PARTS, given,
-        FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS, DEPTH, PARTS,
+        FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS, PARTS,
     )  # fmt: skip
 
 
@@ -155,13 +154,15 @@ def layer_kernel(
         tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             layer_tile(
-                number, a, weight, rows, columns, depth, column_stride, depth_stride, given,
+                number, a, weight, context, context_weight, rows, columns, depth, context_width,
+                column_stride, depth_stride, given,
                 FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
                 ROWS, COLUMNS, DEPTH, PARTS,
             )  # fmt: skip
     else:
         layer_tile(
-            tl.program_id(0), a, weight, rows, columns, depth, column_stride, depth_stride, given,
+            tl.program_id(0), a, weight, context, context_weight, rows, columns, depth,
+            context_width, column_stride, depth_stride, given,
             FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
             ROWS, COLUMNS, DEPTH, PARTS,
         )  # fmt: skip
@@ -202,7 +203,10 @@ def layer(
     if weight is not None:
         columns = weight.shape[1] if transposed else weight.shape[0]
     kind = "synthesize" if finish == "synthesize" else "layer"
-    tile = products.tile(kind, rows, columns, depth, a)
+    if weight is None:
+        tile = tile_for(rows, columns, depth, products.name)
+    else:
+        tile = products.tile(kind, rows, columns, depth, a)
     out = (a if other is None else other).new_empty(rows, columns)
     second = torch.empty_like(out) if finish == "synthesize" else None
     squares, sums = None, None
@@ -213,7 +217,6 @@ def layer(
     made = Layer(out, second, squares, sums)
     if out.numel() == 0:
         return made
-    tile = tile._replace(described=tile.described and weight is not None)
     rounded, operands = None, (a, weight)
     if tile.described:
         rounded = torch.empty_like(out, dtype=torch.bfloat16)

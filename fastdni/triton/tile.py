@@ -171,6 +171,10 @@ TILES = {
     "tensor cores": (
         Tile(128, 128, 32, 8, 3, parts=4), Tile(64, 64, 32, 8, 3, parts=2), Tile(32, 32, 32, 4, 2),
     ),
+    # Three products in place of one, or rows that begin anywhere: what that takes in registers.
+    "crowded": (
+        Tile(128, 64, 32, 8, 3, parts=2), Tile(64, 64, 32, 8, 3, parts=2), Tile(32, 32, 32, 4, 2),
+    ),
     "exact": (Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
     # A head, the weight of a label context, a few rows: what is copied for a product counts there,
     # not the product.
@@ -212,8 +216,13 @@ def _first(tiles: tuple[Tile, ...], rows: int, columns: int) -> Tile | None:
     return next((tile for tile in tiles if tile.count(rows, columns) >= _ENOUGH), None)
 
 
-def tile_for(rows: int, columns: int, products: str) -> Tile:
-    """The tile of a result of that size."""
+def _aligned(*sizes: int) -> bool:
+    """Whether Triton sees that rows begin at whole vectors; else it addresses each element."""
+    return all(size % 16 == 0 for size in sizes)
+
+
+def tile_for(rows: int, columns: int, depth: int, products: str) -> Tile:
+    """The tile of a result of that size, of sums over that depth."""
     kind = "tensor cores"
     if products == "exact":
         kind = products
@@ -221,6 +230,8 @@ def tile_for(rows: int, columns: int, products: str) -> Tile:
         kind = "few columns"
     elif rows <= _FEW:
         kind = "few rows"
+    elif products == "tf32x3" or not _aligned(rows, columns, depth):
+        kind = "crowded"
     return _first(TILES[kind], rows, columns) or TILES[kind][-1]
 
 
@@ -241,11 +252,10 @@ class Arithmetic:
         large = rows * columns * depth >= _DESCRIBED_FROM and self.name == "bfloat16"
         # Who traces an op does not see what is written beside descriptors.
         traced = type(like) not in (Tensor, torch.nn.Parameter)
-        aligned = columns % 8 == rows % 8 == depth % 8 == 0
         described = None
-        if large and aligned and not traced and has_descriptors(like.device):
+        if large and _aligned(rows, columns, depth) and not traced and has_descriptors(like.device):
             described = _first(DESCRIBED[kind], rows, columns)
-        return described or tile_for(rows, columns, self.name)
+        return described or tile_for(rows, columns, depth, self.name)
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """A copy in bfloat16, made once: nothing that is multiplied changes during a step."""

@@ -255,10 +255,10 @@ def _launch(
     if weight is not None:
         inputs, rows = weight.value.shape[1], len(grad)
         of_weight, labels = weight.memory(), x.dim() == 1
-        tile = products.tile("update", outputs, inputs, rows, grad)
-        tile = tile._replace(described=tile.described and not labels)
+    if weight is None or labels:
+        tile = tile_for(outputs, inputs, rows, products.name)
     else:
-        tile = tile_for(outputs, 1, products.name)
+        tile = products.tile("update", outputs, inputs, rows, grad)
     of_biases = [tensor for bias in biases for tensor in bias.memory()]
     of_biases = [sums if biases else None, *of_biases, *nothing * (2 - len(biases))]
     settings = target.settings

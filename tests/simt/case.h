@@ -106,7 +106,9 @@ class Case {
 };
 
 template <class T>
-constexpr const char* kName = "bfloat16";
+constexpr const char* kName = nullptr;
+template <>
+constexpr const char* kName<fastdni::bfloat16> = "bfloat16";
 template <>
 constexpr const char* kName<float> = "float32";
 template <>
