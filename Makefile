@@ -1,6 +1,7 @@
 # make demo    a decoupled network trained on handwritten digits, with a table and a picture
 # make test    the test suite            make test-all   with every combination
 # make bench   the CPU benchmarks        make lint       ruff, clang-format, the README's tables
+# make test-triton   Triton's tests with its newest release, beside the one that is installed
 # make gpu     on a machine with a CUDA GPU: builds for it, tests, measures (GPU=--quick: 8 minutes)
 #
 # PYTHON=python3.12   the interpreter that .venv is made from
@@ -25,7 +26,7 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all bench gpu lint format build clean
+.PHONY: demo test test-all test-triton bench gpu lint format build clean
 
 demo: build
 	$(RUN) examples/mnist_fcn.py
@@ -35,6 +36,13 @@ test: build
 
 test-all: build
 	$(RUN) -m pytest --all $(SPREAD)
+
+test-triton: build
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	  --target build/triton triton
+	PYTHONPATH=build/triton $(RUN) -c 'import triton; print("Triton", triton.__version__)'
+	PYTHONPATH=build/triton $(RUN) -m pytest $(SPREAD) tests/test_triton.py \
+	  tests/test_triton_compiled.py
 
 bench: build
 	$(RUN) -m benchmarks

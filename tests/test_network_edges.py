@@ -270,6 +270,14 @@ def test_bindings_do_not_pile_up():
     assert len(part._bindings) <= 64
 
 
+def test_three_hundred_stages():
+    net = network((4,) * 300 + (5,))
+    twin = copy.deepcopy(net)
+    found = train(net, sgd(net), 2)
+    assert net._trainer.reasons == [None] * 300
+    same(found, train(twin, sgd(twin), 2, backend="reference"), 1e-9)
+
+
 # ---- stages of other kinds ----
 
 

@@ -15,7 +15,7 @@ constexpr int kSweepThreads = 256;
 // Columns of a weight's gradient that a block makes, of kSweepRows rows.
 constexpr int kUpdateColumns = 64;
 // Stages and one above that a mask has room for.
-constexpr int kSweepStages = 256;
+constexpr int kSweepStages = 4096;
 
 struct StageMask {
   uint32_t words[kSweepStages / 32] = {};
