@@ -120,6 +120,7 @@ class Trainer:
         self._parts: dict[tuple, list] = {}
         self._optimizers: Optimizers | None = None
         self._last: Repetition | None = None
+        self._whole = True  # whether one sweep was all of the last step
 
     # ---- what the network is ----
 
@@ -318,7 +319,7 @@ class Trainer:
         active = check_arguments(self._net, caller, x, target, criterion, context, update_mask)
         step = Step(caller, x, target, criterion, context, active)
         try:
-            return self._run(step, optimizer, closely=False)
+            return self._run(step, optimizer, closely=not self._whole)
         except Exception:
             # Refused, perhaps, because the parameters are no longer those that the parts were made
             # for: net.double(), p.data = ...
@@ -334,7 +335,7 @@ class Trainer:
         check_devices(step, device)
         parts = self._parts_for(step.criterion, autocast_dtype(step.x), len(step.x))
         fused = all(type(part) is FusedPart for part in parts) and step.x.dim() == 2
-        whole = fused and len(parts) == 1
+        self._whole = whole = fused and len(parts) == 1
         if not whole and not closely:
             return self._run(step, optimizer, closely=True)
         if not whole or parts[0].backend(len(step.x)) not in ("cpu", "cuda"):
