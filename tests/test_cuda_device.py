@@ -108,6 +108,24 @@ def test_steps_on_streams_of_their_own():
         assert all(map(torch.equal, found, want))
 
 
+def test_one_network_on_two_streams_in_turn():
+    net = network(norm=True).cuda()
+    twin = copy.deepcopy(net)
+    expected = trained(twin, OPTIMIZERS["sgd"](twin.parameters()), "cuda", rows=64)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    found = []
+    for number in range(20):
+        stream = streams[number % 2]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), fastdni.use_backend("cuda"):
+            found += net.step(optimizer=optimizer, **on_gpu(batch(net, 64, seed=number)))
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    found = [t.cpu() for t in (*found, *net.state_dict().values())]
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one():
     net = network()

@@ -242,6 +242,13 @@ def test_rows_that_are_ignored_and_labels_that_are_none():
     assert np.isnan(loss) and np.isfinite(output).all()
 
 
+def test_more_labels_than_a_block_counts():
+    torch.manual_seed(0)
+    one = Problem(stages((3, 2, 2)), 4100)
+    one.target[::3] = -100
+    compare(host_step(one, {}, torch.float64, built("plain")), reference_step(one), 1e-10)
+
+
 def assert_same_bits(first, second):
     for a, b in zip(first, second, strict=True):
         assert a.tobytes() == b.tobytes()
@@ -286,7 +293,8 @@ def test_has_no_race(name, spread):
     compare(found, reference_step(one), 1e-10)
 
 
-KERNELS, TILE = "cuda/sweep.cuh", "cuda/tile_product.cuh"
+KERNELS, NORM, ROWS = "cuda/sweep.cuh", "cuda/sweep_norm.cuh", "cuda/sweep_rows.cuh"
+TILE = "cuda/tile_product.cuh"
 FAULTS = {
     "no barrier before a chunk is used": (
         TILE, "thread", "data race", "plain", "rows",
@@ -301,7 +309,7 @@ FAULTS = {
         "      __syncthreads();\n    }\n  }\n}", "    }\n  }\n}",
     ),
     "no barrier before a column's moments are joined": (
-        KERNELS, "thread", "data race", "norm", "rows",
+        NORM, "thread", "data race", "norm", "rows",
         "  values[threadIdx.x] = value;\n  __syncthreads();", "  values[threadIdx.x] = value;",
     ),
     "no barrier in a cluster": (
@@ -309,7 +317,7 @@ FAULTS = {
         "      cluster_barrier();", "      __syncthreads();",
     ),
     "a row too many": (
-        KERNELS, "address", "heap-buffer-overflow", "plain", "rows",
+        ROWS, "address", "heap-buffer-overflow", "plain", "rows",
         "row < step.batch};", "row <= step.batch};",
     ),
     "a chunk past the depth": (

@@ -112,6 +112,11 @@ cudaError_t launch_sweep_forward(const SweepStep<T>& step, const SweepProgram& p
                                      static_cast<int>(reductions));
     if (error != cudaSuccess) return error;
   }
+  if (program.label_counts >= 0) {
+    const int64_t blocks = (step.batch + kCountedLabels - 1) / kCountedLabels;
+    const cudaError_t error = launch(sweep_labels_kernel<T>, {blocks, kSweepThreads}, stream, step);
+    if (error != cudaSuccess) return error;
+  }
   return launch_segments(step, program, program.forward, spread, library, stream);
 }
 

@@ -56,6 +56,7 @@ struct SweepStep {
   int32_t task_count, loss_count, parameter_count;
   bool prepares;  // some parameter has a number on the GPU
   Loss criterion_loss;
+  int64_t label_counts = -1;  // as in the program
 
   T* workspace;
   SweepParameter<T>* parameters;

@@ -7,9 +7,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <optional>
 
 #include "cuda/sweep.h"
+#include "cuda/sweep_builder.h"
 #include "ops/cuda.h"
 #include "ops/library_product.h"
 
@@ -26,8 +28,8 @@ constexpr const char* kOp = "sweep";
 constexpr int64_t kWidestForClusters = kSweepCluster * kSweepColumns;
 constexpr int64_t kWidestForRows = 256;
 
-// Tables in one piece of device memory. What a graph reads is never written again.
-class DeviceTables {
+// Tables in one piece, to be.
+class Tables {
  public:
   // Places elements behind what is there; returns their offset.
   template <class Element>
@@ -37,16 +39,24 @@ class DeviceTables {
     std::memcpy(bytes_.data() + offset, elements.data(), bytes_.size() - offset);
     return offset;
   }
-  void clear() { bytes_.clear(); }
+  const std::byte* data() const { return bytes_.data(); }
+  size_t size() const { return bytes_.size(); }
 
-  void upload(const Tensor& like, bool in_graph, cudaStream_t stream) {
-    if (in_graph_ || capacity_ < bytes_.size()) {
+ private:
+  std::vector<std::byte> bytes_;
+};
+
+// Tables in device memory. What a graph reads is never written again.
+class DeviceTables {
+ public:
+  void upload(const Tables& tables, const Tensor& like, bool in_graph, cudaStream_t stream) {
+    if (in_graph_ || capacity_ < tables.size()) {
       if (memory_) left_to_graphs_.push_back(*std::move(memory_));
-      memory_ = empty(like, {static_cast<int64_t>(bytes_.size())}, aoti_torch_dtype_uint8());
-      capacity_ = bytes_.size();
+      memory_ = empty(like, {static_cast<int64_t>(tables.size())}, aoti_torch_dtype_uint8());
+      capacity_ = tables.size();
     }
     cuda::check(
-        kOp, cuda::launch_sweep_write(memory_->data_ptr(), bytes_.data(), bytes_.size(), stream));
+        kOp, cuda::launch_sweep_write(memory_->data_ptr(), tables.data(), tables.size(), stream));
     is_there_ = !in_graph;  // then each replay writes it, and nothing does now
     in_graph_ = in_graph;
   }
@@ -61,7 +71,6 @@ class DeviceTables {
   }
 
  private:
-  std::vector<std::byte> bytes_;
   bool is_there_ = false, in_graph_ = false;
   std::optional<Tensor> memory_;
   std::vector<Tensor> left_to_graphs_;
@@ -105,6 +114,7 @@ class CudaSweep final : public Sweep {
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
 
   void forward(const StepMemory& memory) override {
+    own_ = &of_stream_[stream(memory)];
     step_ = begin(memory);
     cuda::check(
         kOp, cuda::launch_sweep_forward(step_, program_, spread_, library(memory), stream(memory)));
@@ -149,8 +159,9 @@ class CudaSweep final : public Sweep {
         }
       }
       if (spec_.products != Products::bfloat16) return library_product(*memory.like, out, a, b);
-      if (!narrow_) narrow_ = empty(*memory.like, {narrow_elements()}, aoti_torch_dtype_bfloat16());
-      library_product_bfloat16(*memory.like, out, a, b, narrow_->data_ptr());
+      std::optional<Tensor>& narrow = own_->narrow;
+      if (!narrow) narrow = empty(*memory.like, {narrow_elements()}, aoti_torch_dtype_bfloat16());
+      library_product_bfloat16(*memory.like, out, a, b, narrow->data_ptr());
     };
   }
 
@@ -210,9 +221,10 @@ class CudaSweep final : public Sweep {
   // The tables on the device, and everything the kernels are told.
   cuda::SweepStep<T> begin(const StepMemory& memory) {
     const Tensor& like = *memory.like;
-    if (!workspace_) workspace_ = empty(like, {program_.workspace});
+    if (!own_->workspace) own_->workspace = empty(like, {program_.workspace});
     const bool in_graph = cuda::is_captured(kOp, stream(memory));
-    if (!fixed_.is_there(in_graph)) fixed_.upload(like, in_graph, stream(memory));
+    DeviceTables& fixed = own_->fixed;
+    if (!fixed.is_there(in_graph)) fixed.upload(fixed_, like, in_graph, stream(memory));
 
     bool prepares = false;
     std::vector<cuda::SweepParameter<T>> parameters = parameters_of(memory, &prepares);
@@ -224,30 +236,32 @@ class CudaSweep final : public Sweep {
                     "capturable=True");
     }
     // Uploaded anew when something is another than in the step before.
-    if (!of_step_.is_there(in_graph) || parameters != parameters_ ||
-        memory.statistics != statistics_) {
-      parameters_ = std::move(parameters);
-      statistics_ = memory.statistics;
-      of_step_.clear();
-      of_parameters_ = of_step_.add(parameters_);
-      of_statistics_ = of_step_.add(statistics_);
-      of_step_.upload(like, in_graph, stream(memory));
+    DeviceTables& of_step = own_->of_step;
+    if (!of_step.is_there(in_graph) || parameters != own_->parameters ||
+        memory.statistics != own_->statistics) {
+      Tables tables;
+      of_parameters_ = tables.add(parameters);
+      of_statistics_ = tables.add(memory.statistics);
+      own_->parameters = std::move(parameters);
+      own_->statistics = memory.statistics;
+      of_step.upload(tables, like, in_graph, stream(memory));
     }
 
     cuda::SweepStep<T> step{};
-    step.instructions = fixed_.template at<cuda::Instruction>(instructions_);
-    step.reductions = fixed_.template at<cuda::Reduction>(reductions_);
-    step.jobs = fixed_.template at<cuda::Job>(jobs_);
-    step.tasks = fixed_.template at<cuda::Task>(tasks_);
-    step.losses = fixed_.template at<cuda::Loss>(losses_);
+    step.instructions = fixed.template at<cuda::Instruction>(instructions_);
+    step.reductions = fixed.template at<cuda::Reduction>(reductions_);
+    step.jobs = fixed.template at<cuda::Job>(jobs_);
+    step.tasks = fixed.template at<cuda::Task>(tasks_);
+    step.losses = fixed.template at<cuda::Loss>(losses_);
     step.task_count = task_count_;
     step.loss_count = static_cast<int32_t>(program_.synthesis.size());
     step.criterion_loss = program_.criterion;
-    step.workspace = static_cast<T*>(workspace_->data_ptr());
-    step.parameters = of_step_.template at<cuda::SweepParameter<T>>(of_parameters_);
-    step.parameter_count = static_cast<int32_t>(parameters_.size());
+    step.label_counts = program_.label_counts;
+    step.workspace = static_cast<T*>(own_->workspace->data_ptr());
+    step.parameters = of_step.template at<cuda::SweepParameter<T>>(of_parameters_);
+    step.parameter_count = static_cast<int32_t>(own_->parameters.size());
     step.prepares = prepares;
-    step.statistics = of_step_.template at<void*>(of_statistics_);
+    step.statistics = of_step.template at<void*>(of_statistics_);
     step.x = static_cast<const T*>(memory.x);
     step.network_input = static_cast<const T*>(memory.network_input);
     step.context = static_cast<const T*>(memory.context);
@@ -268,18 +282,27 @@ class CudaSweep final : public Sweep {
     return step;
   }
 
+  // What steps in one stream have of the device. Allocated and used there alone, so that it may be
+  // given back while the stream still works on it, and steps in two streams do not meet.
+  struct StreamMemory {
+    DeviceTables fixed, of_step;
+    std::optional<Tensor> workspace, narrow;
+    std::vector<cuda::SweepParameter<T>> parameters;  // those in `of_step`
+    std::vector<void*> statistics;
+  };
+
   NetworkSpec spec_;
   cuda::SweepProgram program_;
   int32_t task_count_;
   int64_t widest_ = 0;
   cuda::Spread spread_;
-  DeviceTables fixed_, of_step_;
-  cuda::SweepStep<T> step_{};  // the one at work
-  std::vector<cuda::SweepParameter<T>> parameters_;
-  std::vector<void*> statistics_;
+  Tables fixed_;
+  std::map<cudaStream_t, StreamMemory> of_stream_;
+  // Of the step at work.
+  StreamMemory* own_ = nullptr;
+  cuda::SweepStep<T> step_{};
   size_t of_parameters_ = 0, of_statistics_ = 0;
   size_t instructions_, reductions_, jobs_, tasks_, losses_;
-  std::optional<Tensor> workspace_, narrow_;
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "case.h"
+#include "cuda/sweep_builder.h"
 
 namespace {
 
@@ -102,6 +103,7 @@ void run(simt::Case& io) {
   step.losses = program.synthesis.data();
   step.loss_count = static_cast<int32_t>(program.synthesis.size());
   step.criterion_loss = program.criterion;
+  step.label_counts = program.label_counts;
   step.workspace = io.scratch<T>(program.workspace);
   step.batch = spec.batch;
   step.divisor = static_cast<double>(spec.batch);

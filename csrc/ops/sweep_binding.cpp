@@ -1,0 +1,253 @@
+#include "ops/sweep_binding.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/sweep.h"
+
+namespace fastdni {
+namespace {
+
+// A row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (sweep_plan.h).
+constexpr size_t kSettings = 7;
+
+void check_device(const std::string& caller, const std::string& name, const Tensor& tensor,
+                  const Plan& plan) {
+  const bool fits =
+      plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu : tensor.is_cpu();
+  FASTDNI_CHECK(fits, caller, ": ", name, " must be on ",
+                plan.gpu ? "cuda:" + std::to_string(*plan.gpu) : "the CPU", ", as the plan is");
+}
+
+// The context's width, where all of the plan's synthesizers that take one agree.
+void check_context(const std::string& caller, const Plan& plan, const OptionalTensor& context,
+                   const Tensor* target) {
+  const NetworkSpec& spec = plan.spec;
+  for (const StageSpec& stage : spec.stages) {
+    for (const SynthesizerSpec* synthesizer : {&stage.synthesizer, &stage.input_synthesizer}) {
+      const int64_t width = synthesizer->context;
+      if (width == 0) continue;
+      const Shape wanted{spec.batch, width};
+      if (context.has_value()) {
+        FASTDNI_CHECK(shape_of(*context) == wanted, caller,
+                      ": context must be (B, C) = ", to_string(wanted), ", got ",
+                      to_string(shape_of(*context)));
+        FASTDNI_CHECK(context->scalar_type() == plan.dtype, caller,
+                      ": context must have x's dtype ", to_string(plan.dtype), ", got ",
+                      to_string(context->scalar_type()));
+        continue;
+      }
+      FASTDNI_CHECK(target != nullptr && target->scalar_type() == ScalarType::Long, caller,
+                    ": context must be (B, C) = ", to_string(wanted),
+                    ", got None, and target holds no labels to make it from");
+      FASTDNI_CHECK(shape_of(*target) == Shape{spec.batch}, caller, ": target must be (B,) = (",
+                    spec.batch, ",), got ", to_string(shape_of(*target)));
+      if (plan.gpu) continue;
+      const auto* labels = data<int64_t>(*target);
+      for (int64_t r = 0; r < spec.batch; ++r) {
+        FASTDNI_CHECK(labels[r] < width, caller, ": context must be given, because the label ",
+                      labels[r], " has no place in a one-hot context of width ", width);
+      }
+    }
+  }
+}
+
+OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group) {
+  OptimizerSettings result;
+  if (group < 0) return result;
+  const double* row = settings.data() + group * kSettings;
+  result.rule = static_cast<Rule>(static_cast<int>(row[0]));
+  result.lr = row[1];
+  result.weight_decay = row[2];
+  result.a = row[3];
+  result.b = row[4];
+  result.eps = row[5];
+  result.nesterov = row[6] != 0;
+  return result;
+}
+
+// Null where the number is on the CPU.
+DeviceNumber device_number(const std::string& caller, const char* name, const Tensor& tensor,
+                           const Plan& plan) {
+  const ScalarType dtype = tensor.scalar_type();
+  FASTDNI_CHECK(tensor.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+                caller, ": an optimizer's ", name, " must be one float32 or float64 number, got ",
+                to_string(dtype), " ", to_string(shape_of(tensor)));
+  if (tensor.is_cpu()) return {};
+  check_device(caller, std::string("an optimizer's ") + name, tensor, plan);
+  return {tensor.data_ptr(), dtype == ScalarType::Double};
+}
+
+double host_number(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? *data<float>(tensor) : *data<double>(tensor);
+}
+
+}  // namespace
+
+void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
+                  const std::string& criterion) {
+  const std::string rows = std::to_string(batch);
+  if (criterion == "mse") {
+    const Shape wanted{batch, outputs};
+    FASTDNI_CHECK(shape_of(target) == wanted, caller,
+                  ": target must be (B, N) = ", to_string(wanted), ", got ",
+                  to_string(shape_of(target)));
+    return;
+  }
+  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
+                ": target must be int64 labels for cross_entropy, got ",
+                to_string(target.scalar_type()));
+  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
+                ",), got ", to_string(shape_of(target)));
+  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
+  const Tensor contiguous = as_contiguous(target);
+  const auto* labels = data<int64_t>(contiguous);
+  for (int64_t r = 0; r < batch; ++r) {
+    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == cpu::kIgnoreIndex, caller,
+                  ": target must hold labels from 0 to ", outputs - 1, " (or ", cpu::kIgnoreIndex,
+                  " for rows to ignore), got ", labels[r], " in row ", r);
+  }
+}
+
+void check_values(const std::string& caller, const char* name, const Tensor& tensor,
+                  const Shape& shape, ScalarType dtype, const Plan& plan) {
+  const auto sizes = tensor.sizes();
+  const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+  FASTDNI_CHECK(same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), caller, ": ",
+                name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
+                to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
+                to_string(shape_of(tensor)));
+  check_device(caller, name, tensor, plan);
+}
+
+SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
+                         const OptionalTensor& target, const OptionalTensor& context) {
+  const NetworkSpec& spec = plan.spec;
+  const Shape wanted{spec.batch, spec.stages[0].inputs};
+  FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted), ", got ",
+                to_string(shape_of(x)));
+  FASTDNI_CHECK(x.scalar_type() == plan.dtype, caller, ": x must have the parameters' dtype ",
+                to_string(plan.dtype), ", got ", to_string(x.scalar_type()));
+  for (const StageSpec& stage : spec.stages) {
+    FASTDNI_CHECK(!stage.batch_norm || spec.batch > 1, caller,
+                  ": x must have at least 2 rows for BatchNorm in training, got 1");
+  }
+  SweepInputs inputs{as_contiguous(x), {}, {}, {}};
+  if (target.has_value()) inputs.target = as_contiguous(*target);
+  if (spec.criterion != Criterion::none) {
+    FASTDNI_CHECK(target.has_value(), caller, ": target must be given, got None");
+    const bool mse = spec.criterion == Criterion::mse;
+    check_target(caller, *inputs.target, spec.batch, spec.stages.back().outputs,
+                 mse ? "mse" : "cross_entropy");
+    FASTDNI_CHECK(!mse || target->scalar_type() == plan.dtype, caller,
+                  ": target must have x's dtype ", to_string(plan.dtype), ", got ",
+                  to_string(target->scalar_type()));
+  }
+  check_context(caller, plan, context, inputs.target ? &*inputs.target : nullptr);
+  if (context.has_value()) inputs.context = as_contiguous(*context);
+  return inputs;
+}
+
+void bind_inputs(Plan& plan, const SweepInputs& inputs) {
+  plan.memory.x = inputs.x.data_ptr();
+  plan.memory.target = inputs.target ? inputs.target->data_ptr() : nullptr;
+  plan.memory.context = inputs.context ? inputs.context->data_ptr() : nullptr;
+  plan.memory.network_input = inputs.network_input ? inputs.network_input->data_ptr() : nullptr;
+}
+
+void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
+                     const Integers& active) {
+  const auto& shapes = plan.expected.parameters;
+  FASTDNI_CHECK(parameters.size() == shapes.size(), caller, ": parameters must hold ",
+                shapes.size(), " tensors, got ", parameters.size());
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    check_values(caller, "a parameter", parameters[i], shapes[i], plan.dtype, plan);
+    plan.memory.parameters[i].value = parameters[i].data_ptr();
+  }
+  FASTDNI_CHECK(active.size() == plan.memory.active.size(), caller, ": active must hold ",
+                plan.memory.active.size(), " values, got ", active.size());
+  for (size_t s = 0; s < active.size(); ++s) plan.memory.active[s] = active[s] != 0;
+}
+
+void bind_statistics(const std::string& caller, Plan& plan, const Tensors& statistics) {
+  const auto& shapes = plan.expected.statistics;
+  FASTDNI_CHECK(statistics.size() == shapes.size(), caller, ": statistics must hold ",
+                shapes.size(), " tensors, got ", statistics.size());
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const bool counter = i % 3 == 2;
+    check_values(caller, "a running statistic", statistics[i], shapes[i],
+                 counter ? ScalarType::Long : plan.dtype, plan);
+    plan.memory.statistics[i] = statistics[i].data_ptr();
+  }
+}
+
+void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                    const Integers& groups, const std::vector<double>& settings,
+                    std::vector<const Tensor*>& steps) {
+  const auto& shapes = plan.expected.parameters;
+  FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
+                " numbers, got ", groups.size());
+  FASTDNI_CHECK(settings.size() % kSettings == 0, caller, ": settings must be rows of ", kSettings);
+  const int64_t rows = settings.size() / kSettings;
+  size_t next = 0;
+  const auto take = [&]() -> const Tensor& {
+    FASTDNI_CHECK(next < state.size(), caller, ": state holds too few tensors: ", state.size());
+    return state[next++];
+  };
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    FASTDNI_CHECK(groups[i] < rows, caller, ": groups must be below ", rows, ", got ", groups[i]);
+    FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[plan.expected.parameter_stages[i]], caller,
+                  ": groups must be -1 for the parameters of a masked stage");
+    ParameterMemory& memory = plan.memory.parameters[i];
+    memory.settings = settings_of(settings, groups[i]);
+    memory.first = memory.second = nullptr;
+    memory.device_step = memory.device_lr = {};
+    const auto take_values = [&] {
+      const Tensor& tensor = take();
+      check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
+                   plan.dtype, plan);
+      return tensor.data_ptr();
+    };
+    switch (memory.settings.rule) {
+      case Rule::none:
+      case Rule::sgd:
+        break;
+      case Rule::gradient:
+      case Rule::sgd_momentum:
+        memory.first = take_values();
+        break;
+      case Rule::adam:
+      case Rule::adamw: {
+        memory.first = take_values();
+        memory.second = take_values();
+        const Tensor& step = take();
+        memory.device_step = device_number(caller, "step", step, plan);
+        if (memory.device_step.at == nullptr) {
+          memory.step = 1 + host_number(step);
+          steps.push_back(&step);
+        }
+        break;
+      }
+      default:
+        FASTDNI_CHECK(false, caller, ": settings must begin with a rule from 0 to 5");
+    }
+    if (std::isnan(memory.settings.lr)) {
+      const Tensor& lr = take();
+      memory.device_lr = device_number(caller, "learning rate", lr, plan);
+      if (memory.device_lr.at == nullptr) memory.settings.lr = host_number(lr);
+    }
+  }
+  FASTDNI_CHECK(next == state.size(), caller, ": state holds too many tensors: ", state.size());
+}
+
+void raise_steps(const std::vector<const Tensor*>& steps) {
+  for (const Tensor* step : steps) {
+    if (step->scalar_type() == ScalarType::Float) {
+      ++*mutable_data<float>(*step);
+    } else {
+      ++*mutable_data<double>(*step);
+    }
+  }
+}
+
+}  // namespace fastdni
