@@ -90,7 +90,10 @@ def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
     index = torch.cuda.current_device() if device.index is None else device.index
     if (name, index) not in _unserved:
         if torch.cuda.is_current_stream_capturing():
-            return "a graph is captured, in which nothing can be compared"
+            raise RuntimeError(
+                f"fastdni: take this step once before its capture: the first one on cuda:{index} "
+                f"compares {name}'s kernels with plain PyTorch, which a graph cannot"
+            )
         with _looking:
             if (name, index) not in _unserved:
                 _unserved[name, index] = _look(torch.device("cuda", index), name)

@@ -22,6 +22,9 @@ def make_graphed_step(
 ) -> Callable[[Tensor, Tensor], StepResult]:
     """Captures `net.step` in a CUDA graph; each call of the result is one replay.
 
+    The graph's memory is its own, and lives as long as the result. (That of a `net.step` which you
+    capture yourself is the network's, which lets it go when its modules change.)
+
     The learning rates are read at every call, as a scheduler leaves them; everything else of the
     optimizer, and the modules, are as they were at the capture.
 
@@ -34,7 +37,7 @@ def make_graphed_step(
 
     Returns:
         step(x, target) -> StepResult. The result's tensors are the graph's own: the next call
-        writes over them.
+        writes over them. It raises ValueError for a batch of another shape.
 
     Raises:
         RuntimeError: the network is not on a CUDA device, or an optimizer is not capturable.
@@ -76,7 +79,8 @@ class _GraphedStep:
             with torch.cuda.device(data[0].device):
                 self._warm_up(warmup)
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
+                # torch's own stream for captures is one of the first GPU that captured.
+                with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
                     self._result = self._run()
         finally:
             for rate in rates:
@@ -94,6 +98,12 @@ class _GraphedStep:
         current.wait_stream(side)
 
     def __call__(self, x: Tensor, target: Tensor) -> StepResult:
+        for name, ours, given in zip(("x", "target"), self._data, (x, target), strict=True):
+            if given.shape != ours.shape:
+                raise ValueError(
+                    f"make_graphed_step: {name} must be {tuple(ours.shape)} as at the capture, got "
+                    f"{tuple(given.shape)}"
+                )
         for ours, given in zip(self._data, (x, target), strict=True):
             ours.copy_(given)
         for rate in self._rates:

@@ -32,6 +32,7 @@ MULTIPLYING = {
 FLOATING = {
     "sweep_reduction_kernel",
     "sweep_count_kernel",
+    "sweep_labels_kernel",
     "sweep_prepare_kernel",
     "sweep_loss_kernel",
 }

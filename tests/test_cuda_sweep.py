@@ -14,7 +14,7 @@ from sweep_problem import CASES, CONTEXT, Problem, cast, fresh_state, problem, s
 from fastdni import ops, reference
 
 RULES = reference.RULES
-SPREADS = ["rows", "clusters", "instructions"]
+SPREADS = ["rows", "clusters", "phases"]
 KEPT = reference.KEPT
 
 
@@ -144,7 +144,7 @@ def test_a_step(name, spread):
 def test_a_step_whose_products_are_the_librarys(name):
     """Every one of them, however small; the rest of the instructions goes on from there."""
     one, given = problem(name)
-    found = host_step(one, given, torch.float64, built("plain"), "instructions", library_from=1)
+    found = host_step(one, given, torch.float64, built("plain"), "phases", library_from=1)
     compare(found, reference_step(one), 1e-10)
 
 
@@ -262,8 +262,8 @@ def test_the_same_bits_in_any_order_of_threads_and_launches(name):
     for how in (
         {"seed": 1},
         {"spread": "clusters", "seed": 2},
-        {"spread": "instructions"},
-        {"spread": "instructions", "seed": 3},
+        {"spread": "phases"},
+        {"spread": "phases", "seed": 3},
     ):
         assert_same_bits(first, host_step(one, given, torch.float32, run, **how))
 
@@ -271,7 +271,7 @@ def test_the_same_bits_in_any_order_of_threads_and_launches(name):
 @pytest.mark.parametrize(
     "name, spread",
     [
-        ("wide rows", "instructions"),
+        ("wide rows", "phases"),
         ("one of each", "rows"),
         ("mlp", "rows"),
         ("unlocked, norm", "clusters"),
@@ -285,7 +285,7 @@ def test_stays_in_bounds(name, spread):
 
 @pytest.mark.parametrize(
     "name, spread",
-    [("mlp", "rows"), ("norm", "instructions"), ("mse", "rows"), ("a wide layer", "clusters")],
+    [("mlp", "rows"), ("norm", "phases"), ("mse", "rows"), ("a wide layer", "clusters")],
 )
 def test_has_no_race(name, spread):
     one, given = problem(name)

@@ -315,6 +315,18 @@ def test_raw_ops_refuse_what_does_not_fit(change, message):
     assert all(map(torch.equal, before, changed))
 
 
+@pytest.mark.skipif(
+    _C.build_info()["cuda_architectures"] in (None, "host"), reason="built without CUDA kernels"
+)
+def test_every_op_takes_a_gpus_tensors():
+    """As far as that can be seen without one: it is registered for them. Triton's ops, too, ask raw
+    ones whether their arguments fit."""
+    has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastdni::")]
+    assert "fastdni::sweep_" in names
+    assert [name for name in names if not has(name, "CUDA")] == []
+
+
 def test_a_plan_says_how_a_gpu_divides_the_step():
     """On a GPU (or in the host's build of its kernels); the CPU has no launches."""
     if _C.build_info()["cuda_architectures"] != "host":
@@ -322,9 +334,11 @@ def test_a_plan_says_how_a_gpu_divides_the_step():
         return
     small = ops.SweepPlan(stages(), 4, "cross_entropy").launches
     large = ops.SweepPlan(stages((300, 600, 5)), 4000, "cross_entropy").launches
-    assert small == "a cluster of 8 blocks for 16 rows"
-    layer = "a launch for each layer, for one is 600 wide"
-    assert large == f"{layer}; 4 products, from {3 << 26} multiply-adds on, by torch's library"
+    # Of three stages: while one is synthesized the next one goes forward, and while that one is
+    # the first synthesizer is regressed.
+    assert small == "a cluster of 2 blocks for 16 rows, 5 phases"
+    launches = "a launch for each of 4 phases, for a layer is 600 wide"
+    assert large == f"{launches}; 4 products, from {3 << 26} multiply-adds on, by torch's library"
 
 
 def test_a_plan_lives_as_long_as_its_object():

@@ -37,6 +37,15 @@ cudaError_t launch(void (*kernel)(Parameters...), LaunchPlan plan, cudaStream_t 
   return error;
 }
 
+// What the code of a kernel that the current GPU runs was compiled for: 90 for sm_90; 0 where there
+// is none.
+template <class... Parameters>
+int code_architecture(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  return cudaGetLastError() == cudaSuccess ? attributes.ptxVersion : 0;
+}
+
 // How many clusters of such a launch the current GPU holds at a time.
 template <class... Parameters>
 int most_clusters(void (*kernel)(Parameters...), LaunchPlan plan) {

@@ -52,11 +52,13 @@ inline __device__ void multiply_add_bfloat16(float (&c)[4], const uint32_t (&a)[
 }
 
 // Waits for all blocks of a cluster, and shows each what the others wrote. sm_90 and later: older
-// GPUs have no clusters, and are never launched with any.
+// GPUs have no clusters, and code for them is never launched with any (see `sweep_clusters`).
 inline __device__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 

@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstring>
 
 #include "cuda/launch.h"
 #include "cuda/sweep.cuh"
+#include "cuda/sweep_phases.h"
 #include "cuda/with_products.h"
 
 namespace fastdni::cuda {
@@ -24,6 +26,9 @@ std::vector<Task> sweep_tasks(const SweepProgram& program) {
 }
 
 namespace {
+
+// A grid takes 65535 in its second direction; no GPU has as many blocks at work.
+constexpr int kMostColumns = 4096;
 
 template <class T>
 cudaError_t launch_instructions(const SweepStep<T>& step, int first, int last, LaunchPlan plan,
@@ -54,17 +59,19 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
       make(step, program.library[p], library);
     }
     LaunchPlan plan{program.row_blocks, kSweepThreads};
-    if (spread != Spread::instructions) {
+    if (spread != Spread::phases) {
       plan.clusters = spread == Spread::clusters;
-      plan.columns = plan.clusters ? kSweepCluster : 1;
+      plan.columns = plan.clusters ? sweep_cluster(program) : 1;
       if (error == cudaSuccess && segment.first < segment.last) {
         error = launch_instructions(step, segment.first, segment.last, plan, stream);
       }
       continue;
     }
-    for (int i = segment.first; i < segment.last && error == cudaSuccess; ++i) {
-      plan.columns = (program.instructions[i].columns + kSweepColumns - 1) / kSweepColumns;
-      error = launch_instructions(step, i, i + 1, plan, stream);
+    for (int i = segment.first; i < segment.last && error == cudaSuccess;) {
+      const int end = phase_end(program, segment, i);
+      plan.columns = std::min(phase_tiles(program, i, end), kMostColumns);
+      error = launch_instructions(step, i, end, plan, stream);
+      i = end;
     }
   }
   return error;
@@ -72,21 +79,22 @@ cudaError_t launch_segments(const SweepStep<T>& step, const SweepProgram& progra
 
 }  // namespace
 
+int sweep_cluster(const SweepProgram& program) {
+  const auto most = static_cast<unsigned>(std::min<int>(program.widest, kSweepCluster));
+  return static_cast<int>(std::bit_ceil(most));
+}
+
 template <class T>
-bool sweep_clusters(Products products) {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    return false;
-  }
-  if (major < 9) return false;
-  int most = 0;
-  const LaunchPlan plan{1, kSweepThreads, kSweepCluster, true};
+bool sweep_clusters(Products products, int blocks) {
+  bool taken = false;
+  const LaunchPlan plan{1, kSweepThreads, blocks, true};
   with_products<T>(products, [&](auto kind) {
-    most = most_clusters(sweep_rows_kernel<kind(), T>, plan);
+    const auto kernel = sweep_rows_kernel<kind(), T>;
+    // Code for older GPUs runs on newer ones, too.
+    taken = code_architecture(kernel) >= 90 && most_clusters(kernel, plan) > 0;
     return cudaSuccess;
   });
-  return most > 0;
+  return taken;
 }
 
 cudaError_t launch_sweep_write(void* to, const void* bytes, size_t count, cudaStream_t stream) {
@@ -147,7 +155,7 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& pr
 }
 
 #define INSTANTIATE(T)                                                                           \
-  template bool sweep_clusters<T>(Products);                                                     \
+  template bool sweep_clusters<T>(Products, int);                                                \
   template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, Spread,    \
                                             const Library&, cudaStream_t);                       \
   template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, Spread, \

@@ -11,28 +11,34 @@ inline __global__ void sweep_write_kernel(const SweepBytes bytes, uint32_t* to, 
   for (int i = threadIdx.x; i < words; i += kSweepThreads) to[i] = bytes.words[i];
 }
 
-// Instructions [first, last) of the program, on the rows of this block; in a cluster, on those of
-// all of its blocks.
+template <Products products, class T>
+__device__ void run(const SweepStep<T>& step, const Instruction& op, int tile) {
+  switch (op.op) {
+    case Op::product:
+      return run_product<products>(step, op, tile);
+    case Op::criterion:
+      return run_criterion(step, op);
+    case Op::moments:
+    case Op::gradient_moments:
+      return run_moments(step, op, tile);
+    default:
+      return run_normalize(step, op, tile);
+  }
+}
+
+// Instructions [first, last) of the program, on the rows of this block. The blocks of the same
+// rows, in a cluster or where that is all of a phase, share the tiles among them.
 template <Products products, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_rows_kernel(const SweepStep<T> step, int first, int last, bool cluster) {
-  for (int i = first; i < last; ++i) {
-    const Instruction& op = step.instructions[i];
-    if (op.stage >= 0 && !step.active.has(op.stage)) continue;
-    switch (op.op) {
-      case Op::product:
-        run_product<products>(step, op);
-        break;
-      case Op::criterion:
-        run_criterion(step, op);
-        break;
-      case Op::moments:
-      case Op::gradient_moments:
-        run_moments(step, op);
-        break;
-      default:
-        run_normalize(step, op);
-    }
+  const Instruction* op = step.instructions + first;
+  while (op < step.instructions + last) {
+    int tile = blockIdx.y;
+    do {
+      if (op->stage >= 0 && !step.active.has(op->stage)) continue;
+      for (; tile < op->tiles(); tile += gridDim.y) run<products>(step, *op, tile);
+      tile -= op->tiles();
+    } while (++op < step.instructions + last && op[0].phase == op[-1].phase);
     // What has been written is there for all who work on these rows.
     if (cluster) {
       cluster_barrier();

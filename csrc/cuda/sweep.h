@@ -73,6 +73,7 @@ struct SweepStep {
   StageMask active;
   int64_t batch;
   double divisor;   // of the synthesis losses
+  T scale;          // 2 / divisor
   int32_t outputs;  // N
   Criterion criterion;
   Products products;
@@ -110,14 +111,16 @@ std::vector<Task> sweep_tasks(const SweepProgram& program);
 // How a program's segments are spread over a GPU. The bits are the same.
 enum class Spread {
   rows,      // one launch a segment, a block for every kSweepRows rows
-  clusters,  // one launch a segment, for every kSweepRows rows a cluster of kSweepCluster blocks
-  instructions,  // one launch an instruction, with blocks for every kSweepColumns columns, too
+  clusters,  // one launch a segment, for every kSweepRows rows a cluster of blocks
+  phases,    // one launch a phase, for every kSweepRows rows a block for each tile
 };
 // The largest cluster that every GPU with clusters takes.
 constexpr int kSweepCluster = 8;
+// Blocks of a program's clusters: no more than have something to do at some time.
+int sweep_cluster(const SweepProgram& program);
 // Whether the current GPU takes clusters of that many of the sweep's blocks.
 template <class T>
-bool sweep_clusters(Products products);
+bool sweep_clusters(Products products, int blocks);
 
 // Bytes that travel with a launch.
 struct SweepBytes {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/sweep_library.h"
+#include "cuda/sweep_phases.h"
 #include "cuda/sweep_program.h"
 
 namespace fastdni::cuda {
@@ -136,7 +137,9 @@ class SweepProgramBuilder {
 
   // ---- instructions ----
 
-  Evaluation* evaluate(const Synthesizer* synthesizer, Operand trigger, bool regressed) {
+  // Of a stage, where it gives the gradient that the stage goes on with.
+  Evaluation* evaluate(const Synthesizer* synthesizer, Operand trigger, bool regressed,
+                       const Stage* stage = nullptr) {
     Evaluation& made = evaluations_.emplace_back();
     made.synthesizer = synthesizer;
     const size_t layers = synthesizer->weights.size();
@@ -157,6 +160,12 @@ class SweepProgramBuilder {
       }
       layer.activation = last ? Activation::identity : Activation::relu;
       layer.out = to;
+      if (last && stage != nullptr) {
+        layer.finish = Finish::synthesize;
+        layer.activation = stage->spec->activation;
+        layer.other = stage->h;
+        layer.dz = stage->dz;
+      }
       if (last) {
         made.prediction = to;
       } else {
@@ -258,21 +267,19 @@ class SweepProgramBuilder {
   // The gradient of h, synthetic or the criterion's, and of u.
   void gradient(Stage& stage, int32_t s) {
     if (stage.made != nullptr) regress(*stage.made, itself(stage.h), s + 1);
-    Operand sent = stage.dz;
-    if (stage.sent != nullptr) {
-      sent = stage.sent->prediction;
-    } else if (spec_.criterion != Criterion::none) {
+    if (stage.sent == nullptr) {
       Instruction& criterion = add(Op::criterion, stage.spec->outputs, -1);
       criterion.a = stage.h;
       criterion.out = stage.dz;
       criterion.partials = program_.criterion.partials;
+      if (stage.spec->activation != Activation::identity) {
+        Instruction& made = add(Op::product, stage.spec->outputs, s);
+        made.finish = Finish::differentiate;
+        made.a = made.out = stage.dz;
+        made.activation = stage.spec->activation;
+        made.other = stage.h;
+      }
     }
-    Instruction& made = add(Op::product, stage.spec->outputs, s);
-    made.finish = Finish::differentiate;
-    made.a = sent;
-    made.activation = stage.spec->activation;
-    made.other = stage.h;
-    made.out = stage.dz;
     if (!stage.spec->batch_norm) return;
     Instruction& moments = add(Op::gradient_moments, stage.spec->outputs, s);
     moments.a = stage.dz;
@@ -369,7 +376,7 @@ class SweepProgramBuilder {
         normalize(stage);
       }
       if (stage.m != nullptr) {
-        stage.sent = evaluate(stage.m, stage.h, !unlocked);
+        stage.sent = evaluate(stage.m, stage.h, !unlocked, &stage);
         stage.regressed = unlocked ? evaluate(stage.m, stage.made->prediction, true) : stage.sent;
       }
       gradient(stage, static_cast<int32_t>(s));
@@ -422,7 +429,9 @@ class SweepProgramBuilder {
 // Products of `library_from` multiply-adds and more are left to torch's library.
 inline SweepProgram make_sweep_program(const NetworkSpec& spec, int64_t library_from) {
   SweepProgram program = SweepProgramBuilder(spec).take();
+  arrange_phases(program);
   LibraryProducts(program, spec.batch, library_from).hand_over();
+  count_phases(program);
   return program;
 }
 

@@ -66,7 +66,6 @@ __device__ T counted_rows(const SweepStep<T>& step) {
 // loss and gradient NaN.
 template <class T>
 __device__ void run_criterion(const SweepStep<T>& step, const Instruction& op) {
-  if (blockIdx.y != 0) return;
   const RowThread thread = row_thread(step);
   const T* h = resolve(step, op.a) + thread.begin(op.columns);
   T* out = resolve(step, op.out) + thread.begin(op.columns);

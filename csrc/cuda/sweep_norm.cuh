@@ -17,35 +17,34 @@ __device__ int64_t last_row(const SweepStep<T>& step) {
 }
 
 template <class T>
-__device__ void run_moments(const SweepStep<T>& step, const Instruction& op) {
+__device__ void run_moments(const SweepStep<T>& step, const Instruction& op, int tile) {
+  const int c = tile * kMomentColumns + threadIdx.x;
+  if (c >= op.columns) return;
   const T* a = resolve(step, op.a);
   const T* other = resolve(step, op.other);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSweepRows, end = last_row(step);
   T* first = step.workspace + op.partials + static_cast<int64_t>(blockIdx.x) * op.columns;
   T* second = first + static_cast<int64_t>(gridDim.x) * op.columns;
-  for (int c = blockIdx.y * kSweepThreads + threadIdx.x; c < op.columns;
-       c += gridDim.y * kSweepThreads) {
-    T sum = 0, products = 0;
-    if (op.op == Op::moments) {
-      for (int64_t r = begin; r < end; ++r) sum += a[r * op.columns + c];
-      sum /= static_cast<T>(end - begin);
-      for (int64_t r = begin; r < end; ++r) {
-        const T off = a[r * op.columns + c] - sum;
-        products += off * off;
-      }
-    } else {
-      for (int64_t r = begin; r < end; ++r) {
-        sum += a[r * op.columns + c];
-        products += a[r * op.columns + c] * other[r * op.columns + c];
-      }
+  T sum = 0, products = 0;
+  if (op.op == Op::moments) {
+    for (int64_t r = begin; r < end; ++r) sum += a[r * op.columns + c];
+    sum /= static_cast<T>(end - begin);
+    for (int64_t r = begin; r < end; ++r) {
+      const T off = a[r * op.columns + c] - sum;
+      products += off * off;
     }
-    first[c] = sum;
-    second[c] = products;
+  } else {
+    for (int64_t r = begin; r < end; ++r) {
+      sum += a[r * op.columns + c];
+      products += a[r * op.columns + c] * other[r * op.columns + c];
+    }
   }
+  first[c] = sum;
+  second[c] = products;
 }
 
 template <class T>
-__device__ void run_normalize(const SweepStep<T>& step, const Instruction& op) {
+__device__ void run_normalize(const SweepStep<T>& step, const Instruction& op, int tile) {
   const RowThread thread = row_thread(step);
   const T* mean = step.workspace + op.statistics;
   const T* inverse = mean + op.columns;
@@ -56,8 +55,8 @@ __device__ void run_normalize(const SweepStep<T>& step, const Instruction& op) {
   T* out = resolve(step, op.out);
   T* other = resolve(step, op.other);
   const T batch = static_cast<T>(step.batch);
-  for (int c = blockIdx.y * kSweepLanes + thread.lane; thread.inside && c < op.columns;
-       c += gridDim.y * kSweepLanes) {
+  const int past = (tile + 1) * kSweepColumns, end = past < op.columns ? past : op.columns;
+  for (int c = tile * kSweepColumns + thread.lane; thread.inside && c < end; c += kSweepLanes) {
     const int64_t at = thread.begin(op.columns) + c;
     if (op.op == Op::normalize) {
       const T z = (out[at] - mean[c]) * inverse[c];

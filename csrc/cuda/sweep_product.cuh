@@ -35,8 +35,9 @@ __device__ T differentiated(Activation activation, T grad, T h) {
 
 // The context's part where it is one-hot labels: a column of the weight.
 template <Products products, class T>
-__device__ void add_label(const SweepStep<T>& step, const RowThread& thread, const Instruction& op,
-                          int first, T (&sums)[kTileResults]) {
+__device__ void add_label(const SweepStep<T>& step, const Instruction& op, int first,
+                          T (&sums)[kTileResults]) {
+  const RowThread thread = row_thread(step);
   if (!thread.inside) return;
   const T* weight = resolve(step, op.context_weight);
   const int64_t label = static_cast<const int64_t*>(step.target)[thread.row];
@@ -52,8 +53,8 @@ __device__ void add_label(const SweepStep<T>& step, const RowThread& thread, con
 
 // Columns [first, ...) of an instruction's product, this thread's.
 template <Products products, class T>
-__device__ void multiply(const SweepStep<T>& step, const RowThread& thread, const Instruction& op,
-                         int first, T (&sums)[kTileResults]) {
+__device__ void multiply(const SweepStep<T>& step, const Instruction& op, int first,
+                         T (&sums)[kTileResults]) {
   const int first_row = blockIdx.x * kSweepRows, rows = static_cast<int>(step.batch);
   const bool given = op.context > 0 && step.context != nullptr;
   const bool weighted = op.weight.place != Place::none;
@@ -70,52 +71,56 @@ __device__ void multiply(const SweepStep<T>& step, const RowThread& thread, cons
     }
     tile.finish(sums);
   }
-  if (op.context > 0 && !given) add_label<products>(step, thread, op, first, sums);
+  if (op.context > 0 && !given) add_label<products>(step, op, first, sums);
 }
 
 template <Products products, class T>
-__device__ void run_product(const SweepStep<T>& step, const Instruction& op) {
+__device__ void run_product(const SweepStep<T>& step, const Instruction& op, int tile) {
+  const int first = tile * kSweepColumns;
+  T sums[kTileResults] = {};
+  multiply<products>(step, op, first, sums);
   const RowThread thread = row_thread(step);
   const bool computed = op.weight.place != Place::none;
-  const int tiles = (op.columns + kSweepColumns - 1) / kSweepColumns;
-  for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
-    const int first = tile * kSweepColumns;
-    T sums[kTileResults] = {};
-    multiply<products>(step, thread, op, first, sums);
-    const T* a = computed ? nullptr : resolve(step, op.a);  // null, too, where there is no depth
-    const T* bias = resolve(step, op.bias);
-    const T* second_bias = resolve(step, op.second_bias);
-    const T* other = resolve(step, op.other);
-    T* out = resolve(step, op.out);
-    T squares = 0;
+  const T* a = computed ? nullptr : resolve(step, op.a);  // null, too, where there is no depth
+  const T* bias = resolve(step, op.bias);
+  const T* second_bias = resolve(step, op.second_bias);
+  const T* other = resolve(step, op.other);
+  T* out = resolve(step, op.out);
+  T* dz = resolve(step, op.dz);
+  T squares = 0;
 #pragma unroll
-    for (int j = 0; j < kTileResults; ++j) {
-      const int column = first + thread.lane + j * kSweepLanes;
-      if (!thread.inside || column >= op.columns) continue;
-      const int64_t at = thread.begin(op.columns) + column;
-      T c = a == nullptr ? sums[j] : a[at] + sums[j];
-      switch (op.finish) {
-        case Finish::activate:
-          if (bias != nullptr) c += bias[column];
-          if (second_bias != nullptr) c += second_bias[column];
-          out[at] = activated(op.activation, c);
-          break;
-        case Finish::differentiate:
-          out[at] = differentiated(op.activation, c, other[at]);
-          break;
-        case Finish::regress: {
-          const T error = other[at] - c;
-          squares += error * error;
-          out[at] = static_cast<T>(2 / step.divisor) * error;
-          break;
-        }
+  for (int j = 0; j < kTileResults; ++j) {
+    const int column = first + thread.lane + j * kSweepLanes;
+    if (!thread.inside || column >= op.columns) continue;
+    const int64_t at = thread.begin(op.columns) + column;
+    T c = a == nullptr ? sums[j] : a[at] + sums[j];
+    switch (op.finish) {
+      case Finish::activate:
+        if (bias != nullptr) c += bias[column];
+        if (second_bias != nullptr) c += second_bias[column];
+        out[at] = activated(op.activation, c);
+        break;
+      case Finish::synthesize:
+        if (bias != nullptr) c += bias[column];
+        if (second_bias != nullptr) c += second_bias[column];
+        out[at] = c;
+        dz[at] = differentiated(op.activation, c, other[at]);
+        break;
+      case Finish::differentiate:
+        out[at] = differentiated(op.activation, c, other[at]);
+        break;
+      case Finish::regress: {
+        const T error = other[at] - c;
+        squares += error * error;
+        out[at] = step.scale * error;
+        break;
       }
     }
-    if (op.finish == Finish::regress) {
-      squares = block_sum<kSweepThreads>(squares);
-      if (threadIdx.x == 0) step.workspace[op.partials + blockIdx.x * tiles + tile] = squares;
-      __syncthreads();  // before the next sum
-    }
+  }
+  if (op.finish == Finish::regress) {
+    squares = block_sum<kSweepThreads>(squares);
+    if (threadIdx.x == 0) step.workspace[op.partials + blockIdx.x * op.tiles() + tile] = squares;
+    __syncthreads();  // before the next sum
   }
 }
 

@@ -11,8 +11,9 @@ namespace fastdni::cuda {
 
 // Rows of a block.
 constexpr int kSweepRows = 16;
-// Columns that a block computes at a time.
+// Columns that a block computes at a time, and those that it takes moments of.
 constexpr int kSweepColumns = 64;
+constexpr int kMomentColumns = 256;
 // Labels that every block of rows counts for itself.
 constexpr int kCountedLabels = 4096;
 
@@ -51,6 +52,7 @@ enum class Op : int32_t {
 
 enum class Finish : int32_t {
   activate,       // out = phi(c + b + q)
+  synthesize,     // out = c + b + q, a prediction of the gradient; dz = out phi'(other)
   differentiate,  // out = c phi'(other), from other = phi(..)
   regress,        // out = (2 / B) (other - c), the sum of squares of the error to partials
 };
@@ -58,8 +60,10 @@ enum class Finish : int32_t {
 struct Instruction {
   Op op = Op::product;
   int32_t stage = -1;  // is left out where this stage is masked; -1: never
+  // Those of a phase do not depend on one another; a phase begins when the one before is done.
+  int32_t phase = 0;
   int32_t columns = 0;
-  Operand a, out, other;
+  Operand a, out, other, dz;
   Activation activation = Activation::identity;
 
   // Of a product. Weight (columns, depth); (depth, columns) where it is `transposed`.
@@ -69,6 +73,14 @@ struct Instruction {
   Operand weight, bias, second_bias;
   int32_t context = 0;  // its width; 0: none
   Operand context_weight;
+
+  // The pieces that blocks share among them.
+  FASTDNI_HOST_DEVICE int32_t tiles() const {
+    if (op == Op::criterion) return 1;
+    const bool moments = op == Op::moments || op == Op::gradient_moments;
+    const int32_t width = moments ? kMomentColumns : kSweepColumns;
+    return (columns + width - 1) / width;
+  }
 
   // In the workspace. Of a product and the criterion a number for each row block and kSweepColumns
   // columns; of moments two rows of `columns` for each row block.
@@ -88,8 +100,8 @@ struct Reduction {
   double eps = 0;
 };
 
-// Instructions [first, last), after the reductions [reduce_first, reduce_last) and the products
-// [library_first, library_last) of torch's library.
+// Instructions [first, last), phase after phase, after the reductions [reduce_first, reduce_last)
+// and the products [library_first, library_last) of torch's library.
 struct Segment {
   int32_t reduce_first = 0, reduce_last = 0;
   int32_t library_first = 0, library_last = 0;
@@ -133,6 +145,7 @@ struct SweepProgram {
   std::vector<Loss> synthesis;  // gradients', then inputs'
   int64_t workspace = 0;        // elements
   int64_t row_blocks = 0;
+  int32_t phases = 0, widest = 0;  // their number, and the most tiles of one
 
   Operand allocate(int64_t elements) {
     const Operand made{Place::workspace, workspace};

@@ -8,6 +8,7 @@ namespace fastdni::cuda {
 constexpr int kSweepLanes = kTileLanes;  // threads of a row
 static_assert(kSweepThreads == kTileThreads && kSweepRows == kTileRows);
 static_assert(kSweepColumns == kTileColumns && kUpdateColumns == kTileColumns);
+static_assert(kMomentColumns == kSweepThreads);
 // Blocks on a multiprocessor at least: 128 registers a thread, 255 for float64, which is for
 // proofs.
 template <class T>

@@ -98,6 +98,7 @@ __device__ T column_sum(const T* grad, int64_t rows, int columns, int first) {
   const int column = threadIdx.x % kSweepRows, group = threadIdx.x / kSweepRows;
   T sum = 0;
   if (first + column < columns) {
+#pragma unroll 8  // several reads on their way
     for (int64_t r = group; r < rows; r += kGroups) sum += grad[r * columns + first + column];
   }
   sum += __shfl_xor_sync(kAllLanes, sum, kSweepRows);

@@ -7,8 +7,7 @@ namespace fastdni::cuda {
 template <class T>
 cudaError_t launch_synthesizer_layer(const SweepStep<T>& step, const Instruction& op,
                                      cudaStream_t stream) {
-  const LaunchPlan plan{(step.batch + kSweepRows - 1) / kSweepRows, kSweepThreads,
-                        (op.columns + kSweepColumns - 1) / kSweepColumns};
+  const LaunchPlan plan{(step.batch + kSweepRows - 1) / kSweepRows, kSweepThreads, op.tiles()};
   return with_products<T>(step.products, [&](auto products) {
     return launch(synthesizer_layer_kernel<products(), T>, plan, stream, step, op);
   });

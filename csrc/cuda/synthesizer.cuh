@@ -8,7 +8,7 @@ namespace fastdni::cuda {
 template <Products products, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     synthesizer_layer_kernel(const SweepStep<T> step, const Instruction op) {
-  run_product<products>(step, op);
+  run_product<products>(step, op, blockIdx.y);
 }
 
 // Block (x, y): a tile of the weight's gradient; those of y = 0 also its biases, and one more in x

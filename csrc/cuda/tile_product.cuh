@@ -48,18 +48,19 @@ class TileProduct {
     T* b_chunk = a_chunk + kDepth * kAStride;
     Quads<kTileRows> next_a;
     Quads<kTileColumns> next_b;
-    const int start = threadIdx.x / 32 * kDepth;
-    for (int from = start;; from += kWarps * kDepth) {
+    bool loaded = false;
+    for (int from = threadIdx.x / 32 * kDepth;; from += kWarps * kDepth) {
       const bool more = from < depth;
       if (more) {  // on its way while the chunk before is multiplied
         load(a, a_first, from, depth, next_a);
         load(b, b_first, from, depth, next_b);
       }
-      if (from > start) {
+      if (loaded) {
         __syncwarp();  // the chunk is there for all lanes, and all lanes are together
         multiply(a_chunk, b_chunk);
       }
       if (!more) return;
+      loaded = true;
       __syncwarp();
       store<kAStride>(a, next_a, a_chunk);
       store<kBStride>(b, next_b, b_chunk);
@@ -95,7 +96,7 @@ class TileProduct {
   // As much as fits in the 48 KB that a kernel may declare.
   static constexpr int kDepth = 64 / sizeof(T);
   static constexpr int kDepthQuads = kDepth / 4;
-  // Lanes that read or write together meet different banks.
+  // Lanes that read or write together meet different banks, or at most two of them one.
   static constexpr int kAStride = kTileRows + 4, kBStride = kTileColumns + 8;
   static constexpr int kWarpElements = kDepth * (kAStride + kBStride);
   // Sums are handed over in as many passes as they need memory for.

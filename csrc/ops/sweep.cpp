@@ -208,6 +208,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
   m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
   m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
   m.impl("sweep_update_", TORCH_BOX(&sweep_update));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
   m.impl("sweep_check_target", TORCH_BOX(&check_target));
 }
 

@@ -124,6 +124,9 @@ SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tens
                          const OptionalTensor& target, const OptionalTensor& context) {
   const NetworkSpec& spec = plan.spec;
   const Shape wanted{spec.batch, spec.stages[0].inputs};
+  check_device(caller, "x", x, plan);
+  if (target.has_value()) check_device(caller, "target", *target, plan);
+  if (context.has_value()) check_device(caller, "context", *context, plan);
   FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted), ", got ",
                 to_string(shape_of(x)));
   FASTDNI_CHECK(x.scalar_type() == plan.dtype, caller, ": x must have the parameters' dtype ",

@@ -22,7 +22,7 @@ using cuda::kSweepCluster;
 using cuda::kSweepColumns;
 
 constexpr const char* kOp = "sweep";
-// Wider layers have enough columns to give every multiprocessor a tile of one instruction; below,
+// Wider layers have enough columns to give every multiprocessor a tile of one phase; below,
 // launches cost more than idle multiprocessors do. A block makes the tiles of its rows one after
 // the other, a cluster all at a time. Estimated, not measured.
 constexpr int64_t kWidestForClusters = kSweepCluster * kSweepColumns;
@@ -92,18 +92,25 @@ class CudaSweep final : public Sweep {
     for (const cuda::Instruction& op : program_.instructions) {
       widest_ = std::max<int64_t>(widest_, op.columns);
     }
-    const bool clusters = widest_ <= kWidestForClusters && cuda::sweep_clusters<T>(spec.products);
+    const int cluster = cuda::sweep_cluster(program_);
+    const bool clusters = cluster > 1 && widest_ <= kWidestForClusters &&
+                          cuda::sweep_clusters<T>(spec.products, cluster);
     spread_ = clusters                    ? cuda::Spread::clusters
               : widest_ <= kWidestForRows ? cuda::Spread::rows
-                                          : cuda::Spread::instructions;
-    if (!program_.library.empty()) spread_ = cuda::Spread::instructions;
+                                          : cuda::Spread::phases;
+    if (!program_.library.empty()) spread_ = cuda::Spread::phases;
   }
 
   std::string launches() const override {
-    std::string text = "a block for 16 rows, without clusters on this GPU";
-    if (spread_ == cuda::Spread::clusters) text = "a cluster of 8 blocks for 16 rows";
-    if (spread_ == cuda::Spread::instructions) {
-      text = "a launch for each layer, for one is " + std::to_string(widest_) + " wide";
+    const std::string phases = std::to_string(program_.phases) + " phases";
+    std::string text = "a block for 16 rows, " + phases;
+    if (spread_ == cuda::Spread::clusters) {
+      const std::string blocks = std::to_string(cuda::sweep_cluster(program_));
+      text = "a cluster of " + blocks + " blocks for 16 rows, " + phases;
+    }
+    if (spread_ == cuda::Spread::phases) {
+      text = "a launch for each of " + phases + ", for a layer is " + std::to_string(widest_) +
+             " wide";
     }
     const size_t products = program_.library.size() + program_.gradients.size();
     if (products == 0) return text;
@@ -115,7 +122,7 @@ class CudaSweep final : public Sweep {
 
   void forward(const StepMemory& memory) override {
     own_ = &of_stream_[stream(memory)];
-    step_ = begin(memory);
+    step_ = begin(memory, !memory.apart);
     cuda::check(
         kOp, cuda::launch_sweep_forward(step_, program_, spread_, library(memory), stream(memory)));
     if (memory.apart && step_.loss != nullptr) {
@@ -125,7 +132,7 @@ class CudaSweep final : public Sweep {
 
   void update(const StepMemory& memory) override {
     if (memory.apart) {
-      step_ = begin(memory);
+      step_ = begin(memory, true);
       step_.loss = nullptr;  // it is there since `forward`
     }
     if (memory.gradient != nullptr) {
@@ -218,8 +225,9 @@ class CudaSweep final : public Sweep {
     return parameters;
   }
 
-  // The tables on the device, and everything the kernels are told.
-  cuda::SweepStep<T> begin(const StepMemory& memory) {
+  // The tables on the device, and everything the kernels are told. `updates`: whether an update
+  // follows, by the optimizers' settings as they are now.
+  cuda::SweepStep<T> begin(const StepMemory& memory, bool updates) {
     const Tensor& like = *memory.like;
     if (!own_->workspace) own_->workspace = empty(like, {program_.workspace});
     const bool in_graph = cuda::is_captured(kOp, stream(memory));
@@ -231,7 +239,7 @@ class CudaSweep final : public Sweep {
     for (const ParameterMemory& parameter : memory.parameters) {
       const Rule rule = parameter.settings.rule;
       const bool counted = rule == Rule::adam || rule == Rule::adamw;
-      FASTDNI_CHECK(!in_graph || !counted || parameter.device_step.at != nullptr, kOp,
+      FASTDNI_CHECK(!in_graph || !updates || !counted || parameter.device_step.at != nullptr, kOp,
                     ": in a CUDA graph an optimizer's step count must be on the GPU: make it with "
                     "capturable=True");
     }
@@ -276,6 +284,7 @@ class CudaSweep final : public Sweep {
     }
     step.batch = spec_.batch;
     step.divisor = static_cast<double>(spec_.batch);
+    step.scale = static_cast<T>(2 / step.divisor);
     step.outputs = static_cast<int32_t>(spec_.stages.back().outputs);
     step.criterion = spec_.criterion;
     step.products = spec_.products;

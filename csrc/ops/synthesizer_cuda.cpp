@@ -149,6 +149,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
     if constexpr (!std::is_same_v<T, bfloat16>) {
       cuda::SweepStep<T> step = step_of<T>(p, products);
       step.divisor = divisor;
+      step.scale = static_cast<T>(2 / divisor);
       step.workspace = mutable_data<T>(partials);
       // grad = 2 / divisor (prediction - target)
       Tensor grad = empty(p, shape_of(p));

@@ -11,7 +11,8 @@ from fastdni.reference import SweepNorm
 from fastdni.triton.op import launched
 from fastdni.triton.tile import activated
 
-_ROWS, _COLUMNS = 32, 32
+# A sector of memory wide, so that there are enough programs; not measured.
+_ROWS, _COLUMNS = 128, 8
 
 
 @triton.jit

@@ -107,6 +107,7 @@ void run(simt::Case& io) {
   step.workspace = io.scratch<T>(program.workspace);
   step.batch = spec.batch;
   step.divisor = static_cast<double>(spec.batch);
+  step.scale = static_cast<T>(2 / step.divisor);
   step.outputs = static_cast<int32_t>(outputs);
   step.criterion = spec.criterion;
   step.products = spec.products;
@@ -189,7 +190,7 @@ void run(simt::Case& io) {
   const std::string named = io.text("spread");
   const cuda::Spread spread = named == "rows"       ? cuda::Spread::rows
                               : named == "clusters" ? cuda::Spread::clusters
-                                                    : cuda::Spread::instructions;
+                                                    : cuda::Spread::phases;
   int64_t made = 0;
   const cuda::Library library = [&](const cuda::LibraryProduct& product) {
     const auto at = [&](const cuda::Operand& operand) { return cuda::resolve(step, operand); };

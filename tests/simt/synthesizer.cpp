@@ -33,6 +33,7 @@ void run(simt::Case& io) {
   cuda::SweepStep<T> step{};
   step.batch = rows;
   step.divisor = divisor;
+  step.scale = static_cast<T>(2 / divisor);
   step.context = ctx;
   cuda::Instruction layer;
   layer.columns = static_cast<int32_t>(outputs);
