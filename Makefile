@@ -57,7 +57,7 @@ ARCHITECTURE = import sys, torch; \
 gpu: $(READY)
 	@architecture=$$($(RUN) -c '$(ARCHITECTURE)') && \
 	if [ "$$architecture" != "$$(cat build/.architecture 2>/dev/null)" ]; then rm -f $(BUILT); fi && \
-	FASTDNI_CUDA_ARCHS=$$architecture $(MAKE) --no-print-directory build && \
+	FASTDNI_CUDA=1 FASTDNI_CUDA_ARCHS=$$architecture $(MAKE) --no-print-directory build && \
 	echo $$architecture >build/.architecture && \
 	$(RUN) -m benchmarks.gpu $(GPU)
 

@@ -19,8 +19,8 @@ from fastdni.bench import forms, table
 from fastdni.bench.cases import Case
 from fastdni.bench.network import Result, forms_for, measure
 from fastdni.bench.plots import bars
-from fastdni.bench.products import repeat
 from fastdni.bench.report import microseconds
+from fastdni.bench.timing import repeat
 
 CASES = {
     "talk": Case((24, 128, 64, 12), 10, "sgd", "sigmoid", context=False),

@@ -25,7 +25,8 @@ def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 def _source(stored: dict, file: str) -> str:
     of = stored["hardware"]
     machine = f"{of.get('gpu', of['cpu'])}, {of['isa']}, {of['cores']} cores"
-    made = f"torch {of['torch']}, {of['date'][:10]}, commit {of['commit']}"
+    commit = f"commit {of['commit']}" if "commit" in of else "unknown commit"
+    made = f"torch {of['torch']}, {of['date'][:10]}, {commit}"
     return f"\n{machine}; {made}; `{file}`.\n"
 
 

@@ -83,6 +83,23 @@ def test_interleave_times_each_step_by_itself(clock):
     assert (timings["warm"].p20, timings["warm"].p80) == pytest.approx((1.8, 4.2))
 
 
+def test_a_gpus_calls_are_timed_in_a_row(clock, monkeypatch):
+    """To launch and to wait takes longer than a short call, and none of it is the call's."""
+    waits = []
+
+    def wait(device):
+        waits.append(device)
+        clock.now += 1e-5
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    steps = {"short": clock.step(1e-6), "long": clock.step(5e-3)}
+    timings = bench.interleave(steps, rounds=2, burst=3, device="cuda")
+    assert timings["short"].median == pytest.approx(1e-6, rel=0.01)
+    assert timings["long"].median == pytest.approx(5e-3, rel=0.01)
+    assert timings["short"].count == timings["long"].count == 6
+    assert set(waits) == {"cuda"}
+
+
 def test_interleave_stops_at_its_time(clock):
     timings = bench.interleave({"a": clock.step(1.0), "b": clock.step(2.0)}, seconds=7, warmup=4)
     assert timings["a"].count == timings["b"].count == 3
@@ -159,9 +176,12 @@ def test_commit_is_that_of_the_file(monkeypatch, tmp_path):
     file = tmp_path / "bench.py"
     file.write_text("1\n")
     monkeypatch.setattr(report, "__file__", str(file))
+    monkeypatch.delenv("FASTDNI_COMMIT", raising=False)
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message", "of another project")
     assert "commit" not in bench.hardware(), "an untracked file is of no commit"
+    monkeypatch.setenv("FASTDNI_COMMIT", "1234567")
+    assert bench.hardware()["commit"] == "1234567", "which may be said"
     git("add", "bench.py")
     git("commit", "--quiet", "--message", "adds the file")
     commit = bench.hardware()["commit"]

@@ -19,12 +19,22 @@ CASES = {
 }
 
 
+PLAIN = [form for form in network.forms_for("cuda") if not form.startswith("fastdni")]
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
-    monkeypatch.setattr(forms, "compiled", lambda function: function)
+    """Nor captured."""
+
+    def graphed(step):
+        products.repeat(step, forms.GRAPH_WARMUP)
+        return step
+
+    monkeypatch.setattr(forms, "compiled", lambda function, **options: function)
+    monkeypatch.setattr(forms, "graphed", graphed)
 
 
-def check(case: Case, names=("fastdni", "fastdni reference", "eager fused", *forms.COMPILED)):
+def check(case: Case, names=("fastdni", "fastdni reference", *PLAIN[:-1])):
     agree = forms.Check(case)
     for name in names:
         agree(name, forms.prepare(name, case))
@@ -98,6 +108,17 @@ def test_work_counts_products_and_state():
     assert hidden == 2 * 256 * (layers + 2 * of_one)
 
 
+@pytest.mark.parametrize("device, copies", [("cpu", 1), ("cuda", 20)])
+def test_rates_are_those_of_one_product_and_of_all_copies(monkeypatch, device, copies):
+    monkeypatch.setattr(limits, "work", lambda case: (100, 30))
+    second = bench.Timing.of([[1.0]])
+    found = limits.limit(
+        TINY._replace(device=device), {limits.PRODUCT: second, limits.COPY: second}
+    )
+    assert found.bytes_per_second == 30 * copies
+    assert found.flop_per_second == 2 * {"cpu": 512, "cuda": 4096}[device] ** 3
+
+
 def test_a_limit_is_the_larger_bound():
     by_arithmetic = limits.Limit(1e6, 1e3, 1e9, 1e9)
     assert by_arithmetic.seconds == by_arithmetic.arithmetic == 1e-3
@@ -121,14 +142,54 @@ def test_measure_reports():
     assert stored["limit"]["seconds"] == result.limit.seconds and "left_out" not in stored
 
 
-def test_a_form_that_does_not_compile_is_left_out(monkeypatch):
-    def fails(function):
-        raise RuntimeError("there is no compiler\nat all")
+class CompilerError(Exception):
+    pass
 
-    monkeypatch.setattr(forms, "compiled", fails)
-    result = network.measure(TINY, ["fastdni", "compiled", "backprop"], rounds=1)
+
+@pytest.mark.parametrize("kind", [RuntimeError, CompilerError, ArithmeticError])
+@pytest.mark.parametrize("form", ["fastdni reference", "compiled", "products"])
+def test_a_form_that_fails_is_left_out(monkeypatch, form, kind):
+    def fails(*arguments):
+        raise kind("there is no compiler\nat all")
+
+    def prepare(name, *given):
+        return fails() if name == form else prepared(name, *given)
+
+    prepared = forms.prepare
+    monkeypatch.setattr(forms, "prepare", prepare)
+    monkeypatch.setattr(network, "products", fails)
+    result = network.measure(TINY, ["fastdni", form, "backprop"], rounds=1)
     assert list(result.seconds) == ["fastdni", "backprop"]
-    assert "compiled: not measured: there is no compiler\n" in network.report(result) + "\n"
+    assert result.left_out == {form: "there is no compiler"}
+    assert f"{form}: not measured: there is no compiler\n" in network.report(result) + "\n"
+    if form != "products":
+        with pytest.raises(kind, match="no compiler"):
+            network.measure(TINY, [form, "backprop"], rounds=1)
+
+
+def test_the_strongest_baselines_are_compiled_and_graphed_too():
+    assert [
+        *("eager", "eager fused", "compiled", "graphed", "compiled graphed"),
+        *("backprop", "backprop compiled", "backprop graphed", "backprop compiled graphed"),
+        "products",
+    ] == PLAIN
+    quick = network.forms_for("cuda", ["cuda", "reference"], compile=False)
+    assert "fastdni cuda graphed" in quick and not any("compiled" in form for form in quick)
+    assert not any("graphed" in form for form in network.forms_for("cpu"))
+
+
+@pytest.mark.parametrize("form", forms.COMPILED)
+def test_options_of_the_compiler(monkeypatch, form):
+    """Without a wrapper in C++ where a graph's replay calls none."""
+    found = []
+
+    def compiled(function, **options):
+        found.append(options)
+        return function
+
+    monkeypatch.setattr(forms, "compiled", compiled)
+    forms.prepare(form, TINY)
+    assert found == [{"cpp_wrapper": "graphed" not in form, "max_autotune": False}]
 
 
 @pytest.mark.parametrize(

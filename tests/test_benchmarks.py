@@ -131,7 +131,10 @@ def test_readme_tables_are_filled_from_results(benchmark, results):
     value = stored["results"][0]["ratios"]["eager"]["value"]
     assert "| 7-9-6-5, batch 8, BatchNorm | " in filled and f" | {value:.2f} | " in filled
     assert "| cDNI (label context) | 784-12-12-10 | 8 | " in filled
-    assert stored["hardware"]["commit"] in filled
+    assert f"commit {stored['hardware']['commit']}; " in filled
+    del stored["hardware"]["commit"]
+    (results / "network.json").write_text(json.dumps(stored))
+    assert "unknown commit; " in readme.fill(text, results.parent)
 
 
 def test_the_readme_is_as_its_results_are(benchmark, capsys):

@@ -6,10 +6,10 @@ import copy
 import pytest
 import torch
 from network_cases import OPTIMIZERS, batch, network, state_of
-from synthesizer_problem import Sizes, backward, forward, problem
+from synthesizer_problem import Sizes, assert_right, problem
 
 import fastdni
-from fastdni import agreement, ops, reference
+from fastdni import agreement
 from fastdni.__main__ import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
@@ -173,15 +173,8 @@ def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, li
     if library:
         monkeypatch.setenv("FASTDNI_LIBRARY_FROM", "1")
     p = problem((37,), Sizes(70, 65, 10), n_hidden, dtype=dtype, device="cuda")
-    found = []
-    for name, of in (("cuda", ops), ("reference", reference)):
-        with fastdni.use_backend(name):
-            found.append(backward(of, p, forward(of, p)))
-    # In bfloat16 the two round at other places, and a ReLU may open in one alone.
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 6e-2}[dtype]
-    for a, b in zip(*found, strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+    with fastdni.use_backend("cuda"):
+        assert_right(p)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "auto", "reference"])

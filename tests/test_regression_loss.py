@@ -69,8 +69,11 @@ def test_forward_is_right(shape, dtype, reduction, prediction_layout, target_lay
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
 def test_other_dtypes_are_served_by_the_reference(dtype, device):
+    """But for float16 on a GPU: by Triton, whose sums are in an order of their own."""
     prediction, target = [(4 * x).to(dtype) for x in example((5, 3), device=device)]
     result = fastdni.regression_loss(prediction, target)
+    if dtype == torch.float16 and device == "cuda":
+        return assert_right(prediction, target, "batchmean", result)
     expected = reference.regression_loss(prediction, target)
     assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
     assert result[1].dtype == dtype

@@ -321,9 +321,10 @@ def sweep_table(name: str, values: list[int], results: list[Result], markdown: b
     for value, result in zip(values, results, strict=True):
         timings = [result.seconds.get(form) for form in (ours, *others)]
         times = [microseconds(timing.median) if timing else "-" for timing in timings]
-        best = result.strongest(forms.DECOUPLED)
+        best = result.ratios.get(result.strongest(forms.DECOUPLED))
         share = result.limit.seconds / result.seconds[ours].median
-        rows.append([value, *times, f"{result.ratios[best].value:.2f}", f"{100 * share:.0f} %"])
+        quotient = f"{best.value:.2f}" if best else "-"
+        rows.append([value, *times, quotient, f"{100 * share:.0f} %"])
     best = f"strongest DNI / {ours}"
     return table(rows, [name, f"{ours}, us", *others, best, "limit / time"], markdown)
 

@@ -7,12 +7,13 @@
 * compiled: the equations of `fastdni.reference.sweep` without autograd, all stages in one graph, by
   torch.compile through inductor's C++ wrapper and with no guards to evaluate; the update by the
   fused optimizer, or inside the graph at small sizes, where that was found to be faster. (Compiled
-  stages with autograd, the Python wrapper and guards were slower.)
-* graphed: eager fused, captured in a CUDA graph;
-* backprop, backprop compiled, backprop graphed: the stages alone, in the same forms, with fused
-  optimizers;
+  stages with autograd, the Python wrapper and guards were slower.) On a GPU inductor tries its own
+  products beside the library's (max_autotune);
+* graphed, compiled graphed: eager fused and compiled, captured in a CUDA graph;
+* backprop, backprop compiled, backprop graphed, backprop compiled graphed: the stages alone, in the
+  same forms, with fused optimizers;
 * products: nothing but the matrix products of the decoupled step, each by the library that is
-  fastest at it.
+  fastest at it; on a GPU captured in a graph.
 
 All of them in the same precision, on the same data.
 """
@@ -31,16 +32,18 @@ from torch.optim import Optimizer
 
 import fastdni as dni
 from fastdni.bench.cases import Case
+from fastdni.bench.timing import GRAPH_WARMUP, graphed
 from fastdni.reference import SweepStage
 from fastdni.reference.synthesizer import synthesizer_bwd, synthesizer_fwd
 from fastdni.stages import parse
 
-COMPILED = ("compiled", "backprop compiled")
-GRAPHED = ("fastdni cuda graphed", "fastdni triton graphed", "graphed", "backprop graphed")
-GRAPH_WARMUP = 3
 # The families of baselines; the strongest of each is what fastdni is held against.
-DECOUPLED = ("eager", "eager fused", "compiled", "graphed", "easy")
-BACKPROP = ("backprop", "backprop compiled", "backprop graphed")
+DECOUPLED = ("eager", "eager fused", "compiled", "graphed", "compiled graphed", "easy")
+BACKPROP = ("backprop", "backprop compiled", "backprop graphed", "backprop compiled graphed")
+COMPILED = tuple(form for form in (*DECOUPLED, *BACKPROP) if "compiled" in form)
+# fastdni's, and those of PyTorch.
+OWN_GRAPHED = ("fastdni cuda graphed", "fastdni triton graphed")
+GRAPHED = (*OWN_GRAPHED, *(form for form in (*DECOUPLED, *BACKPROP) if "graphed" in form))
 
 # Parameters up to which the compiled form updates them inside its graph.
 _SMALL = 100_000
@@ -66,6 +69,15 @@ class Candidate(NamedTuple):
 
 
 # ---- plain PyTorch ----
+
+
+def _make_optimizer(form: str, case: Case, parameters: list[Tensor]) -> Optimizer:
+    """As it comes for "eager", fused for the others; one that a graph captures counts its steps on
+    the device."""
+    how: dict[str, bool] = {} if form == "eager" else {"fused": True}
+    if form in GRAPHED and case.optimizer.startswith("adam"):
+        how["capturable"] = True
+    return case.make_optimizer(parameters, **how)
 
 
 def _eager_step(
@@ -99,20 +111,6 @@ def _backprop_step(
         loss = F.cross_entropy(net(x), y)
     loss.backward()
     optimizer.step()
-
-
-def _graphed(step: Callable[[], object]) -> Callable[[], object]:
-    """The step as a CUDA graph, which replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(GRAPH_WARMUP):  # what is allocated once
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 # ---- the equations, compiled ----
@@ -229,8 +227,9 @@ def _make_state(case: Case, optimizer: Optimizer, parameters: list[Tensor]) -> l
     return [dict(optimizer.state[p]) for p in parameters]
 
 
-def compiled(function: Callable) -> Callable:
-    """The function as one graph for the tensors of its first call; it looks at no others."""
+def compiled(function: Callable, **options: bool) -> Callable:
+    """The function as one graph for the tensors of its first call; it looks at no others. With
+    inductor's options."""
     # torch.compile keeps its graphs by code object, and with no guards any of them would do.
     own = FunctionType(
         function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
@@ -238,17 +237,20 @@ def compiled(function: Callable) -> Callable:
         argdefs=function.__defaults__,
         closure=function.__closure__,
     )
-    options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def _prepare_compiled(case: Case, backprop: bool) -> Candidate:
+def _prepare_compiled(form: str, case: Case) -> Candidate:
     """A step through `gradients`, compiled."""
     net, (x, y) = case.build(), case.data()
-    synthesizers = [None] * len(net.stages) if backprop else [*net.synthesizers, None]
+    of_stages = form.startswith("backprop")
+    synthesizers = [None] * len(net.stages) if of_stages else [*net.synthesizers, None]
+    # A graph's replay calls no wrapper.
+    options = {"cpp_wrapper": form not in GRAPHED, "max_autotune": case.device == "cuda"}
     stages = [parse(*pair, None, None) for pair in zip(net.stages, synthesizers, strict=True)]
     parameters = [parameter for stage in stages for parameter in stage.parameters()]
-    optimizer = case.make_optimizer(parameters, fused=True)
+    optimizer = _make_optimizer(form, case, parameters)
     bfloat16 = case.precision == "bf16"
     if sum(p.numel() for p in parameters) <= _SMALL:
         state = _make_state(case, optimizer, parameters)
@@ -258,11 +260,11 @@ def _prepare_compiled(case: Case, backprop: bool) -> Candidate:
             _update(optimizer, parameters, found, state)
             return results
 
-        run = compiled(whole)
+        run = compiled(whole, **options)
         step = torch.no_grad()(partial(run, stages, parameters, state, x, y))
         return Candidate(net, optimizer, step)
 
-    run = compiled(gradients)
+    run = compiled(gradients, **options)
 
     @torch.no_grad()
     def step():
@@ -311,12 +313,13 @@ def _prepare_graphed(case: Case, backend: str, net: dni.DecoupledSequential, x, 
 def prepare(form: str, case: Case, dtype: torch.dtype = torch.float32) -> Candidate:
     """The network and the step of a form; "products" is not among them."""
     if form in COMPILED:
-        return _prepare_compiled(case, form.startswith("backprop"))
+        made = _prepare_compiled(form, case)
+        return made._replace(step=graphed(made.step)) if form in GRAPHED else made
     if form == "fastdni bf16":
         form, case = "fastdni", case._replace(precision="bf16")
     net = case.build(dtype)
     if form.startswith("fastdni"):
-        if form in GRAPHED:
+        if form in OWN_GRAPHED:
             return _prepare_graphed(case, form.split()[1], net, *case.data(dtype))
         optimizer = case.make_optimizer(list(net.parameters()))
         backend = form.partition(" ")[2] or "auto"
@@ -324,13 +327,10 @@ def prepare(form: str, case: Case, dtype: torch.dtype = torch.float32) -> Candid
         return Candidate(net, optimizer, step)
     of_stages = form.startswith("backprop")
     parameters = net.stage_parameters() if of_stages else list(net.parameters())
-    how: dict[str, bool] = {} if form == "eager" else {"fused": True}
-    if form in GRAPHED and case.optimizer.startswith("adam"):
-        how["capturable"] = True
-    optimizer = case.make_optimizer(parameters, **how)
+    optimizer = _make_optimizer(form, case, parameters)
     own = _backprop_step if of_stages else _eager_step
     step = partial(own, case, net, optimizer, *case.data(dtype))
-    return Candidate(net, optimizer, _graphed(step) if form in GRAPHED else step)
+    return Candidate(net, optimizer, graphed(step) if form in GRAPHED else step)
 
 
 # ---- whether they are the same step ----

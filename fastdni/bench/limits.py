@@ -1,6 +1,7 @@
 """What the machine allows: a step's arithmetic and memory traffic at rates measured beside it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,10 +9,12 @@ import torch
 from fastdni.bench.cases import Case
 from fastdni.bench.products import product_calls, step_products, time_calls
 from fastdni.bench.report import microseconds
-from fastdni.bench.timing import Timing
+from fastdni.bench.timing import Timing, graphed, repeat
 
 _STATE = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}  # tensors that a parameter drags along
 _LARGE = {"cpu": 512, "cuda": 4096}  # size of the product whose rate counts as the machine's
+# Copies that are one call: to launch one on a GPU may take longer than to make it.
+_COPIES = {"cpu": 1, "cuda": 20}
 PRODUCT, COPY = "a large product", "a copy"
 
 
@@ -74,12 +77,15 @@ def rates(case: Case) -> dict[str, Callable[[], object]]:
     }
     taken = time_calls(calls, size**3, 0.1, case.device)
     source = torch.zeros(max(1, work(case)[1] // 8), device=case.device)  # read what is written
-    target = torch.empty_like(source)
-    return {PRODUCT: calls[min(taken, key=taken.__getitem__)], COPY: lambda: target.copy_(source)}
+    copy = partial(torch.empty_like(source).copy_, source)
+    if case.device == "cuda":
+        copy = graphed(partial(repeat, copy, _COPIES["cuda"]))
+    return {PRODUCT: calls[min(taken, key=taken.__getitem__)], COPY: copy}
 
 
 def limit(case: Case, timings: Mapping[str, Timing]) -> Limit:
     """From the timings of :func:`rates`."""
     flop, traffic = work(case)
     product_rate = 2 * _LARGE[case.device] ** 3 / timings[PRODUCT].median
-    return Limit(flop, traffic, product_rate, traffic / timings[COPY].median)
+    copied = traffic * _COPIES[case.device]
+    return Limit(flop, traffic, product_rate, copied / timings[COPY].median)

@@ -69,8 +69,8 @@ def forms_for(device: str, backends: Sequence[str] = ("auto",), compile: bool = 
     """The forms that can be measured on a device, fastdni's first."""
     found = ["fastdni" if name == "auto" else f"fastdni {name}" for name in backends]
     found += [f"fastdni {name} graphed" for name in ("cuda", "triton") if name in backends]
-    found += ["eager", "eager fused", "compiled", "graphed"]
-    found += ["backprop", "backprop compiled", "backprop graphed", "products"]
+    found += [form for form in forms.DECOUPLED if form != "easy"]  # of the drop-in modules
+    found += [*forms.BACKPROP, "products"]
     left_out = (() if device == "cuda" else forms.GRAPHED) + (() if compile else forms.COMPILED)
     return [form for form in found if form not in left_out]
 
@@ -94,31 +94,23 @@ def measure(
         labels: what the result's `case` says; None: the case in words.
         limits: `rounds` or `seconds`, for `interleave`.
 
+    A form that cannot be measured, or is not the same step, is left out, but for the first one.
+
     Raises:
-        ArithmeticError: two forms do not agree.
+        ArithmeticError: the first form is not the same step.
     """
     torch.compiler.reset()  # nothing compiled for another case is kept
     check = forms.Check(case)
-    candidates, left_out = {}, {}
+    steps: dict[str, Callable] = {}
+    left_out = {}
     for name in names:
-        if name == "products":
-            continue
         _say(f"preparing and checking {name}", progress)
         try:
-            candidate = forms.prepare(name, case)
-            check(name, candidate)
-        except Exception as reason:  # no compiler, say
-            triton = "triton" in name  # which raises errors of its own
-            expected = name in (*forms.COMPILED, *forms.GRAPHED) and type(reason) is RuntimeError
-            if name == names[0] or not (triton or expected):
+            steps[name] = products(case) if name == "products" else _checked(name, case, check)
+        except Exception as reason:  # whatever a compiler or a driver raises
+            if name == names[0]:
                 raise
-            left_out[name] = str(reason).strip().partition("\n")[0]
-            continue
-        candidates[name] = candidate
-    steps: dict[str, Callable] = {name: made.step for name, made in candidates.items()}
-    if "products" in names:
-        _say("choosing products", progress)
-        steps["products"] = products(case)
+            left_out[name] = (str(reason).strip() or repr(reason)).partition("\n")[0]
     steps |= rates(case) if with_limit else {}
     _say("", progress)
     short = interleave(steps, rounds=1, warmup=1, device=case.device)
@@ -130,6 +122,13 @@ def measure(
     ordered = {name: timings[name] for name in names if name in timings}
     found = limit(case, timings) if with_limit else None
     return Result(labels or {"case": str(case)}, ordered, found, left_out)
+
+
+def _checked(form: str, case: Case, check: forms.Check) -> Callable[[], object]:
+    """The step of a form, which has been compared with the others."""
+    candidate = forms.prepare(form, case)
+    check(form, candidate)
+    return candidate.step
 
 
 def _say(what: str, progress: bool) -> None:

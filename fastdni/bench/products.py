@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdni.bench.cases import Case
-from fastdni.bench.timing import interleave
+from fastdni.bench.timing import graphed, interleave, repeat
 
 # Of a layer with inputs x (B, K), weight w (N, K) and gradient dz (B, N):
 # x w^T + b,  dz^T x,  dz w.
@@ -61,12 +61,6 @@ def product_calls(
     return found
 
 
-def repeat(call: Callable, times: int) -> None:
-    """Calls `call` so many times."""
-    for _ in range(times):
-        call()
-
-
 def time_calls(
     calls: dict[str, Callable], operations: int, seconds: float, device: str = "cpu"
 ) -> dict[str, float]:
@@ -95,7 +89,7 @@ def step_products(case: Case) -> list[tuple[str, int, int]]:
 
 def products(case: Case, seconds: float = 0.02) -> Callable[[], None]:
     """All matrix products of a decoupled step, in turn, each by the library that a short look of so
-    many seconds finds faster."""
+    many seconds finds faster; on a GPU in a graph."""
     dtypes = [torch.float32] + [torch.bfloat16] * (case.precision == "bf16")
     faster: dict[tuple, tuple] = {}
     chosen = []
@@ -114,4 +108,4 @@ def products(case: Case, seconds: float = 0.02) -> Callable[[], None]:
         for call in chosen:
             call()
 
-    return run
+    return graphed(run) if case.device == "cuda" else run

@@ -24,7 +24,8 @@ def hardware() -> dict[str, str | int]:
 
     `load` is the machine's load average of the last minute: above zero, others were at work.
     `gpu` is present where CUDA is available, `commit` where this file belongs to a git checkout;
-    it ends in `-dirty` when tracked files differ from the commit.
+    it ends in `-dirty` when tracked files differ from the commit. Of a copy without git it is what
+    the environment variable FASTDNI_COMMIT says.
     """
     info: dict[str, str | int] = {
         "cpu": _cpu_model(),
@@ -105,4 +106,4 @@ def _commit() -> str | None:
         # Results that are being written change nothing that they measure.
         return commit + "-dirty" * bool(git("diff", "HEAD", "--stat", "--", *_MEASURED))
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FASTDNI_COMMIT")

@@ -3,17 +3,23 @@
 Machines drift: clocks change, neighbours come and go. Timing A to its end and then B charges
 that drift to one of them, so :func:`interleave` runs A B C, B C A, C A B, ... and reports medians
 with the 20th and 80th percentiles; :class:`Ratio` compares two of them round by round.
+
+On a GPU a call is launched and waited for in 10 us or more, which are no part of a training loop:
+there a sample is the mean of so many calls in a row that this does not show.
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from time import perf_counter
 
 import torch
 
 BURST = 8  # training steps of one candidate in a row: see `interleave`
+GRAPH_WARMUP = 3  # steps before one is captured
+_ROW = 2e-3  # seconds of calls in a row on a GPU, beside which one wait for it is nothing
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,37 @@ def _quantiles(values: Sequence[float], *of: float) -> list[float]:
     return torch.tensor(values, dtype=torch.float64).quantile(of).tolist()
 
 
+def repeat(call: Callable[[], object], times: int) -> None:
+    """Calls `call` so many times."""
+    for _ in range(times):
+        call()
+
+
+def graphed(step: Callable[[], object]) -> Callable[[], None]:
+    """The step as a CUDA graph, which replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        repeat(step, GRAPH_WARMUP)  # what is allocated once
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay(_owner=step) -> None:  # of the tensors that the graph works on
+        graph.replay()
+
+    return replay
+
+
+def _in_a_row(call: Callable[[], object], seconds: Callable[[Callable], float]) -> int:
+    """How many calls take _ROW or longer, a power of two; `seconds` times a callable."""
+    times = 1
+    while seconds(partial(repeat, call, times)) < _ROW:
+        times *= 2
+    return times
+
+
 def interleave(
     steps: Mapping[str, Callable[[], object]],
     *,
@@ -87,7 +124,8 @@ def interleave(
         least: rounds that there are anyhow, where there is a time limit.
         burst: timed calls a turn.
         warmup: rounds that run first and are not timed.
-        device: where the callables work; a CUDA device is synchronised around each call.
+        device: where the callables work. On a CUDA device a call, above, is a row of calls, and the
+            device is synchronised around it.
         progress: show the share done on standard error.
 
     Returns:
@@ -109,9 +147,20 @@ def interleave(
 
     on_cuda = torch.device(device).type == "cuda"
     synchronize = (lambda: torch.cuda.synchronize(device)) if on_cuda else (lambda: None)
+
+    def timed(step: Callable[[], object]) -> float:
+        synchronize()
+        begin = perf_counter()
+        step()
+        synchronize()
+        return perf_counter() - begin
+
     for _ in range(warmup):
         for step in steps.values():
             step()
+    times = {name: _in_a_row(step, timed) if on_cuda else 1 for name, step in steps.items()}
+    if on_cuda:
+        steps = {name: partial(repeat, step, times[name]) for name, step in steps.items()}
 
     order = list(steps)
     samples: dict[str, list[list[float]]] = {name: [] for name in order}
@@ -121,14 +170,7 @@ def interleave(
         for name in order:
             if burst > 1:
                 steps[name]()
-            taken = []
-            for _ in range(burst):
-                synchronize()
-                begin = perf_counter()
-                steps[name]()
-                synchronize()
-                taken.append(perf_counter() - begin)
-            samples[name].append(taken)
+            samples[name].append([timed(steps[name]) / times[name] for _ in range(burst)])
         order.append(order.pop(0))
         count += 1
         done = count if seconds is None else perf_counter() - start
