@@ -33,6 +33,7 @@ FLOATING = {
     "sweep_reduction_kernel",
     "sweep_count_kernel",
     "sweep_labels_kernel",
+    "sweep_sums_kernel",
     "sweep_prepare_kernel",
     "sweep_loss_kernel",
 }

@@ -242,11 +242,12 @@ def test_rows_that_are_ignored_and_labels_that_are_none():
     assert np.isnan(loss) and np.isfinite(output).all()
 
 
-def test_more_labels_than_a_block_counts():
+def test_more_rows_than_a_block_counts_and_sums():
     torch.manual_seed(0)
     one = Problem(stages((3, 2, 2)), 4100)
     one.target[::3] = -100
-    compare(host_step(one, {}, torch.float64, built("plain")), reference_step(one), 1e-10)
+    for variant in ("plain", "address"):
+        compare(host_step(one, {}, torch.float64, built(variant)), reference_step(one), 1e-10)
 
 
 def assert_same_bits(first, second):

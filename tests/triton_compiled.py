@@ -116,7 +116,7 @@ def ops(dtype: torch.dtype, products: str) -> None:
 
 CASES = {
     "large bfloat16": lambda: step(4096, 4096, "bfloat16", classes=10),
-    "less large bfloat16": lambda: step(1024, 1024, "bfloat16"),
+    "less large bfloat16": lambda: step(2048, 1536, "bfloat16"),
     "large tf32": lambda: step(4096, 4096, "tf32", context=40),
     "large tf32x3": lambda: step(1024, 1024, "tf32x3"),
     "by no 16": lambda: step(4096, 4104, "bfloat16"),

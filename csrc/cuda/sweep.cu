@@ -148,6 +148,11 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& pr
     const cudaError_t error = launch(sweep_prepare_kernel<T>, {blocks, kWarpSize}, stream, step);
     if (error != cudaSuccess) return error;
   }
+  if (program.summed_pieces > 0) {
+    const LaunchPlan plan{step.task_count, kSweepThreads, program.summed_pieces};
+    const cudaError_t error = launch(sweep_sums_kernel<T>, plan, stream, step);
+    if (error != cudaSuccess) return error;
+  }
   return with_products<T>(step.products, [&](auto products) {
     return launch(sweep_update_kernel<products(), T>, {step.task_count + 1, kSweepThreads}, stream,
                   step);

@@ -19,6 +19,7 @@ class SweepProgramBuilder {
   explicit SweepProgramBuilder(const NetworkSpec& spec) : spec_(spec) {
     program_.row_blocks = (spec.batch + kSweepRows - 1) / kSweepRows;
     build();
+    divide_sums();
   }
 
   SweepProgram take() { return std::move(program_); }
@@ -413,6 +414,14 @@ class SweepProgramBuilder {
     }
     for (const Stage& stage : stages_) {
       if (stage.made != nullptr) add_loss(*stage.made);
+    }
+  }
+
+  void divide_sums() {
+    if (spec_.batch <= kSummedRows) return;
+    program_.summed_pieces = (spec_.batch + kSummedRows - 1) / kSummedRows;
+    for (Job& job : program_.jobs) {
+      if (job.bias >= 0) job.sums = allocate(program_.summed_pieces * job.outputs);
     }
   }
 

@@ -16,6 +16,8 @@ constexpr int kSweepColumns = 64;
 constexpr int kMomentColumns = 256;
 // Labels that every block of rows counts for itself.
 constexpr int kCountedLabels = 4096;
+// Rows of a column that a block sums by itself.
+constexpr int kSummedRows = 4096;
 
 enum class Place : int32_t {
   none,
@@ -118,9 +120,9 @@ struct LibraryProduct {
 };
 
 // grad^T input is a weight's gradient (unless `ready` holds it already), the columns' sums of grad
-// that of its biases.
+// that of its biases; of a long batch sums of kSummedRows rows each go to `sums` first.
 struct Job {
-  Operand grad, input, ready;
+  Operand grad, input, ready, sums;
   int32_t outputs = 0, inputs = 0;
   int32_t weight = -1, bias = -1, second_bias = -1;  // numbers of parameters
   int32_t stage = 0;
@@ -145,6 +147,7 @@ struct SweepProgram {
   std::vector<Loss> synthesis;  // gradients', then inputs'
   int64_t workspace = 0;        // elements
   int64_t row_blocks = 0;
+  int64_t summed_pieces = 0;       // of a long batch
   int32_t phases = 0, widest = 0;  // their number, and the most tiles of one
 
   Operand allocate(int64_t elements) {

@@ -109,9 +109,28 @@ __device__ T column_sum(const T* grad, int64_t rows, int columns, int first) {
   return sum;
 }
 
+// Block (x, y): of the columns of a task with biases, the sums of the y-th kSummedRows rows.
+template <class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
+    sweep_sums_kernel(const SweepStep<T> step) {
+  const Task& task = step.tasks[blockIdx.x];
+  const Job& job = step.jobs[task.job];
+  if (task.input > 0 || job.sums.place == Place::none || !step.active.has(job.stage)) return;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kSummedRows, left = step.batch - first;
+  const T* grad = resolve(step, job.grad) + first * job.outputs;
+  const T sum =
+      column_sum<T>(grad, left < kSummedRows ? left : kSummedRows, job.outputs, task.output);
+  const int output = task.output + threadIdx.x;
+  if (threadIdx.x >= kSweepRows || output >= job.outputs) return;
+  resolve(step, job.sums)[static_cast<int64_t>(blockIdx.y) * job.outputs + output] = sum;
+}
+
 template <class T>
 __device__ void update_biases(const SweepStep<T>& step, const Job& job, const Task& task) {
-  const T sum = column_sum<T>(resolve(step, job.grad), step.batch, job.outputs, task.output);
+  const bool divided = job.sums.place != Place::none;
+  const int64_t rows = divided ? (step.batch + kSummedRows - 1) / kSummedRows : step.batch;
+  const T* of_rows = resolve(step, divided ? job.sums : job.grad);
+  const T sum = column_sum<T>(of_rows, rows, job.outputs, task.output);
   const int output = task.output + threadIdx.x;
   if (threadIdx.x >= kSweepRows || output >= job.outputs) return;
   if (is_updated(step, job.bias)) update_at(step.parameters[job.bias], sum, output);

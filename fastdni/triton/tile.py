@@ -188,7 +188,7 @@ DESCRIBED = {
     "update": (Tile(128, 256, 64, 8, 3, 8, True), Tile(128, 128, 64, 8, 3, 4, True)),
 }
 _FEW = 16
-_ENOUGH = 64
+_ENOUGH = 120  # about the multiprocessors of the GPUs that they are for
 _DESCRIBED_FROM = 1 << 30  # multiply-adds
 
 
