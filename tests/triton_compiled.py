@@ -4,8 +4,9 @@
 
 TARGET is an architecture such as sm_90 or gfx942, CASE a name of CASES or "all". Prints a JSON
 list, an entry for each kernel as a step of a case launches it (sizes, alignment and types
-included). No GPU is needed: the step runs on tensors without memory, and its launches are written
-down. Not in a process that interprets kernels.
+included). No GPU is needed: the step runs on tensors without memory, its launches are written down,
+and Triton's own launcher takes them up to where it would ask the driver. Not in a process that
+interprets kernels.
 """
 
 import json
@@ -13,14 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime.driver import driver
 
 from fastdni.reference import KEPT, OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
 from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, tile, update
@@ -28,10 +27,6 @@ from fastdni.triton.tile import Arithmetic, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 META = torch.device("meta")
-TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.float64: "*fp64",
-}  # fmt: skip
 
 launches: list[tuple] = []
 
@@ -141,25 +136,20 @@ def too_large() -> None:
     layer.layer(tensor(256, 256), tensor(256, 256), exact)
 
 
-def described(kernel, arguments, options) -> tuple:
-    """Signature, constants, attributes and options of a launch, as Triton specialises it."""
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value, name = arguments[position], parameter.name
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, TensorDescriptor):
-            kind = TYPES[value.base.dtype].removeprefix("*")
-            signature[name], aligned = f"tensordesc<{kind}{list(value.block_shape)}>", False
-        elif isinstance(value, torch.Tensor):
-            signature[name], aligned = TYPES[value.dtype], True
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            aligned = type(value) is int and value % 16 == 0
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes, options
+class NoGPU:
+    """In a driver's place: what kernels are to be compiled for."""
+
+    def __init__(self, target: GPUTarget):
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def kind_of(constants: dict) -> str:
@@ -169,14 +159,14 @@ def kind_of(constants: dict) -> str:
     return "synthesize" if constants["FINISH"] == "synthesize" else "layer"
 
 
-def compiled(kernel, signature, constants, attributes, options, target: GPUTarget) -> dict:
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    begin = time.monotonic()
-    made = triton.compile(source, target=target, options=options)
+def looked_at(made, kernel, arguments, target: GPUTarget) -> dict:
+    """What came of the kernel that a launch takes."""
+    given = dict(zip([parameter.name for parameter in kernel.params], arguments, strict=True))
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
     found = {
         "kernel": kernel.__name__,
         "constants": {k: v for k, v in constants.items() if isinstance(v, str)},
-        "multiplies": "weight" in signature and "weight" not in constants,
+        "multiplies": given.get("weight") is not None,
         "shared": made.metadata.shared,
         # As `tile.Tile` begins, and of which table where operands come by descriptors.
         "tile": [
@@ -186,7 +176,6 @@ def compiled(kernel, signature, constants, attributes, options, target: GPUTarge
             constants.get("PARTS"),
             kind_of(constants) if constants.get("DESCRIBED") else None,
         ],
-        "seconds": round(time.monotonic() - begin, 1),
     }
     if target.backend == "hip":
         names = "vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size|vgpr_count"
@@ -230,19 +219,18 @@ def main(architecture: str, cases: list[str]) -> None:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
         tile.has_descriptors = lambda device: target.arch // 10 in (9, 10)
         tile.multiprocessors = lambda device: 132
-    found, seen = [], set()
+    driver.set_active(NoGPU(target))
+    found: dict[str, dict] = {}
     if "all" in cases:
         cases = [*CASES, *(case for case in cases if case not in CASES and case != "all")]
     for case in cases:
         launches.clear()
         {**CASES, "too large": too_large}[case]()
-        for launch in launches:
-            variant = described(*launch)
-            key = f"{launch[0].__name__} {variant}"
-            if key not in seen:
-                seen.add(key)
-                found.append({"case": case} | compiled(launch[0], *variant, target))
-    print(json.dumps(found))
+        for kernel, arguments, options in launches:
+            made = kernel.warmup(*arguments, grid=(1,), **options)
+            if made.hash not in found:
+                found[made.hash] = {"case": case} | looked_at(made, kernel, arguments, target)
+    print(json.dumps(list(found.values())))
 
 
 if __name__ == "__main__":
