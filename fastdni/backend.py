@@ -82,14 +82,24 @@ def _look(device: torch.device, name: str) -> str | None:
     return reason
 
 
+def _is_known(device: torch.device, name: str) -> bool:
+    """Whether it is known how a backend does on a GPU, or can be seen now."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return (name, index) in _unserved or not torch.cuda.is_current_stream_capturing()
+
+
 @constant
 def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
     """Why `auto` does not let a backend serve a GPU, or None. The first time, its kernels are
     compared there with plain PyTorch: a second's work (for Triton, which compiles them, some more),
-    that the host waits for."""
+    that the host waits for.
+
+    Raises:
+        RuntimeError: that first time is inside a CUDA graph's capture.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     if (name, index) not in _unserved:
-        if torch.cuda.is_current_stream_capturing():
+        if not _is_known(device, name):
             raise RuntimeError(
                 f"fastdni: take this step once before its capture: the first one on cuda:{index} "
                 f"compares {name}'s kernels with plain PyTorch, which a graph cannot"
@@ -109,8 +119,9 @@ TRITON_FROM = {"bfloat16": 2e9, "tf32": 1e9}
 def takes_triton(device: torch.device, work: int, products: str) -> bool:
     """Whether `auto` gives stages whose largest product has so many multiply-adds to Triton, on a
     GPU that the CUDA kernels serve."""
-    large = work >= TRITON_FROM.get(products, math.inf)
-    return large and triton.unavailable() is None and why_unserved(device, "triton") is None
+    if work < TRITON_FROM.get(products, math.inf) or triton.unavailable() is not None:
+        return False
+    return _is_known(device, "triton") and why_unserved(device, "triton") is None
 
 
 def why_triton(products: str) -> str:

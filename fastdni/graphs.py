@@ -23,7 +23,8 @@ def make_graphed_step(
     """Captures `net.step` in a CUDA graph; each call of the result is one replay.
 
     The graph's memory is its own, and lives as long as the result. (That of a `net.step` which you
-    capture yourself is the network's, which lets it go when its modules change.)
+    capture yourself is the network's, which lets it go when modules change, are moved or loaded, or
+    when it meets many batch sizes.)
 
     The learning rates are read at every call, as a scheduler leaves them; everything else of the
     optimizer, and the modules, are as they were at the capture.
@@ -77,10 +78,12 @@ class _GraphedStep:
             rate.take()
         try:
             with torch.cuda.device(data[0].device):
-                self._warm_up(warmup)
+                # The same for both: what the warm-up leaves in its stream's memory need not be
+                # made in every replay. (torch's own is one of the first GPU that captured.)
+                stream = torch.cuda.Stream()
+                self._warm_up(warmup, stream)
                 self._graph = torch.cuda.CUDAGraph()
-                # torch's own stream for captures is one of the first GPU that captured.
-                with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
+                with torch.cuda.graph(self._graph, stream=stream):
                     self._result = self._run()
         finally:
             for rate in rates:
@@ -89,13 +92,13 @@ class _GraphedStep:
     def _run(self) -> StepResult:
         return StepResult(*self._trainer.step(*self._data, *self._how))
 
-    def _warm_up(self, steps: int) -> None:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+    def _warm_up(self, steps: int, stream: torch.cuda.Stream) -> None:
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(steps):
                 self._run()
-        current.wait_stream(side)
+        current.wait_stream(stream)
 
     def __call__(self, x: Tensor, target: Tensor) -> StepResult:
         for name, ours, given in zip(("x", "target"), self._data, (x, target), strict=True):

@@ -219,12 +219,22 @@ def test_kernels_that_fail_do_not_serve(met, monkeypatch):
 def test_auto_takes_triton_for_large_products(met, monkeypatch, width, products, expected, dtype):
     monkeypatch.setattr(backend, "server", lambda tensor, devices: "cuda")
     monkeypatch.setattr(backend, "why_unserved", lambda device, name: None)
+    monkeypatch.setattr(backend, "_is_known", lambda device, name: True)
     monkeypatch.setattr(backend.triton, "unavailable", lambda: None)
     weight = torch.empty(width, width, device="meta", dtype=dtype)
     stages = [reference.SweepStage(weight, None, None, "relu")]
     assert ops.sweep_backend(stages, 256, products) == expected
     with fastdni.use_backend("reference"):  # fixed, not "auto": nothing is chosen
         assert ops.sweep_backend(stages, 256, products) == "cuda"
+
+
+def test_what_was_not_compared_before_a_capture_is_not_taken_in_it(met, monkeypatch):
+    """Triton, that is, where the CUDA backend serves."""
+    monkeypatch.setattr(backend.triton, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not backend.takes_triton(GPU, 4 * 10**9, "bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert met == [] and backend.takes_triton(GPU, 4 * 10**9, "bfloat16")
 
 
 def test_nothing_is_compared_while_a_graph_is_captured(met, monkeypatch):

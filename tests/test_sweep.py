@@ -337,7 +337,7 @@ def test_a_plan_says_how_a_gpu_divides_the_step():
     # Of three stages: while one is synthesized the next one goes forward, and while that one is
     # the first synthesizer is regressed.
     assert small == "a cluster of 2 blocks for 16 rows, 5 phases"
-    launches = "a launch for each of 4 phases, for a layer is 600 wide"
+    launches = "a launch for each of 4 phases, layers up to 600 wide"
     assert large == f"{launches}; 4 products, from {3 << 26} multiply-adds on, by torch's library"
 
 

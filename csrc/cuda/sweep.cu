@@ -22,7 +22,18 @@ std::vector<Task> sweep_tasks(const SweepProgram& program) {
       } while (input < job.inputs);
     }
   }
+  std::stable_partition(tasks.begin(), tasks.end(), [&](const Task& task) {
+    return task.input == 0 && program.jobs[task.job].bias >= 0;
+  });
   return tasks;
+}
+
+int64_t sweep_bias_tasks(const SweepProgram& program) {
+  int64_t count = 0;
+  for (const Job& job : program.jobs) {
+    if (job.bias >= 0) count += (job.outputs + kSweepRows - 1) / kSweepRows;
+  }
+  return count;
 }
 
 namespace {
@@ -148,8 +159,8 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& pr
     const cudaError_t error = launch(sweep_prepare_kernel<T>, {blocks, kWarpSize}, stream, step);
     if (error != cudaSuccess) return error;
   }
-  if (program.summed_pieces > 0) {
-    const LaunchPlan plan{step.task_count, kSweepThreads, program.summed_pieces};
+  if (program.summed_pieces > 0 && step.bias_task_count > 0) {
+    const LaunchPlan plan{step.bias_task_count, kSweepThreads, program.summed_pieces};
     const cudaError_t error = launch(sweep_sums_kernel<T>, plan, stream, step);
     if (error != cudaSuccess) return error;
   }

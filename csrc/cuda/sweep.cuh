@@ -26,8 +26,8 @@ __device__ void run(const SweepStep<T>& step, const Instruction& op, int tile) {
   }
 }
 
-// Instructions [first, last) of the program, on the rows of this block. The blocks of the same
-// rows, in a cluster or where that is all of a phase, share the tiles among them.
+// Instructions [first, last) of the program, on the rows of this block. The blocks of the same rows
+// (a cluster, or those of a launch of one phase) share the tiles among them.
 template <Products products, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_rows_kernel(const SweepStep<T> step, int first, int last, bool cluster) {

@@ -54,7 +54,8 @@ struct SweepStep {
   const Task* tasks;
   const Loss* losses;  // of the synthesizers
   int32_t task_count, loss_count, parameter_count;
-  bool prepares;  // some parameter has a number on the GPU
+  int32_t bias_task_count;  // the first of the tasks
+  bool prepares;            // some parameter has a number on the GPU
   Loss criterion_loss;
   int64_t label_counts = -1;  // as in the program
 
@@ -106,7 +107,9 @@ FASTDNI_HOST_DEVICE T* resolve(const SweepStep<T>& step, const Operand& operand)
   }
 }
 
+// Those that have biases, too, first.
 std::vector<Task> sweep_tasks(const SweepProgram& program);
+int64_t sweep_bias_tasks(const SweepProgram& program);
 
 // How a program's segments are spread over a GPU. The bits are the same.
 enum class Spread {

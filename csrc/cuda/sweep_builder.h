@@ -25,8 +25,6 @@ class SweepProgramBuilder {
   SweepProgram take() { return std::move(program_); }
 
  private:
-  static int64_t tiles(int64_t columns) { return (columns + kSweepColumns - 1) / kSweepColumns; }
-
   struct Synthesizer {
     std::vector<int32_t> weights, biases;
     std::vector<int64_t> widths;
@@ -58,7 +56,7 @@ class SweepProgramBuilder {
   Operand allocate(int64_t elements) { return program_.allocate(elements); }
   Operand matrix(int64_t columns) { return allocate(spec_.batch * columns); }
   int64_t partial_sums(int64_t columns) {
-    return allocate(program_.row_blocks * tiles(columns)).at;
+    return allocate(program_.row_blocks * column_tiles(columns)).at;
   }
   static Operand parameter(int32_t number) {
     return number < 0 ? Operand{} : Operand{Place::parameter, number};
@@ -407,7 +405,7 @@ class SweepProgramBuilder {
     const auto add_loss = [&](const Evaluation& evaluation) {
       const Synthesizer& of = *evaluation.synthesizer;
       program_.synthesis.push_back(
-          {of.stage, evaluation.partials, program_.row_blocks * tiles(of.widths.back())});
+          {of.stage, evaluation.partials, program_.row_blocks * column_tiles(of.widths.back())});
     };
     for (const Stage& stage : stages_) {
       if (stage.regressed != nullptr) add_loss(*stage.regressed);

@@ -12,10 +12,13 @@
 namespace fastdni::cuda {
 
 // The first phases in which a matrix may be read, and written.
-struct MatrixUse {
+struct Access {
   int32_t readable = 0, writable = 0;
 };
 
+// A matrix is known by where it begins: none is part of another. What an instruction finds besides
+// (partial sums, for losses and for reductions) is read in a later launch, and what reductions have
+// joined was there before the segment.
 class SegmentPhases {
  public:
   // The phase of the segment's next instruction, the earliest there is.
@@ -24,24 +27,23 @@ class SegmentPhases {
     std::vector<Operand> reads{op.a}, writes{op.out, op.dz};
     if (in_place) reads.push_back(op.out);
     (op.op == Op::normalize ? writes : reads).push_back(op.other);
+    std::erase_if(reads, is_none);
+    std::erase_if(writes, is_none);
     int32_t phase = 0;
-    for (const Operand& read : reads) phase = std::max(phase, use(read).readable);
-    for (const Operand& written : writes) phase = std::max(phase, use(written).writable);
+    for (const Operand& read : reads) phase = std::max(phase, access(read).readable);
+    for (const Operand& written : writes) phase = std::max(phase, access(written).writable);
     for (const Operand& read : reads) {
-      use(read).writable = std::max(use(read).writable, phase + 1);
+      access(read).writable = std::max(access(read).writable, phase + 1);
     }
-    for (const Operand& written : writes) use(written) = {phase + 1, phase + 1};
+    for (const Operand& written : writes) access(written) = {phase + 1, phase + 1};
     return phase;
   }
 
  private:
-  MatrixUse& use(const Operand& operand) {
-    if (operand.place == Place::none) return nothing_ = {};
-    return uses_[{operand.place, operand.at}];
-  }
+  static bool is_none(const Operand& operand) { return operand.place == Place::none; }
+  Access& access(const Operand& operand) { return accesses_[{operand.place, operand.at}]; }
 
-  std::map<std::pair<Place, int64_t>, MatrixUse> uses_;
-  MatrixUse nothing_;
+  std::map<std::pair<Place, int64_t>, Access> accesses_;
 };
 
 inline void arrange_phases(SweepProgram& program) {

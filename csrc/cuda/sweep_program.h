@@ -14,6 +14,9 @@ constexpr int kSweepRows = 16;
 // Columns that a block computes at a time, and those that it takes moments of.
 constexpr int kSweepColumns = 64;
 constexpr int kMomentColumns = 256;
+FASTDNI_HOST_DEVICE constexpr int column_tiles(int64_t columns, int width = kSweepColumns) {
+  return static_cast<int>((columns + width - 1) / width);
+}
 // Labels that every block of rows counts for itself.
 constexpr int kCountedLabels = 4096;
 // Rows of a column that a block sums by itself.
@@ -80,8 +83,7 @@ struct Instruction {
   FASTDNI_HOST_DEVICE int32_t tiles() const {
     if (op == Op::criterion) return 1;
     const bool moments = op == Op::moments || op == Op::gradient_moments;
-    const int32_t width = moments ? kMomentColumns : kSweepColumns;
-    return (columns + width - 1) / width;
+    return column_tiles(columns, moments ? kMomentColumns : kSweepColumns);
   }
 
   // In the workspace. Of a product and the criterion a number for each row block and kSweepColumns

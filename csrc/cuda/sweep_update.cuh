@@ -109,13 +109,13 @@ __device__ T column_sum(const T* grad, int64_t rows, int columns, int first) {
   return sum;
 }
 
-// Block (x, y): of the columns of a task with biases, the sums of the y-th kSummedRows rows.
+// Block (x, y): of the columns of a task that has biases, the sums of the y-th kSummedRows rows.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_sums_kernel(const SweepStep<T> step) {
   const Task& task = step.tasks[blockIdx.x];
   const Job& job = step.jobs[task.job];
-  if (task.input > 0 || job.sums.place == Place::none || !step.active.has(job.stage)) return;
+  if (!step.active.has(job.stage)) return;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kSummedRows, left = step.batch - first;
   const T* grad = resolve(step, job.grad) + first * job.outputs;
   const T sum =

@@ -18,7 +18,7 @@ cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Prod
                                         cudaStream_t stream) {
   const bool tiled = args.weight != nullptr && args.inputs > 0;
   const LaunchPlan plan{(args.outputs + kSweepRows - 1) / kSweepRows + 1, kSweepThreads,
-                        tiled ? (args.inputs + kSweepColumns - 1) / kSweepColumns : 1};
+                        tiled ? column_tiles(args.inputs) : 1};
   return with_products<T>(products, [&](auto kind) {
     return launch(synthesizer_gradient_kernel<kind(), T>, plan, stream, args);
   });

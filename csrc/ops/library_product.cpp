@@ -36,11 +36,11 @@ int32_t dtype_of(const Tensor& like) {
   return dtype;
 }
 
-// The function for a tensor's device; a torch without CUDA has none of it.
+// The function for a tensor's device.
 template <class Function>
 Function* on_device(const Tensor& like, Function* of_cpu, Function* of_cuda) {
   Function* found = like.is_cpu() ? of_cpu : of_cuda;
-  FASTDNI_CHECK(found != nullptr, "fastdni: this torch has no CUDA");
+  FASTDNI_CHECK(found != nullptr, "fastdni: this torch has no such product on a GPU");
   return found;
 }
 
@@ -74,7 +74,8 @@ void library_product_bfloat16(const Tensor& like, const MatrixAt& out, const Mat
   torch::stable::copy_(of_a, tensor_at(like, a, dtype));
   torch::stable::copy_(of_b, tensor_at(like, b, dtype));
   const Tensor product = tensor_at(like, out, dtype);
-  FASTDNI_CHECK(aoti_torch_cuda_mm_dtype_out != nullptr, "fastdni: this torch has no CUDA");
+  FASTDNI_CHECK(aoti_torch_cuda_mm_dtype_out != nullptr,
+                "fastdni: this torch has no such product on a GPU");
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cuda_mm_dtype_out(product.get(), of_a.get(), of_b.get(), dtype));
 }

@@ -27,6 +27,8 @@ constexpr const char* kOp = "sweep";
 // the other, a cluster all at a time. Estimated, not measured.
 constexpr int64_t kWidestForClusters = kSweepCluster * kSweepColumns;
 constexpr int64_t kWidestForRows = 256;
+// Streams that a plan keeps memory for.
+constexpr size_t kMostStreams = 4;
 
 // Tables in one piece, to be.
 class Tables {
@@ -109,8 +111,8 @@ class CudaSweep final : public Sweep {
       text = "a cluster of " + blocks + " blocks for 16 rows, " + phases;
     }
     if (spread_ == cuda::Spread::phases) {
-      text = "a launch for each of " + phases + ", for a layer is " + std::to_string(widest_) +
-             " wide";
+      text =
+          "a launch for each of " + phases + ", layers up to " + std::to_string(widest_) + " wide";
     }
     const size_t products = program_.library.size() + program_.gradients.size();
     if (products == 0) return text;
@@ -121,7 +123,8 @@ class CudaSweep final : public Sweep {
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
 
   void forward(const StepMemory& memory) override {
-    own_ = &of_stream_[stream(memory)];
+    stream_ = stream(memory);
+    own_ = &memory_of(stream_);
     step_ = begin(memory, !memory.apart);
     cuda::check(
         kOp, cuda::launch_sweep_forward(step_, program_, spread_, library(memory), stream(memory)));
@@ -132,6 +135,8 @@ class CudaSweep final : public Sweep {
 
   void update(const StepMemory& memory) override {
     if (memory.apart) {
+      FASTDNI_CHECK(stream(memory) == stream_, kOp,
+                    ": an update must run in the stream of its forward part");
       step_ = begin(memory, true);
       step_.loss = nullptr;  // it is there since `forward`
     }
@@ -231,6 +236,7 @@ class CudaSweep final : public Sweep {
     const Tensor& like = *memory.like;
     if (!own_->workspace) own_->workspace = empty(like, {program_.workspace});
     const bool in_graph = cuda::is_captured(kOp, stream(memory));
+    own_->in_graph |= in_graph;
     DeviceTables& fixed = own_->fixed;
     if (!fixed.is_there(in_graph)) fixed.upload(fixed_, like, in_graph, stream(memory));
 
@@ -250,9 +256,9 @@ class CudaSweep final : public Sweep {
       Tables tables;
       of_parameters_ = tables.add(parameters);
       of_statistics_ = tables.add(memory.statistics);
+      of_step.upload(tables, like, in_graph, stream(memory));
       own_->parameters = std::move(parameters);
       own_->statistics = memory.statistics;
-      of_step.upload(tables, like, in_graph, stream(memory));
     }
 
     cuda::SweepStep<T> step{};
@@ -262,6 +268,7 @@ class CudaSweep final : public Sweep {
     step.tasks = fixed.template at<cuda::Task>(tasks_);
     step.losses = fixed.template at<cuda::Loss>(losses_);
     step.task_count = task_count_;
+    step.bias_task_count = static_cast<int32_t>(cuda::sweep_bias_tasks(program_));
     step.loss_count = static_cast<int32_t>(program_.synthesis.size());
     step.criterion_loss = program_.criterion;
     step.label_counts = program_.label_counts;
@@ -294,11 +301,22 @@ class CudaSweep final : public Sweep {
   // What steps in one stream have of the device. Allocated and used there alone, so that it may be
   // given back while the stream still works on it, and steps in two streams do not meet.
   struct StreamMemory {
+    bool in_graph = false;  // some graph reads and writes it
     DeviceTables fixed, of_step;
     std::optional<Tensor> workspace, narrow;
     std::vector<cuda::SweepParameter<T>> parameters;  // those in `of_step`
     std::vector<void*> statistics;
   };
+
+  StreamMemory& memory_of(cudaStream_t stream) {
+    const auto found = of_stream_.find(stream);
+    if (found != of_stream_.end()) return found->second;
+    // A loop over fresh streams is not to hold memory for all of them.
+    if (of_stream_.size() >= kMostStreams) {
+      std::erase_if(of_stream_, [](const auto& entry) { return !entry.second.in_graph; });
+    }
+    return of_stream_[stream];
+  }
 
   NetworkSpec spec_;
   cuda::SweepProgram program_;
@@ -308,9 +326,10 @@ class CudaSweep final : public Sweep {
   Tables fixed_;
   std::map<cudaStream_t, StreamMemory> of_stream_;
   // Of the step at work.
-  StreamMemory* own_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  StreamMemory* own_ = nullptr;  // the stream's
   cuda::SweepStep<T> step_{};
-  size_t of_parameters_ = 0, of_statistics_ = 0;
+  size_t of_parameters_ = 0, of_statistics_ = 0;  // in the tables of a step
   size_t instructions_, reductions_, jobs_, tasks_, losses_;
 };
 

@@ -140,9 +140,8 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
     bias_grads.push_back(empty(weights[i], {weights[i].size(0)}));
   }
   const int64_t rows = p.size(0), columns = p.size(1);
-  const auto pieces = [](int64_t count, int64_t of) { return (count + of - 1) / of; };
-  const Tensor partials =
-      empty(p, {pieces(rows, cuda::kSweepRows) * pieces(columns, cuda::kSweepColumns)});
+  const int64_t row_blocks = (rows + cuda::kSweepRows - 1) / cuda::kSweepRows;
+  const Tensor partials = empty(p, {row_blocks * cuda::column_tiles(columns)});
 
   with_dtype(prediction.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);

@@ -195,7 +195,7 @@ class SweepPlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory that the plan holds between steps."""
+        """Memory that the plan holds between steps; on a GPU, for each stream that takes them."""
         return 0 if self._memory is None else self._memory.workspace_bytes
 
 

@@ -100,6 +100,7 @@ void run(simt::Case& io) {
   step.jobs = program.jobs.data();
   step.tasks = tasks.data();
   step.task_count = static_cast<int32_t>(tasks.size());
+  step.bias_task_count = static_cast<int32_t>(cuda::sweep_bias_tasks(program));
   step.losses = program.synthesis.data();
   step.loss_count = static_cast<int32_t>(program.synthesis.size());
   step.criterion_loss = program.criterion;
