@@ -339,6 +339,8 @@ def test_a_plan_says_how_a_gpu_divides_the_step():
     assert small == "a cluster of 2 blocks for 16 rows, 5 phases"
     launches = "a launch for each of 4 phases, layers up to 600 wide"
     assert large == f"{launches}; 4 products, from {3 << 26} multiply-adds on, by torch's library"
+    long = ops.SweepPlan(stages(), 20_000, "cross_entropy").launches
+    assert long.endswith("multiply-adds on or over 16384 rows, by torch's library")
 
 
 def test_a_plan_lives_as_long_as_its_object():

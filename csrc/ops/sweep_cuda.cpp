@@ -116,8 +116,12 @@ class CudaSweep final : public Sweep {
     }
     const size_t products = program_.library.size() + program_.gradients.size();
     if (products == 0) return text;
-    return text + "; " + std::to_string(products) + " products, from " +
-           std::to_string(library_from(spec_)) + " multiply-adds on, by torch's library";
+    text += "; " + std::to_string(products) + " products, from " +
+            std::to_string(library_from(spec_)) + " multiply-adds on";
+    if (spec_.batch >= cuda::kLongBatch) {
+      text += " or over " + std::to_string(cuda::kLongBatch) + " rows";
+    }
+    return text + ", by torch's library";
   }
 
   int64_t workspace_bytes() const override { return program_.workspace * sizeof(T); }
