@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 # of bfloat16 tensors are the CPU's alone.
 CHOSEN = {
     "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored or registered or repeated"
-    " or refuse or says_how or in_a_graph",
+    " or refuse or says_how or in_a_graph or long_batch",
     "test_network_repetition.py": "steps_are or mask",
     "test_network_edges.py": "learning_rate_in or same_step or infinite or hundred_stages",
     "test_synthesizer.py": "(zero or opcheck) and not bfloat16",
