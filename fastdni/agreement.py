@@ -17,16 +17,17 @@ from fastdni.reference import OptimizerSettings, SweepNorm, SweepStage, Synthesi
 _ROWS, _CONTEXT = 33, 10
 # Rows, widths of a network, BatchNorm, hidden layers of its synthesizers: every instruction of the
 # sweep, and every way to spread them over a GPU with clusters.
-_NETWORKS = (
+_OF_CUDA = (
     (_ROWS, (70, 36, 10), False, 1),
     (_ROWS, (70, 36, 10), True, 0),
     (_ROWS, (20, 10), False, 0),
     (_ROWS, (20, 520, 10), False, 0),
 )
 # A long batch, and products that torch's library makes: in TF32 where torch is told to.
-_LARGE = ((4100, (70, 36, 10), False, 0), (1024, (512, 512, 10), False, 0))
+_LARGE_OF_CUDA = ((4100, (70, 36, 10), False, 0), (1024, (512, 512, 10), False, 0))
 # The smallest tiles, and the largest: of a layer, a synthesizer and their updates.
-_OF_TRITON = ((_ROWS, (70, 36, 10), True, 1), (2048, (1024, 2048, 1024, 10), False, 0))
+_OF_TRITON = ((_ROWS, (70, 36, 10), True, 1),)
+_LARGE_OF_TRITON = ((2048, (1024, 2048, 1024, 10), False, 0),)
 # The largest error allowed, relative to the largest value. Faults of a kernel are of the size of
 # the values.
 _TOLERANCES = {"exact": 1e-4, "tf32x3": 1e-3, "tf32": 3e-2, "bfloat16": 0.2}
@@ -69,9 +70,9 @@ def _comparisons(
     random = torch.Generator().manual_seed(0)
     own = backend.products(device, None)
     every, asked = list(_TOLERANCES), [own, "bfloat16"]
-    small, large = _NETWORKS, _LARGE
+    small, large = _OF_CUDA, _LARGE_OF_CUDA
     if name == "triton":  # where each kernel is compiled when it is first launched
-        small, large, every = _OF_TRITON[:1], _OF_TRITON[1:], asked
+        small, large, every = _OF_TRITON, _LARGE_OF_TRITON, asked
     networks = [(network, every) for network in small]
     if device.type != "cpu":  # in tests a large one takes too long
         networks += [(network, asked) for network in large]

@@ -82,10 +82,14 @@ def _look(device: torch.device, name: str) -> str | None:
     return reason
 
 
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _is_known(device: torch.device, name: str) -> bool:
     """Whether it is known how a backend does on a GPU, or can be seen now."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return (name, index) in _unserved or not torch.cuda.is_current_stream_capturing()
+    known = (name, _number(device)) in _unserved
+    return known or not torch.cuda.is_current_stream_capturing()
 
 
 @constant
@@ -97,7 +101,7 @@ def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
     Raises:
         RuntimeError: that first time is inside a CUDA graph's capture.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _number(device)
     if (name, index) not in _unserved:
         if not _is_known(device, name):
             raise RuntimeError(
