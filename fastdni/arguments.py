@@ -125,7 +125,7 @@ def _check_target(net: nn.Module, step: Step) -> None:
     layers = layers_of(net.stages[-1])
     plain = layers and type(layers[0]) is nn.Linear
     plain = plain and all(type(layer) in (nn.BatchNorm1d, *ACTIVATIONS) for layer in layers[1:])
-    if plain and x.dim() == 2 and target.device.type == "cpu":
+    if plain and x.dim() == 2:
         outputs = layers[0].out_features
         ops.sweep_check_target(caller, target, len(x), outputs, step.criterion)
 

@@ -216,6 +216,11 @@ def set_fp32_precision(name: str) -> None:
     _fp32_precision = name
 
 
+@constant  # that torch.compile watches itself
+def _precision_of_torch() -> str:
+    return torch.backends.cuda.matmul.fp32_precision
+
+
 def products(device: torch.device, autocast: torch.dtype | None) -> str:
     """The arithmetic of a step's products (see `ops.SweepPlan`) as torch's settings ask for it."""
     if autocast == torch.bfloat16:
@@ -224,7 +229,7 @@ def products(device: torch.device, autocast: torch.dtype | None) -> str:
         return "exact"
     if _fp32_precision == "tf32x3":
         return "tf32x3"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "exact"
+    return "tf32" if _precision_of_torch() == "tf32" else "exact"
 
 
 def choice() -> str:

@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "nesterov": lambda p: torch.optim.SGD(
         p, lr=0.0003, momentum=0.9, nesterov=True, weight_decay=0.01
     ),
-    "dampened": lambda p: torch.optim.SGD(p, lr=0.003, momentum=0.8, dampening=0.3),
+    "dampened": lambda p: torch.optim.SGD(p, lr=0.0003, momentum=0.8, dampening=0.3),
     "adam": lambda p: torch.optim.Adam(p, lr=0.003, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.003),
 }
