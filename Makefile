@@ -2,6 +2,7 @@
 # make test    the test suite            make test-all   with every combination
 # make bench   the CPU benchmarks        make lint       ruff, clang-format, the README's tables
 # make test-triton   Triton's tests with its newest release, beside the one that is installed
+# make test-emulated a CUDA build of torch (6 GB, in build/), and device tests on an emulated GPU
 # make gpu     on a machine with a CUDA GPU: builds for it, tests, measures (GPU=--quick: 8 minutes)
 #
 # PYTHON=python3.12   the interpreter that .venv is made from
@@ -26,7 +27,7 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-triton bench gpu lint format build clean
+.PHONY: demo test test-all test-triton test-emulated bench gpu lint format build clean
 
 demo: build
 	$(RUN) examples/mnist_fcn.py
@@ -43,6 +44,21 @@ test-triton: build
 	PYTHONPATH=build/triton $(RUN) -c 'import triton; print("Triton", triton.__version__)'
 	PYTHONPATH=build/triton $(RUN) -m pytest $(SPREAD) tests/test_triton.py \
 	  tests/test_triton_compiled.py
+
+# The newest torch that has a CUDA build for Python 3.11 in the mirrors; its Triton comes with it.
+EMULATED_TORCH := torch==2.14.1
+EMULATED := build/emulated/bin
+
+test-emulated: build/emulated/.requirements
+	PATH='$(CURDIR)/$(EMULATED)':$$PATH $(EMULATED)/python -m pytest $(SPREAD) \
+	  tests/test_on_emulated_gpu.py
+
+build/emulated/.requirements: Makefile requirements.txt
+	$(PYTHON) -m venv build/emulated
+	grep -vE '^(torch|triton|matplotlib|scikit-learn|-r)' requirements.txt >build/emulated/others.txt
+	$(EMULATED)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  $(EMULATED_TORCH) -r build/emulated/others.txt
+	@touch $@
 
 bench: build
 	$(RUN) -m benchmarks

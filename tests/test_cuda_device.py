@@ -2,10 +2,13 @@
 what is shown of the same kernels without a GPU is in test_cuda_sweep.py."""
 
 import copy
+import gc
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
-from network_cases import OPTIMIZERS, batch, network, state_of
+from network_cases import OPTIMIZERS, batch, local, network, state_of
 from synthesizer_problem import Sizes, assert_right, problem
 
 import fastdni
@@ -126,6 +129,28 @@ def test_one_network_on_two_streams_in_turn():
     assert all(map(torch.equal, found, expected))
 
 
+def test_a_plans_memory_is_kept_while_its_stream_works():
+    """Of a network that is gone: torch would hand it out again to the stream it was taken for."""
+    net = network((7, 33, 20, 5), norm=True, context=True).cuda()
+    twin = copy.deepcopy(net)
+    expected = trained(twin, OPTIMIZERS["sgd"](twin.parameters()), "cuda", steps=2, rows=64)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    batches = [on_gpu(batch(net, 64, seed=seed)) for seed in range(2)]
+    stream = torch.cuda.Stream()
+    with fastdni.use_backend("cuda"):
+        found = [*net.step(optimizer=optimizer, **batches[0])]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found += net.step(optimizer=optimizer, **batches[1])
+    found += net.state_dict().values()
+    del net, optimizer
+    gc.collect()
+    others = [torch.full((64, n), torch.nan, device="cuda") for n in range(8, 400, 8)]
+    torch.cuda.current_stream().synchronize()
+    stream.synchronize()
+    assert len(others) and all(map(torch.equal, [t.cpu() for t in found], expected))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one():
     net = network()
@@ -221,12 +246,142 @@ def test_an_optimizer_that_is_not_fused_is_captured_too():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("warm", [True, False], ids=["on its stream", "on another"])
+def test_a_graph_of_ones_own_keeps_what_it_was_captured_with(warm):
+    """Also while ordinary steps with other settings are taken in its stream."""
+    net = network((7, 33, 5), context=True).cuda()
+    twin = copy.deepcopy(net)
+    given = on_gpu(batch(net, rows=16))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    with fastdni.use_backend("cuda"):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream if warm else torch.cuda.current_stream()):
+            net.step(optimizer=optimizer, **given)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            net.step(optimizer=optimizer, **given)
+        optimizer.param_groups[0]["lr"] = 1e-2
+        with torch.cuda.stream(stream):
+            net.step(optimizer=optimizer, **given)
+            graph.replay()
+            graph.replay()
+        torch.cuda.synchronize()
+        optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3, momentum=0.9)
+        for rate in (1e-3, 1e-2, 1e-3, 1e-3):
+            optimizer.param_groups[0]["lr"] = rate
+            twin.step(optimizer=optimizer, **given)
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+def test_a_graphs_memory_is_kept_however_many_streams_come_after():
+    net = network((7, 33, 5)).cuda()
+    twin = copy.deepcopy(net)
+    given = on_gpu(batch(net, rows=16))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    optimizers = [OPTIMIZERS["sgd"](n.parameters()) for n in (net, twin)]
+    with fastdni.use_backend("cuda"):
+        with torch.cuda.stream(stream):
+            net.step(optimizer=optimizers[0], **given)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            net.step(optimizer=optimizers[0], **given)
+        for _ in range(6):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                net.step(optimizer=optimizers[0], **given)
+            torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            others = [torch.full((n,), torch.nan, device="cuda") for n in range(64, 8192, 64)]
+            graph.replay()
+        torch.cuda.synchronize()
+        for _ in range(8):
+            twin.step(optimizer=optimizers[1], **given)
+    assert len(others) and all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+@contextmanager
+def nothing_waits():
+    """Fails where the host waits for the GPU inside."""
+    emulated = sys.modules.get("emulated.ops")
+    before = emulated and emulated.count("waits")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert emulated is None or emulated.count("waits") == before
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_nothing_and_allocates_its_results_alone(kind, capturable):
+    net = network((7, 33, 20, 5), **KINDS[kind]).cuda()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, capturable=capturable)
+    given = on_gpu(batch(net, rows=16))
+    with fastdni.use_backend("cuda"):
+        for _ in range(2):  # the plan, the optimizer's state, the tables
+            net.step(optimizer=optimizer, **given)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        with nothing_waits():
+            results = net.step(optimizer=optimizer, **given)
+    made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    assert made == len([t for t in results if t.numel()])
+
+
+@pytest.mark.skipif("emulated.ops" not in sys.modules, reason="counted on an emulated GPU")
+@pytest.mark.parametrize("name, launches", [("sgd", 2), ("adam", 3)])
+def test_a_step_is_two_launches(name, launches):
+    """And a small one for Adam's numbers, where they are on the GPU."""
+    net = network((7, 33, 20, 5), n_hidden=1, context=True).cuda()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    for group in optimizer.param_groups:
+        group["capturable"] = name == "adam"
+    given = on_gpu(batch(net, rows=40))
+    count = sys.modules["emulated.ops"].count
+    with fastdni.use_backend("cuda"):
+        for _ in range(2):
+            net.step(optimizer=optimizer, **given)
+        before = count("launches")
+        net.step(optimizer=optimizer, **given)
+    assert count("launches") - before == launches
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_network_with_an_interface_compiles_to_one_graph(backend):
+    """By torch's tracing alone: what its compiler makes of it is not in question."""
+    torch.manual_seed(1)
+    layer, head = torch.nn.Linear(7, 9), torch.nn.Linear(9, 5)
+    interface = fastdni.BackwardInterface(fastdni.BasicSynthesizer(9, n_hidden=1))
+    net = torch.nn.Sequential(layer, torch.nn.ReLU(), interface, head).cuda()
+    twin = copy.deepcopy(net)
+    x = torch.randn(6, 7).cuda()
+    labels = (torch.arange(6) % 5).cuda()
+    with fastdni.use_backend(backend):
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        for model in (compiled, twin):
+            torch.nn.functional.cross_entropy(model(x), labels).backward()
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad.cpu(), b.grad.cpu())
+
+
 def test_the_kernels_agree_with_plain_pytorch():
     assert agreement.disagreement(torch.device("cuda"), "cuda") is None
 
 
 def tensor_or_number(rates):
     return torch.tensor(1e-3, device="cuda") if rates == "tensor" else 1e-3
+
+
+@pytest.mark.parametrize("path", ["cuda", "reference", "local"])
+@pytest.mark.parametrize("criterion, shape", [("mse", (6, 4)), ("cross_entropy", (6, 1))])
+def test_a_target_of_another_shape_is_refused(path, criterion, shape):
+    """As on the CPU: it would be broadcast."""
+    net = (local if path == "local" else copy.deepcopy)(network()).cuda()
+    given = on_gpu(batch(net, criterion=criterion))
+    given["target"] = given["target"].new_zeros(shape)
+    refused = pytest.raises(RuntimeError, match="net.step: target must be")
+    with fastdni.use_backend("auto" if path == "local" else path), refused:
+        net.step(optimizer=OPTIMIZERS["sgd"](net.parameters()), **given)
 
 
 @pytest.mark.parametrize("bad", [5, 10**9, -1])

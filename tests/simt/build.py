@@ -124,6 +124,15 @@ def _compile(source: str, csrc: Path, variant_flags: tuple[str, ...]) -> Path:
     return target
 
 
+def shared_library(source: Path, headers: Path) -> Path:
+    """Compiles one file to a library to be loaded, unless that is done."""
+    flags = [*FLAGS, "-O2", "-shared", "-fPIC", "-isystem", str(headers)]
+    text = " ".join([_compiler_version(), *flags]) + source.read_text()
+    name = f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    _make(CACHE / name, [*flags, source])
+    return CACHE / name
+
+
 def _make(target: Path, arguments: list[str | Path]) -> None:
     """Runs g++ unless the target is there already. Two processes may make the same one."""
     if target.exists():

@@ -2,6 +2,9 @@
 // vocabulary as the kernels use, spelled with simt.h.
 #pragma once
 #include <cmath>
+#include <functional>
+#include <memory>
+#include <tuple>
 
 #include "common/scalar.h"
 #include "simt.h"
@@ -48,6 +51,16 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+// Does what is launched when its turn in the stream comes: at once, or as tests/emulated has it.
+#if defined(SIMT_EMULATED)
+extern "C" cudaError_t emulated_launch(cudaStream_t stream, std::function<void()>* work);
+#else
+inline cudaError_t emulated_launch(cudaStream_t, std::function<void()>* work) {
+  (*std::unique_ptr<std::function<void()> >(work))();
+  return cudaSuccess;
+}
+#endif
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -56,9 +69,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const auto& [x, y, z] = config->attrs[i].val.clusterDim;
     cluster = {x, y, z};
   }
-  simt::launch(config->gridDim, config->blockDim, cluster,
-               [&] { kernel(Parameters(arguments)...); });
-  return cudaSuccess;
+  const auto work = [grid = config->gridDim, block = config->blockDim, cluster, kernel,
+                     own = std::tuple<Parameters...>(arguments...)] {
+    simt::launch(grid, block, cluster, [&] { std::apply(kernel, own); });
+  };
+  return emulated_launch(config->stream, new std::function<void()>(work));
 }
 
 template <class Kernel>
