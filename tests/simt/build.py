@@ -125,10 +125,12 @@ def _compile(source: str, csrc: Path, variant_flags: tuple[str, ...]) -> Path:
 
 
 def shared_library(source: Path, headers: Path) -> Path:
-    """Compiles one file to a library to be loaded, unless that is done."""
+    """Compiles a file, and the headers beside it, to a shared library, unless that is done."""
     flags = [*FLAGS, "-O2", "-shared", "-fPIC", "-isystem", str(headers)]
-    text = " ".join([_compiler_version(), *flags]) + source.read_text()
-    name = f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    text = hashlib.sha256(" ".join([_compiler_version(), *flags]).encode())
+    for file in [source, *sorted(source.parent.glob("*.h"))]:
+        text.update(file.read_bytes())
+    name = f"{source.stem}-{text.hexdigest()[:16]}.so"
     _make(CACHE / name, [*flags, source])
     return CACHE / name
 
