@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "ops/product.h"
+#include "ops/sweep_binding.h"
 #include "ops/sweep_plan.h"
 #include "watch.h"
 #if defined(FASTDNI_CUDA)
@@ -119,9 +120,9 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("columns"), py::arg("depth"),
       "The library that a float32 (rows, depth) x (depth, columns) product goes to.");
-  py::class_<fastdni::Watch>(m, "Watch", "Notices that dicts and lists hold something else.")
-      .def(py::init<const py::list&, const py::list&>(), py::arg("items"), py::arg("sizes"))
-      .def("unchanged", &fastdni::Watch::unchanged, "Whether all of them hold what they held.");
+  py::class_<fastdni::Watch>(m, "Watch", "Notices that facts no longer hold.")
+      .def(py::init<const py::list&>(), py::arg("facts"))
+      .def("unchanged", &fastdni::Watch::unchanged, "Whether all facts hold.");
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&,
@@ -131,11 +132,14 @@ PYBIND11_MODULE(_C, m) {
            py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def(
-          "forget", [](const PlanHandle& plan) { fastdni::find_plan(plan.handle)->last = {}; },
-          "Lets go of the tensors that a repeated step would take.")
+          "can_be_repeated",
+          [](const PlanHandle& plan) {
+            return fastdni::can_be_repeated(*fastdni::find_plan(plan.handle));
+          },
+          "Whether the last step's tensors are such as they were.")
       .def_property_readonly(
-          "begun", [](const PlanHandle& plan) { return fastdni::find_plan(plan.handle)->begun; },
-          "Whether the last step had begun to write when it failed.")
+          "steps", [](const PlanHandle& plan) { return fastdni::find_plan(plan.handle)->steps; },
+          "Whole steps that were taken.")
       .def_readonly("launches", &PlanHandle::launches, "How a GPU's launches divide the step.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)

@@ -1,86 +1,101 @@
-// Notices that dictionaries and lists no longer hold what they held.
+// Notices that dictionaries, lists and objects no longer hold what they held.
 //
 // A training step asks at every call whether modules, hooks and optimizers are as they were;
 // hundreds of comparisons of pointers, which take Python tens of microseconds and this one.
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <vector>
 
 namespace fastdni {
 
-// The objects must be kept alive by whoever made the watch: it holds no references, so that it is
-// no part of a cycle that Python's garbage collector cannot see.
+// Facts, in an order in which each is only looked at when those before it hold: a container that
+// hangs below another is alive then. The watch holds no references, so that it is no part of a
+// cycle that Python's garbage collector cannot see; what it looks at from outside, and the values it
+// compares with, are kept alive by whoever made it.
 class Watch {
  public:
-  // items: (container, key, value): a dict has `value` at `key` (None where there is none), a list
-  // at that index. sizes: (container, number of its items).
-  Watch(const pybind11::list& items, const pybind11::list& sizes) {
-    for (const auto& item : items) {
-      const auto entry = pybind11::cast<pybind11::tuple>(item);
-      PyObject* container = entry[0].ptr();
-      if (PyDict_Check(container)) {
-        in_dicts_.push_back({container, entry[1].ptr(), entry[2].ptr()});
-      } else if (PyList_Check(container)) {
-        in_lists_.push_back({container, pybind11::cast<Py_ssize_t>(entry[1]), entry[2].ptr()});
-      } else {
-        attributes_.push_back({container, entry[1].ptr(), entry[2].ptr()});
-      }
-    }
-    for (const auto& size : sizes) {
-      const auto entry = pybind11::cast<pybind11::tuple>(size);
-      sizes_.push_back({entry[0].ptr(), pybind11::cast<Py_ssize_t>(entry[1])});
+  // (kind, object, key, value):
+  //   "item"       a dict has `value` at `key` (None where there is nothing), a list at that index
+  //   "attribute"  an object's attribute `key` is `value`
+  //   "size"       a dict or list has `value` items
+  //   "type"       an object is of the class `value`
+  //   "tensor"     a tensor's `_cdata`, where torch keeps it, is `value`
+  explicit Watch(const pybind11::list& facts) : address_(pybind11::str("_cdata")) {
+    for (const auto& given : facts) {
+      const auto entry = pybind11::cast<pybind11::tuple>(given);
+      facts_.push_back(fact(pybind11::cast<std::string>(entry[0]), entry[1], entry[2], entry[3]));
     }
   }
 
   bool unchanged() const {
-    for (const Size& size : sizes_) {
-      const Py_ssize_t now = PyDict_Check(size.container) ? PyDict_GET_SIZE(size.container)
-                                                          : PyList_GET_SIZE(size.container);
-      if (now != size.count) return false;
-    }
-    for (const InDict& item : in_dicts_) {
-      PyObject* now = PyDict_GetItemWithError(item.dict, item.key);
-      if (now == nullptr) {
-        PyErr_Clear();
-        now = Py_None;
-      }
-      if (now != item.value) return false;
-    }
-    for (const InList& item : in_lists_) {
-      if (item.index >= PyList_GET_SIZE(item.list)) return false;
-      if (PyList_GET_ITEM(item.list, item.index) != item.value) return false;
-    }
-    for (const Attribute& attribute : attributes_) {
-      PyObject* now = PyObject_GetAttr(attribute.object, attribute.name);
-      if (now == nullptr) throw pybind11::error_already_set();
-      const bool same = now == attribute.value;
-      Py_DECREF(now);
-      if (!same) return false;
+    for (const Fact& fact : facts_) {
+      if (!holds(fact)) return false;
     }
     return true;
   }
 
  private:
-  struct InDict {
-    PyObject *dict, *key, *value;
+  enum class Kind { in_dict, in_list, attribute, size, type, tensor };
+  struct Fact {
+    Kind kind;
+    PyObject *object, *key, *value;
+    Py_ssize_t number;  // an index, a size or an address
   };
-  struct InList {
-    PyObject* list;
-    Py_ssize_t index;
-    PyObject* value;
-  };
-  struct Attribute {
-    PyObject *object, *name, *value;
-  };
-  struct Size {
-    PyObject* container;
-    Py_ssize_t count;
-  };
-  std::vector<InDict> in_dicts_;
-  std::vector<InList> in_lists_;
-  std::vector<Attribute> attributes_;
-  std::vector<Size> sizes_;
+
+  static Fact fact(const std::string& kind, const pybind11::handle& object,
+                   const pybind11::handle& key, const pybind11::handle& value) {
+    const auto number = [](const pybind11::handle& n) { return pybind11::cast<Py_ssize_t>(n); };
+    PyObject *const o = object.ptr(), *const k = key.ptr(), *const v = value.ptr();
+    if (kind == "item" && PyDict_Check(o)) return {Kind::in_dict, o, k, v, 0};
+    if (kind == "item" && PyList_Check(o)) return {Kind::in_list, o, nullptr, v, number(key)};
+    if (kind == "attribute") return {Kind::attribute, o, k, v, 0};
+    if (kind == "size") return {Kind::size, o, nullptr, nullptr, number(value)};
+    if (kind == "type") return {Kind::type, o, nullptr, v, 0};
+    if (kind == "tensor") return {Kind::tensor, o, nullptr, nullptr, number(value)};
+    throw std::invalid_argument("Watch: a fact must be an item of a dict or list, an attribute, a "
+                                "size, a type or a tensor, got " + kind);
+  }
+
+  bool holds(const Fact& fact) const {
+    switch (fact.kind) {
+      case Kind::in_dict: {
+        PyObject* now = PyDict_GetItemWithError(fact.object, fact.key);
+        if (now == nullptr) {
+          PyErr_Clear();
+          now = Py_None;
+        }
+        return now == fact.value;
+      }
+      case Kind::in_list:
+        return fact.number < PyList_GET_SIZE(fact.object) &&
+               PyList_GET_ITEM(fact.object, fact.number) == fact.value;
+      case Kind::attribute: {
+        const auto now = attribute(fact.object, fact.key);
+        return now.ptr() == fact.value;
+      }
+      case Kind::size:
+        return fact.number == (PyDict_Check(fact.object) ? PyDict_GET_SIZE(fact.object)
+                                                         : PyList_GET_SIZE(fact.object));
+      case Kind::type:
+        return reinterpret_cast<PyObject*>(Py_TYPE(fact.object)) == fact.value;
+      case Kind::tensor: {
+        const auto now = attribute(fact.object, address_.ptr());
+        return PyLong_AsSsize_t(now.ptr()) == fact.number;
+      }
+    }
+    return false;
+  }
+
+  static pybind11::object attribute(PyObject* object, PyObject* name) {
+    auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(object, name));
+    if (!found) throw pybind11::error_already_set();
+    return found;
+  }
+
+  std::vector<Fact> facts_;
+  pybind11::object address_;
 };
 
 }  // namespace fastdni

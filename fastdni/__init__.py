@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from fastdni.backend import backends, set_backend, set_fp32_precision, use_backend
+from fastdni.conversion import decouple
 from fastdni.explain import explain
 from fastdni.graphs import make_graphed_step
 from fastdni.interfaces import (
@@ -23,7 +24,7 @@ from fastdni.interfaces import (
     ForwardInterface,
     UnidirectionalInterface,
 )
-from fastdni.network import DecoupledSequential, StepResult, decouple
+from fastdni.network import DecoupledSequential, StepResult
 from fastdni.ops import regression_loss
 from fastdni.scopes import backward, defer_backward, synthesizer_context
 from fastdni.synthesizers import BasicSynthesizer

@@ -87,6 +87,11 @@ class BasicSynthesizer(nn.Module):
         if n_hidden == 0 and self.input_context is not None:
             nn.init.zeros_(self.input_context.weight)
 
+    @property
+    def context_dim(self) -> int | None:
+        """The width of the context that it takes; None: it takes none."""
+        return None if self.input_context is None else self.input_context.in_features
+
     def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
         """Predicts the message.
 

@@ -2,9 +2,9 @@
 // with their synthesizers. The equations are in fastdni/reference/sweep.py.
 //
 //   sweep_           the whole step of a whole network
-//   sweep_repeat_    the same step as the last one with other data: the same parameters, statistics
-//                    and state are taken, and written, without being passed again; `written` stands
-//                    for them, so that nobody takes the op for one that only reads
+//   sweep_repeat_    the same step as the last one with other data and other numbers: the same
+//                    parameters, statistics and state are taken, and written, without being passed
+//                    again. Its schema does not name them: not for those who trace
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
 //   sweep_update_    the rest: the topmost synthesizer's regression, and every update
 #include <optional>
@@ -68,30 +68,39 @@ void run_update(Plan& plan, const std::vector<const Tensor*>& steps) {
   plan.sweep->update(plan.memory);
 }
 
+// What a step of a whole network is given besides its data.
+struct StepArguments {
+  const Tensors& parameters;
+  const Tensors& statistics;
+  const Tensors& state;
+  const Integers& groups;
+  const std::vector<double>& settings;
+  const Integers& active;
+};
+
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
                                               const Tensor& x, const OptionalTensor& target,
                                               const OptionalTensor& context,
-                                              const Binding& binding) {
+                                              const StepArguments& given) {
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
-  plan.begun = false;
   const OnDevice device(plan, x);
-  const SweepInputs inputs = check_inputs(caller, plan, x, target, context);
-  bind_inputs(plan, inputs);
-  bind_parameters(caller, plan, binding.parameters, binding.active);
-  bind_statistics(caller, plan, binding.statistics);
+  SweepInputs inputs = check_inputs(caller, plan, x, target, context);
+  bind_parameters(caller, plan, given.parameters, given.active);
+  bind_statistics(caller, plan, given.statistics);
   std::vector<const Tensor*> steps;
-  bind_optimizer(caller, plan, binding.state, binding.groups, binding.settings, steps);
+  bind_optimizer(caller, plan, given.state, given.groups, given.settings, steps);
+  keep_apart(plan, inputs);
+  bind_inputs(plan, inputs);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
 
   plan.memory.apart = false;
-  plan.begun = true;
   run_forward(plan);
   run_update(plan, steps);
-  plan.begun = false;
+  ++plan.steps;
   plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
   return {output, loss, synthesis_loss};
 }
@@ -105,22 +114,33 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
                                               const Integers& active, bool repeatable) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  plan->last = {};
-  Binding binding{parameters, statistics, state, groups, settings, active};
-  auto results = whole_step(caller, *plan, x, target, context, binding);
-  if (repeatable) plan->last = std::move(binding);
+  LastStep& last = plan->last;
+  last.known = false;
+  auto results = whole_step(caller, *plan, x, target, context,
+                            {parameters, statistics, state, groups, settings, active});
+  if (repeatable) {
+    last.parameters.borrow(parameters);
+    last.statistics.borrow(statistics);
+    last.state.borrow(state);
+    last.groups = groups;
+    last.active = active;
+    last.known = true;
+  }
   return results;
 }
 
 // The tensors are looked at again: a parameter's `data` may be another one by now.
 std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::string& caller,
-                                                const Tensor& /*written*/, const Tensor& x,
-                                                const OptionalTensor& target,
-                                                const OptionalTensor& context) {
+                                                const Tensor& x, const OptionalTensor& target,
+                                                const OptionalTensor& context,
+                                                const std::vector<double>& settings) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  FASTDNI_CHECK(!plan->last.parameters.empty(), caller, ": plan has no step to repeat");
-  return whole_step(caller, *plan, x, target, context, plan->last);
+  const LastStep& last = plan->last;
+  FASTDNI_CHECK(last.known, caller, ": plan has no step to repeat");
+  return whole_step(caller, *plan, x, target, context,
+                    {last.parameters.tensors(), last.statistics.tensors(), last.state.tensors(),
+                     last.groups, settings, last.active});
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep_forward(
@@ -178,6 +198,8 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
   run_update(*plan, steps);
+  plan->held.clear();
+  plan->memory.x = nullptr;
   return synthesis_loss;
 }
 
@@ -190,8 +212,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "float[] settings, int[] active, bool repeatable) -> "
       "(Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
-      "sweep_repeat_(int plan, str caller, Tensor(a!) written, Tensor x, Tensor? target, "
-      "Tensor? context) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
+      "sweep_repeat_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "float[] settings) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
       "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
       "Tensor? network_input, Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "

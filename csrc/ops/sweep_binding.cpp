@@ -11,11 +11,13 @@ namespace {
 // A row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (sweep_plan.h).
 constexpr size_t kSettings = 7;
 
+bool on_device(const Tensor& tensor, const Plan& plan) {
+  return plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu : tensor.is_cpu();
+}
+
 void check_device(const std::string& caller, const std::string& name, const Tensor& tensor,
                   const Plan& plan) {
-  const bool fits =
-      plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu : tensor.is_cpu();
-  FASTDNI_CHECK(fits, caller, ": ", name, " must be on ",
+  FASTDNI_CHECK(on_device(tensor, plan), caller, ": ", name, " must be on ",
                 plan.gpu ? "cuda:" + std::to_string(*plan.gpu) : "the CPU", ", as the plan is");
 }
 
@@ -50,6 +52,12 @@ void check_context(const std::string& caller, const Plan& plan, const OptionalTe
       }
     }
   }
+}
+
+bool has_values(const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+  const auto sizes = tensor.sizes();
+  const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+  return same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous();
 }
 
 OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group) {
@@ -111,10 +119,7 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
 
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
                   const Shape& shape, ScalarType dtype, const Plan& plan) {
-  const auto sizes = tensor.sizes();
-  const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-  FASTDNI_CHECK(same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), caller, ": ",
-                name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
+  FASTDNI_CHECK(has_values(tensor, shape, dtype), caller, ": ", name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
                 to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
                 to_string(shape_of(tensor)));
   check_device(caller, name, tensor, plan);
@@ -149,6 +154,53 @@ SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tens
   check_context(caller, plan, context, inputs.target ? &*inputs.target : nullptr);
   if (context.has_value()) inputs.context = as_contiguous(*context);
   return inputs;
+}
+
+void keep_apart(const Plan& plan, SweepInputs& inputs) {
+  const auto size = static_cast<int64_t>(plan.dtype == ScalarType::Double ? 8 : 4);
+  const auto apart = [&](Tensor& given) {
+    const auto* begin = static_cast<const char*>(given.data_ptr());
+    const char* end = begin + given.numel() * 8;  // of any dtype
+    const auto meets = [&](const void* written, const Shape& shape) {
+      int64_t count = 1;
+      for (int64_t n : shape) count *= n;
+      const auto* first = static_cast<const char*>(written);
+      return written != nullptr && first < end && begin < first + count * size;
+    };
+    bool found = false;
+    for (size_t i = 0; i < plan.expected.parameters.size(); ++i) {
+      const ParameterMemory& memory = plan.memory.parameters[i];
+      for (const void* written : {memory.value, memory.first, memory.second}) {
+        found = found || meets(written, plan.expected.parameters[i]);
+      }
+    }
+    for (size_t i = 0; i < plan.expected.statistics.size(); ++i) {
+      found = found || meets(plan.memory.statistics[i], plan.expected.statistics[i]);
+    }
+    if (found) given = torch::stable::clone(given);
+  };
+  apart(inputs.x);
+  if (inputs.target) apart(*inputs.target);
+  if (inputs.context) apart(*inputs.context);
+}
+
+bool can_be_repeated(const Plan& plan) {
+  const LastStep& last = plan.last;
+  if (!last.known) return false;
+  const Tensors& parameters = last.parameters.tensors();
+  const Tensors& statistics = last.statistics.tensors();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!has_values(parameters[i], plan.expected.parameters[i], plan.dtype)) return false;
+    if (!on_device(parameters[i], plan)) return false;
+  }
+  for (size_t i = 0; i < statistics.size(); ++i) {
+    const ScalarType dtype = i % 3 == 2 ? ScalarType::Long : plan.dtype;
+    if (!has_values(statistics[i], plan.expected.statistics[i], dtype)) return false;
+  }
+  for (const Tensor& kept : last.state.tensors()) {
+    if (!kept.is_contiguous()) return false;
+  }
+  return true;
 }
 
 void bind_inputs(Plan& plan, const SweepInputs& inputs) {

@@ -29,7 +29,13 @@ void check_values(const std::string& caller, const char* name, const Tensor& ten
 SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
                          const OptionalTensor& target, const OptionalTensor& context);
 
+// Copies data that lies in memory which the step writes. After the others are bound.
+void keep_apart(const Plan& plan, SweepInputs& inputs);
+
 void bind_inputs(Plan& plan, const SweepInputs& inputs);
+
+// Whether the tensors of the last step are still such as it was given.
+bool can_be_repeated(const Plan& plan);
 
 void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
                      const Integers& active);

@@ -76,11 +76,12 @@ class Sweep {
   virtual std::string launches() const { return ""; }
 };
 
-// What a step of a whole network is given besides its data.
-struct Binding {
-  std::vector<Tensor> parameters, statistics, state;
+// The last step of a whole network, where it may be repeated: what it was given besides its data
+// and the optimizers' numbers. Whoever repeats it keeps the tensors.
+struct LastStep {
+  bool known = false;
+  Borrowed parameters, statistics, state;
   std::vector<int64_t> groups;
-  std::vector<double> settings;
   std::vector<int64_t> active;
 };
 
@@ -93,8 +94,8 @@ struct Plan {
   Signature expected;
   std::unique_ptr<Sweep> sweep;
   StepMemory memory;         // filled at each step; here to keep its allocations
-  Binding last;              // of the last whole step, where it may be repeated
-  bool begun = false;        // the last whole step has begun to write, and not ended
+  LastStep last;
+  int64_t steps = 0;         // whole steps that were taken
   std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
 };
 

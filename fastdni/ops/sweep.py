@@ -48,11 +48,6 @@ def _(
     return _fake_results(plan, x)
 
 
-@torch.library.register_fake("fastdni::sweep_repeat_")
-def _(plan, caller, written, x, target, context):
-    return _fake_results(plan, x)
-
-
 @torch.library.register_fake("fastdni::sweep_forward_")
 def _(plan, caller, x, target, context, network_input, parameters, statistics, active):
     output, loss, _ = _fake_results(plan, x)
@@ -101,14 +96,14 @@ def _stage_spec(stage: SweepStage) -> dict:
     }
 
 
-def sweep_backend(stages: Sequence[SweepStage], batch: int, products: str) -> str:
+def sweep_backend(stages: Sequence[SweepStage], batch: int, precision: str) -> str:
     """The backend that serves a sweep: a name of `fastdni.backends()`."""
     weight = stages[0].weight
     name = backend.server(weight, _DEVICES)
     # float64 is the CUDA kernels' alone.
     if name == "cuda" and backend.choice() == "auto" and weight.dtype in backend.triton.DTYPES:
         largest = batch * max(p.numel() for stage in stages for p in stage.parameters())
-        if backend.takes_triton(weight.device, largest, products):
+        if backend.takes_triton(weight.device, largest, precision):
             return "triton"
     return name
 
@@ -123,7 +118,7 @@ class SweepPlan:
         input_gradient: whether the gradient of the lowest stage's input is wanted.
         separate_input: whether the input synthesizers predict from another tensor than the lowest
             stage's x: a part of a completely unlocked network.
-        products: the arithmetic of products; sums, errors, losses, parameters and optimizer state
+        precision: the arithmetic of precision; sums, errors, losses, parameters and optimizer state
             keep the parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
             "tf32" and "tf32x3" on a GPU's tensor cores, elsewhere exact.
     """
@@ -135,10 +130,10 @@ class SweepPlan:
         criterion: str | None = None,
         input_gradient: bool = False,
         separate_input: bool = False,
-        products: str = "exact",
+        precision: str = "exact",
     ):
         self.stages, self.batch, self.criterion = stages, batch, criterion
-        self.input_gradient, self.products = input_gradient, products
+        self.input_gradient, self.precision = input_gradient, precision
         self.separate_input = separate_input
         self.parameters = [p for stage in stages for p in stage.parameters()]
         self.statistics = [t for stage in stages for t in stage.statistics()]
@@ -150,15 +145,14 @@ class SweepPlan:
             own = len(stage.parameters()) - above
             self.parameter_stages += [index] * own + [index + 1] * above
         weight = stages[0].weight
-        self.backend = sweep_backend(stages, batch, products)
+        self.backend = sweep_backend(stages, batch, precision)
         self._memory, self._pending = None, None
-        self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
         self.handle = 0
         self.structure = None
         if self.backend == "triton":
             backend.triton.load()
             triton = importlib.import_module("fastdni.triton.sweep")
-            self.structure = triton.Structure(stages, criterion, products)
+            self.structure = triton.Structure(stages, criterion, precision)
         elif self.backend != "reference":
             on_gpu = weight.device.type == "cuda"
             # What a GPU allows is asked of the current one.
@@ -170,21 +164,23 @@ class SweepPlan:
                     gpu=torch.cuda.current_device() if on_gpu else None,
                     criterion=criterion or "none",
                     input_gradient=input_gradient,
-                    products=products,
+                    products=precision,
                     separate_input=separate_input,
                 )
             self.handle = self._memory.handle
+            # Whether the last step's tensors are such as it was given.
+            self.can_be_repeated = self._memory.can_be_repeated
             _plans[self.handle] = self
 
-    def forget(self) -> None:
-        """Lets go of parameters and state that a repeated step would take."""
-        if self._memory is not None:
-            self._memory.forget()
+    @property
+    def can_repeat(self) -> bool:
+        """Whether a step of this plan may be followed by `sweep_repeat_`."""
+        return self._memory is not None
 
     @property
-    def begun(self) -> bool:
-        """Whether the last step had begun to write when it failed."""
-        return self._memory is not None and self._memory.begun
+    def steps(self) -> int:
+        """Whole steps that were taken, where that is counted."""
+        return 0 if self._memory is None else self._memory.steps
 
     @property
     def launches(self) -> str:
@@ -229,7 +225,7 @@ def sweep_(
         settings: see `flat`. A learning rate that is NaN is a tensor, next in `state`.
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         caller: whom error messages name.
-        repeatable: whether the plan keeps the tensors, for `sweep_repeat_`.
+        repeatable: whether `sweep_repeat_` may follow.
 
     Returns:
         The output (B, N), the loss (), and the synthesis losses: (S,), or in complete unlock
@@ -312,18 +308,23 @@ def _check_state(plan: SweepPlan, state, groups, settings, caller: str) -> None:
 
 
 def sweep_repeat_(
-    plan: SweepPlan, x: Tensor, target: Tensor, context: Tensor | None, caller: str = "sweep"
+    plan: SweepPlan,
+    x: Tensor,
+    target: Tensor,
+    context: Tensor | None,
+    settings: list[float],
+    caller: str = "sweep",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last `sweep_` of a plan again, on other data: it takes and writes the same parameters,
-    statistics and state, by the same settings.
+    statistics and state.
 
-    At small sizes handing the tensors over costs as much as the step. The plan holds them; what
-    their storage is it asks anew.
+    At small sizes handing the tensors over costs as much as the step. The plan has references to
+    them that do not count: the caller keeps them, and asks `plan.can_be_repeated()` first.
 
     Args, returns, raises:
         As `sweep_`; also RuntimeError where the plan's last step was not repeatable.
     """
-    return _repeat(plan.handle, caller, plan._written, x, target, context)
+    return _repeat(plan.handle, caller, x, target, context, settings)
 
 
 def sweep_forward_(
@@ -378,7 +379,7 @@ def sweep_forward_(
             context,
             plan.criterion,
             list(map(bool, active)),
-            plan.products == "bfloat16",
+            plan.precision == "bfloat16",
             network_input,
         )
     plan._pending = done
