@@ -118,8 +118,8 @@ class SweepPlan:
         input_gradient: whether the gradient of the lowest stage's input is wanted.
         separate_input: whether the input synthesizers predict from another tensor than the lowest
             stage's x: a part of a completely unlocked network.
-        precision: the arithmetic of precision; sums, errors, losses, parameters and optimizer state
-            keep the parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
+        precision: of products; sums, errors, losses, parameters and optimizer state keep the
+            parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
             "tf32" and "tf32x3" on a GPU's tensor cores, elsewhere exact.
     """
 
@@ -164,7 +164,7 @@ class SweepPlan:
                     gpu=torch.cuda.current_device() if on_gpu else None,
                     criterion=criterion or "none",
                     input_gradient=input_gradient,
-                    products=precision,
+                    precision=precision,
                     separate_input=separate_input,
                 )
             self.handle = self._memory.handle
