@@ -12,8 +12,8 @@ namespace fastdni {
 
 // Facts, in an order in which each is only looked at when those before it hold: a container that
 // hangs below another is alive then. The watch holds no references, so that it is no part of a
-// cycle that Python's garbage collector cannot see; what it looks at from outside, and the values it
-// compares with, are kept alive by whoever made it.
+// cycle that Python's garbage collector cannot see; what it looks at from outside, and the values
+// it compares with, are kept alive by whoever made it.
 class Watch {
  public:
   // (kind, object, key, value):
@@ -22,7 +22,7 @@ class Watch {
   //   "size"       a dict or list has `value` items
   //   "type"       an object is of the class `value`
   //   "tensor"     a tensor's `_cdata`, where torch keeps it, is `value`
-  explicit Watch(const pybind11::list& facts) : address_(pybind11::str("_cdata")) {
+  explicit Watch(const pybind11::list& facts) {
     for (const auto& given : facts) {
       const auto entry = pybind11::cast<pybind11::tuple>(given);
       facts_.push_back(fact(pybind11::cast<std::string>(entry[0]), entry[1], entry[2], entry[3]));
@@ -41,27 +41,56 @@ class Watch {
   struct Fact {
     Kind kind;
     PyObject *object, *key, *value;
-    Py_ssize_t number;  // an index, a size or an address
+    Py_ssize_t number;            // a key's hash, an index, a size or an address
+    const PyGetSetDef* computed;  // how an attribute is got that its class computes in C
   };
 
   static Fact fact(const std::string& kind, const pybind11::handle& object,
                    const pybind11::handle& key, const pybind11::handle& value) {
-    const auto number = [](const pybind11::handle& n) { return pybind11::cast<Py_ssize_t>(n); };
     PyObject *const o = object.ptr(), *const k = key.ptr(), *const v = value.ptr();
-    if (kind == "item" && PyDict_Check(o)) return {Kind::in_dict, o, k, v, 0};
-    if (kind == "item" && PyList_Check(o)) return {Kind::in_list, o, nullptr, v, number(key)};
-    if (kind == "attribute") return {Kind::attribute, o, k, v, 0};
-    if (kind == "size") return {Kind::size, o, nullptr, nullptr, number(value)};
-    if (kind == "type") return {Kind::type, o, nullptr, v, 0};
-    if (kind == "tensor") return {Kind::tensor, o, nullptr, nullptr, number(value)};
-    throw std::invalid_argument("Watch: a fact must be an item of a dict or list, an attribute, a "
-                                "size, a type or a tensor, got " + kind);
+    Fact fact{Kind::type, o, k, v, 0, nullptr};
+    if (kind == "item" && PyDict_Check(o)) {
+      fact.kind = Kind::in_dict;
+      fact.number = PyObject_Hash(k);  // a tensor's takes Python to work out
+      if (fact.number == -1) throw pybind11::error_already_set();
+    } else if (kind == "item" && PyList_Check(o)) {
+      fact.kind = Kind::in_list;
+      fact.number = pybind11::cast<Py_ssize_t>(key);
+    } else if (kind == "attribute") {
+      fact.kind = Kind::attribute;
+      fact.computed = computed_by_class(o, k);
+    } else if (kind == "size") {
+      fact.kind = Kind::size;
+      fact.number = pybind11::cast<Py_ssize_t>(value);
+    } else if (kind == "tensor") {
+      fact.kind = Kind::tensor;
+      fact.number = pybind11::cast<Py_ssize_t>(value);
+      fact.computed = computed_by_class(o, pybind11::str("_cdata").ptr());
+    } else if (kind != "type") {
+      throw std::invalid_argument(
+          "Watch: a fact must be an item of a dict or list, an attribute, "
+          "a size, a type or a tensor, got " +
+          kind);
+    }
+    return fact;
+  }
+
+  // Half of the time that getting an attribute takes is to find out how.
+  static const PyGetSetDef* computed_by_class(PyObject* object, PyObject* name) {
+    auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    const auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(type, name));
+    if (!found) {
+      PyErr_Clear();
+      return nullptr;
+    }
+    if (!Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type)) return nullptr;
+    return reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
   }
 
   bool holds(const Fact& fact) const {
     switch (fact.kind) {
       case Kind::in_dict: {
-        PyObject* now = PyDict_GetItemWithError(fact.object, fact.key);
+        PyObject* now = _PyDict_GetItem_KnownHash(fact.object, fact.key, fact.number);
         if (now == nullptr) {
           PyErr_Clear();
           now = Py_None;
@@ -71,31 +100,28 @@ class Watch {
       case Kind::in_list:
         return fact.number < PyList_GET_SIZE(fact.object) &&
                PyList_GET_ITEM(fact.object, fact.number) == fact.value;
-      case Kind::attribute: {
-        const auto now = attribute(fact.object, fact.key);
-        return now.ptr() == fact.value;
-      }
+      case Kind::attribute:
+        return attribute(fact).ptr() == fact.value;
       case Kind::size:
         return fact.number == (PyDict_Check(fact.object) ? PyDict_GET_SIZE(fact.object)
                                                          : PyList_GET_SIZE(fact.object));
       case Kind::type:
         return reinterpret_cast<PyObject*>(Py_TYPE(fact.object)) == fact.value;
-      case Kind::tensor: {
-        const auto now = attribute(fact.object, address_.ptr());
-        return PyLong_AsSsize_t(now.ptr()) == fact.number;
-      }
+      case Kind::tensor:
+        return PyLong_AsSsize_t(attribute(fact).ptr()) == fact.number;
     }
     return false;
   }
 
-  static pybind11::object attribute(PyObject* object, PyObject* name) {
-    auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(object, name));
-    if (!found) throw pybind11::error_already_set();
-    return found;
+  static pybind11::object attribute(const Fact& fact) {
+    const PyGetSetDef* computed = fact.computed;
+    PyObject* now = computed == nullptr ? PyObject_GetAttr(fact.object, fact.key)
+                                        : computed->get(fact.object, computed->closure);
+    if (now == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(now);
   }
 
   std::vector<Fact> facts_;
-  pybind11::object address_;
 };
 
 }  // namespace fastdni

@@ -122,9 +122,9 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
 
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
                   const Shape& shape, ScalarType dtype, const Plan& plan) {
-  FASTDNI_CHECK(has_values(tensor, shape, dtype), caller, ": ", name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
-                to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
-                to_string(shape_of(tensor)));
+  FASTDNI_CHECK(has_values(tensor, shape, dtype), caller, ": ", name, " must be a contiguous ",
+                to_string(dtype), " tensor of shape ", to_string(shape), ", got ",
+                to_string(tensor.scalar_type()), " ", to_string(shape_of(tensor)));
   check_device(caller, name, tensor, plan);
 }
 

@@ -93,7 +93,7 @@ struct Plan {
   std::optional<int32_t> gpu;  // its number; none: the CPU
   Signature expected;
   std::unique_ptr<Sweep> sweep;
-  StepMemory memory;         // filled at each step; here to keep its allocations
+  StepMemory memory;  // filled at each step; here to keep its allocations
   LastStep last;
   int64_t steps = 0;         // whole steps that were taken
   std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments

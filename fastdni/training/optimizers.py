@@ -170,6 +170,7 @@ class Optimizers:
         self._read = [_SETTINGS.get(type(o)) for o in every for _ in o.param_groups]
         self.caller = caller
         self.rates = [g["lr"] if _is_on_device(g["lr"]) else None for g in self.groups]
+        self._on_device = [rate is not None for rate in self.rates]
         self._watch: Watch | None = None
         self._check_rates()
         if self.reason is None:
@@ -220,10 +221,8 @@ class Optimizers:
     def are_alike(self, settings: list[float]) -> bool:
         """Whether settings ask for the same rules as when this was made, with learning rates on
         the same side."""
-        if settings[::_WIDTH] != self.rules:
-            return False
-        on_device = [rate is not None for rate in self.rates]
-        return [rate != rate for rate in settings[1::_WIDTH]] == on_device
+        on_device = [rate != rate for rate in settings[1::_WIDTH]]
+        return settings[::_WIDTH] == self.rules and on_device == self._on_device
 
     def step(self) -> None:
         """Their own steps, on p.grad."""

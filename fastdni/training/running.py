@@ -35,8 +35,9 @@ def _surroundings(device: torch.device) -> tuple:
     autocast = _autocast(device)
     return (
         backend.choice(),
-        backend.precision(device, autocast),
         autocast,
+        # On a CPU it follows from autocast.
+        backend.precision(device, autocast) if device.type == "cuda" else None,
         torch.is_inference_mode_enabled(),
         _traced(),
     )
@@ -44,10 +45,11 @@ def _surroundings(device: torch.device) -> tuple:
 
 def _traced() -> bool:
     """Whether somebody records what ops do. A repeated step does not say what it writes."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return _dispatch_modes() > 0 or _transform() is not None
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 # ---- one sweep is all of the step ----

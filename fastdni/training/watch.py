@@ -30,8 +30,13 @@ GLOBAL_OPTIMIZER_HOOKS = (
     _optimizer._global_optimizer_pre_hooks,
     _optimizer._global_optimizer_post_hooks,
 )
-_NORM_OPTIONS = ("momentum", "eps", "track_running_stats", "num_features")
-_FLATTEN_OPTIONS = ("start_dim", "end_dim")
+# What modules compute by, besides parameters and buffers; and those that compute the same whatever
+# their mode.
+_OPTIONS = {
+    nn.BatchNorm1d: ("_buffers", "momentum", "eps", "track_running_stats", "num_features"),
+    nn.Flatten: ("start_dim", "end_dim"),
+}
+_FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential, nn.ModuleList)
 _PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -123,13 +128,13 @@ def watch_modules(root: nn.Module, options: Iterable[str]) -> Watch:
 
 def _watch_module(watch: Watch, module: nn.Module) -> None:
     own = vars(module)
-    kinds = ("_modules", "_parameters", "_buffers")
-    watch.items(own, ("training", "forward", *kinds, *MODULE_HOOKS))
-    if isinstance(module, nn.BatchNorm1d):
-        watch.items(own, _NORM_OPTIONS)
-    if isinstance(module, nn.Flatten):
-        watch.items(own, _FLATTEN_OPTIONS)
-    for kind in kinds:
+    watch.items(own, ("forward", "_modules", "_parameters", *MODULE_HOOKS))
+    if not isinstance(module, _FIXED_MODE):
+        watch.items(own, ("training",))
+    for kind in (nn.BatchNorm1d, nn.Flatten):
+        if isinstance(module, kind):
+            watch.items(own, _OPTIONS[kind])
+    for kind in ("_modules", "_parameters", "_buffers"):
         watch.items(own[kind], own[kind])
         watch.size(own[kind])
     for name in MODULE_HOOKS:
