@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from fastdni.scopes import outside_compiled_graphs
@@ -172,12 +173,12 @@ class DecoupledSequential(nn.Module):
             losses, parameters and optimizer state stay float32. What runs fused does not depend on
             the number of threads.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return _outside(DecoupledSequential.step)(
                 self, x, target, optimizer, criterion, context, update_mask
             )
-        return StepResult(
-            *self._trainer.step(
+        return StepResult._make(
+            self._trainer.step(
                 self, "net.step", x, target, optimizer, criterion, context, update_mask
             )
         )
@@ -199,12 +200,12 @@ class DecoupledSequential(nn.Module):
         Returns:
             As `step`. Parameters that are masked or frozen keep their `p.grad`.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return _outside(DecoupledSequential.backward)(
                 self, x, target, criterion, context, update_mask
             )
-        return StepResult(
-            *self._trainer.step(
+        return StepResult._make(
+            self._trainer.step(
                 self, "net.backward", x, target, GRADIENTS, criterion, context, update_mask
             )
         )

@@ -25,24 +25,6 @@ def _drop_gradients(parameters: list[Tensor]) -> None:
         parameter.grad = None
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _surroundings(device: torch.device) -> tuple:
-    """What besides its arguments says how a step is taken."""
-    autocast = _autocast(device)
-    return (
-        backend.choice(),
-        autocast,
-        # On a CPU it follows from autocast.
-        backend.precision(device, autocast) if device.type == "cuda" else None,
-        torch.is_inference_mode_enabled(),
-        _traced(),
-    )
-
-
 def _traced() -> bool:
     """Whether somebody records what ops do. A repeated step does not say what it writes."""
     return _dispatch_modes() > 0 or _transform() is not None
@@ -50,6 +32,35 @@ def _traced() -> bool:
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+
+
+class _Surroundings:
+    """What besides its arguments says how a step is taken, as it was when this was made."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._kind = device, device.type
+        self._choice, self._cuda = backend.choice(), device.type == "cuda"
+        self._is_cast, self._autocast = self._cast_now()
+        self._precision = backend.precision(device, self._autocast)
+
+    def _cast_now(self) -> tuple[bool, torch.dtype | None]:
+        cast = torch.is_autocast_enabled(self._kind)
+        return cast, torch.get_autocast_dtype(self._kind) if cast else None
+
+    def are_same(self) -> bool:
+        """Whether it is so now, and nobody records or forbids what happens."""
+        return (
+            backend.choice() == self._choice
+            and torch.is_autocast_enabled(self._kind) is self._is_cast
+            and (not self._is_cast or torch.get_autocast_dtype(self._kind) is self._autocast)
+            # On a CPU it follows from autocast.
+            and not (self._cuda and self._has_another_precision())
+            and not torch.is_inference_mode_enabled()
+            and not _traced()
+        )
+
+    def _has_another_precision(self) -> bool:
+        return backend.precision(self._device, self._autocast) != self._precision
 
 
 # ---- one sweep is all of the step ----
@@ -111,8 +122,7 @@ class Repetition:
         self._x = _kind(step.x)
         self._target = _kind(target)
         self._context = None if context is None else _kind(context)
-        self._device = structure.parameters[0].device
-        self._surroundings = _surroundings(self._device)
+        self._surroundings = _Surroundings(structure.parameters[0].device)
         self._versions = [*updates.parameters, *updates.state, *plan.statistics]
         self._parameters = structure.parameters
         self._no_gradients = Watch()
@@ -141,7 +151,7 @@ class Repetition:
                 context is self._context  # None
                 or (type(context) is Tensor and _kind(context) == self._context)
             )
-            and _surroundings(self._device) == self._surroundings
+            and self._surroundings.are_same()
             and self._modules.unchanged()
             and self._optimizers.is_current(optimizer)
             and self._kept.unchanged()

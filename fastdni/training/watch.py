@@ -33,10 +33,10 @@ GLOBAL_OPTIMIZER_HOOKS = (
 # What modules compute by, besides parameters and buffers; and those that compute the same whatever
 # their mode.
 _OPTIONS = {
-    nn.BatchNorm1d: ("_buffers", "momentum", "eps", "track_running_stats", "num_features"),
+    nn.BatchNorm1d: ("momentum", "eps", "track_running_stats", "num_features"),
     nn.Flatten: ("start_dim", "end_dim"),
 }
-_FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential, nn.ModuleList)
+_FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential)
 _PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -128,17 +128,21 @@ def watch_modules(root: nn.Module, options: Iterable[str]) -> Watch:
 
 def _watch_module(watch: Watch, module: nn.Module) -> None:
     own = vars(module)
-    watch.items(own, ("forward", "_modules", "_parameters", *MODULE_HOOKS))
-    if not isinstance(module, _FIXED_MODE):
-        watch.items(own, ("training",))
-    for kind in (nn.BatchNorm1d, nn.Flatten):
-        if isinstance(module, kind):
-            watch.items(own, _OPTIONS[kind])
     for kind in ("_modules", "_parameters", "_buffers"):
-        watch.items(own[kind], own[kind])
+        if own[kind]:
+            watch.items(own, (kind,))
+            watch.items(own[kind], own[kind])
         watch.size(own[kind])
+    if type(module) is nn.ModuleList:  # which nobody calls
+        return
+    watch.items(own, ("forward", *MODULE_HOOKS))
     for name in MODULE_HOOKS:
         watch.size(own[name])
+    if not isinstance(module, _FIXED_MODE):
+        watch.items(own, ("training",))
+    for kind, options in _OPTIONS.items():
+        if isinstance(module, kind):
+            watch.items(own, options)
 
 
 def watch_optimizers(optimizers: list[Optimizer], options: Iterable[str]) -> Watch:
