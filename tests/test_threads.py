@@ -59,9 +59,7 @@ def test_networks_run_side_by_side():
     twin = copy.deepcopy(second)
     criterion, inside, released = waiting_criterion()
     given = batch(first) | {"criterion": criterion}
-    slow, _ = started(
-        lambda: first.step(optimizer=OPTIMIZERS["sgd"](first.parameters()), **given)
-    )
+    slow, _ = started(lambda: first.step(optimizer=OPTIMIZERS["sgd"](first.parameters()), **given))
     assert inside.wait(PATIENCE)
     optimizer, own = (OPTIMIZERS["adam"](n.parameters()) for n in (second, twin))
 
@@ -87,7 +85,9 @@ def test_a_step_waits_for_the_one_that_runs(call):
     optimizer, own = (OPTIMIZERS["sgd"](n.parameters()) for n in (net, twin))
     criterion, inside, released = waiting_criterion()
     given = batch(net)
-    slow, slowly = started(lambda: net.step(optimizer=optimizer, **given | {"criterion": criterion}))
+    slow, slowly = started(
+        lambda: net.step(optimizer=optimizer, **given | {"criterion": criterion})
+    )
     assert inside.wait(PATIENCE)
     arguments = batch(net, seed=1) | ({"optimizer": optimizer} if call == "step" else {})
     second, found = started(lambda: getattr(net, call)(**arguments))
