@@ -106,6 +106,7 @@ def twin_of(net: nn.Module, *optimizers: Optimizer):
     for optimizer in optimizers:
         groups = [{"params": [theirs[p] for p in g["params"]]} for g in optimizer.param_groups]
         made.append(type(optimizer)(groups))
+        made[-1].defaults = dict(optimizer.defaults)
         made[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return twin, *made
 
@@ -122,13 +123,12 @@ def assert_same(net: nn.Module, twin: nn.Module, tolerance: float = 1e-9) -> Non
 
 def assert_same_state(optimizer: Optimizer, other: Optimizer, tolerance: float = 1e-9) -> None:
     """The state of two optimizers, parameter by parameter, is equal within rounding."""
-    one, two = optimizer.state_dict()["state"], other.state_dict()["state"]
-    assert one.keys() == two.keys()
-    for index in one:
-        assert one[index].keys() == two[index].keys(), index
-        for key in one[index]:
-            a, b = one[index][key], two[index][key]
-            if isinstance(a, Tensor):
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    held = ([p for g in each.param_groups for p in g["params"]] for each in (optimizer, other))
+    for number, (p, q) in enumerate(zip(*held, strict=True)):
+        one, two = optimizer.state.get(p, {}), other.state.get(q, {})
+        assert one.keys() == two.keys(), number
+        for key in one:
+            if isinstance(one[key], Tensor):
+                torch.testing.assert_close(one[key], two[key], rtol=tolerance, atol=tolerance)
             else:
-                assert a == b
+                assert one[key] == two[key], key
