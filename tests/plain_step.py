@@ -29,11 +29,12 @@ def plain_backward(net, x, target, criterion="cross_entropy", context=None, upda
     top = len(net.stages) - 1
     active = [True] * (top + 1) if update_mask is None else [*map(bool, update_mask)]
     unlocked = net.input_synthesizers is not None
+    context = None if context is None else context.detach()
 
     def predicted(synthesizer: nn.Module, trigger: Tensor) -> Tensor:
         width, given = _width(synthesizer), context
         if given is None and width is not None:
-            given = F.one_hot(target.clamp(min=0), width) * (target >= 0)[:, None]
+            given = F.one_hot(target.long().clamp(min=0), width) * (target >= 0)[:, None]
             given = given.to(next(synthesizer.parameters()).dtype)
         return synthesizer(trigger.detach(), given)
 
