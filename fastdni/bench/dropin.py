@@ -210,7 +210,7 @@ def measure(
         scheme: one of SCHEMES.
         widths, batch: of the network.
         others: libraries to be measured, too.
-        progress: shown on standard error.
+        progress: show how far it is, see `progress.Line`.
         limits: `rounds` or `seconds`, for `interleave`.
 
     Returns:
