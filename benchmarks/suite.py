@@ -42,7 +42,7 @@ class Suite(NamedTuple):
 
 def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
     """Runs a suite from its command line."""
-    parser = Parser(prog=f"python -m benchmarks.{suite.name}", description=suite.doc)
+    parser = Parser(prog=f"python -m benchmarks.suite_{suite.name}", description=suite.doc)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled")
     parser.add_argument("--rounds", type=positive, help="timed rounds a case, not a time limit")
     parser.add_argument("--cases", nargs="+", choices=list(suite.cases), metavar="NAME")

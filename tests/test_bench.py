@@ -210,7 +210,7 @@ def test_dropin_measures_under_both_optimizers():
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["both", "without oneDNN"])
 def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
-    products = benchmark_module("products")
+    products = benchmark_module("suite_products")
     monkeypatch.setattr(products, "SHAPES", ((4, 3, 2),))
     if not onednn:
         for module in (products, fastdni.bench.products):

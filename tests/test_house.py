@@ -222,6 +222,13 @@ def test_files_are_short(folder):
     assert not too_long(ROOT / folder)
 
 
+def test_suites_and_what_they_measure_with_share_no_names():
+    of_bench, of_suites = (
+        {p.stem for p in (ROOT / f).glob("[!_]*.py")} for f in ("fastdni/bench", "benchmarks")
+    )
+    assert of_bench and of_suites and not of_bench & of_suites
+
+
 def written(root: Path, files: Mapping[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

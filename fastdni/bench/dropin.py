@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdni as dni
-from fastdni.bench.network import LEAST_ROUNDS, Result
-from fastdni.bench.timing import BURST, interleave
-from fastdni.reference.interfaces import (
+from fastdni.bench.eager import (
     EagerBackwardInterface,
     EagerBidirectionalInterface,
     EagerSynthesizer,
 )
+from fastdni.bench.network import LEAST_ROUNDS, Result
+from fastdni.bench.timing import BURST, interleave
 
 SCHEMES = {"dni": "DNI", "cdni": "cDNI (label context)", "unlock": "complete unlock"}
 # What a library must have to be measured beside fastdni.
