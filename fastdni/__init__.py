@@ -14,6 +14,7 @@ except ImportError as error:
         f"`pip install --no-build-isolation -e .` ({error})"
     ) from error
 
+from fastdni import agreement  # noqa: F401  has `backend` compare a GPU's kernels by it
 from fastdni.backend import backends, set_backend, set_fp32_precision, use_backend
 from fastdni.conversion import decouple
 from fastdni.explain import explain

@@ -163,3 +163,6 @@ def _regress(given: tuple, device: torch.device, name: str, floating: torch.dtyp
         )
         alone, error = ops.regression_loss(prediction, target)
     return [prediction, loss, *gradients, alone, error]
+
+
+backend.compare_by(disagreement)

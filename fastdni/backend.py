@@ -7,7 +7,7 @@ PyTorch of `fastdni.reference` everywhere else. `set_backend` and `use_backend` 
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -69,12 +69,21 @@ _unserved: dict[tuple[str, int], str | None] = {}
 _looking = threading.Lock()
 
 
-def _look(device: torch.device, name: str) -> str | None:
-    from fastdni import agreement  # which calls the ops, and they ask here
+# Of a GPU and a backend, what its kernels compute there that plain PyTorch does not, or None.
+# `agreement` gives it: it calls the ops, which ask here.
+_disagreement: Callable[[torch.device, str], str | None]
 
+
+def compare_by(disagreement: Callable[[torch.device, str], str | None]) -> None:
+    """Has a GPU's kernels compared with plain PyTorch by this function before they serve."""
+    global _disagreement
+    _disagreement = disagreement
+
+
+def _look(device: torch.device, name: str) -> str | None:
     try:
         reason = triton.unavailable() if name == "triton" else _unfit(device)
-        reason = reason or agreement.disagreement(device, name)
+        reason = reason or _disagreement(device, name)
     except Exception as error:  # whatever a compiler or a driver raises
         reason = f"its kernels fail: {(str(error) or repr(error)).splitlines()[0]}"
     if reason is not None:

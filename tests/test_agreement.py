@@ -4,13 +4,17 @@ import pytest
 import torch
 
 import fastdni
-from fastdni import agreement
+from fastdni import agreement, backend
 
 CPU = torch.device("cpu")
 
 
 def test_kernels_agree_with_plain_pytorch():
     assert agreement.disagreement(CPU, "cpu") is None
+
+
+def test_it_is_asked_before_a_gpu_is_served():
+    assert backend._disagreement is agreement.disagreement
 
 
 def test_nothing_around_it_matters_or_is_changed():

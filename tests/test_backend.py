@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdni
-from fastdni import agreement, backend, ops, reference
+from fastdni import backend, ops, reference
 from fastdni.ops import SynthesizerParameters
 
 NAMES = ["cpu", "cuda", "triton", "reference"]
@@ -177,7 +177,7 @@ def met(monkeypatch):
 
     monkeypatch.setattr(backend, "_unserved", {})
     monkeypatch.setattr(backend, "_unfit", lambda device: None)
-    monkeypatch.setattr(agreement, "disagreement", look)
+    monkeypatch.setattr(backend, "_disagreement", look)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return looks
 
@@ -190,12 +190,10 @@ def test_a_gpus_kernels_are_looked_at_once(met):
     assert met == [(GPU, "cuda")]
 
 
-@pytest.mark.parametrize("looked", [True, False])
-def test_a_gpu_that_is_not_served_is_one_warning(met, monkeypatch, looked):
+@pytest.mark.parametrize("name", ["_disagreement", "_unfit"])
+def test_a_gpu_that_is_not_served_is_one_warning(met, monkeypatch, name):
     """Too old, say, or computing something else."""
-    found = agreement if looked else backend
-    name = "disagreement" if looked else "_unfit"
-    monkeypatch.setattr(found, name, lambda *given: "the reason")
+    monkeypatch.setattr(backend, name, lambda *given: "the reason")
     with pytest.warns(UserWarning, match="fastdni: cuda does not serve cuda:3: the reason"):
         assert backend.why_unserved(GPU) == "the reason"
     assert backend.why_unserved(GPU) == "the reason"
@@ -206,7 +204,7 @@ def test_kernels_that_fail_do_not_serve(met, monkeypatch):
     def fail(device, name):
         raise RuntimeError("CUDA error: an illegal instruction\nand much more")
 
-    monkeypatch.setattr(agreement, "disagreement", fail)
+    monkeypatch.setattr(backend, "_disagreement", fail)
     with pytest.warns(UserWarning, match="its kernels fail: CUDA error: an illegal instruction$"):
         backend.why_unserved(GPU)
 

@@ -1,6 +1,6 @@
 """Step time of the drop-in modules against plain PyTorch and against backpropagation.
 
-    python -m benchmarks.dropin [--quick] [--cases NAME ...] [--output FOLDER]
+    python -m benchmarks.suite_dropin [--quick] [--cases NAME ...] [--output FOLDER]
 
 A step is zero_grad, forward, loss, backward, optimizer.step, in the network and the variants of
 `fastdni.bench.dropin`, with one thread and with two:

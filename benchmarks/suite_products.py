@@ -1,6 +1,6 @@
 """Which library should make a product of a given size: MKL or oneDNN?
 
-    python -m benchmarks.products [--quick] [--markdown]
+    python -m benchmarks.suite_products [--quick] [--markdown]
 
 For a layer with inputs x (B, K), weight w (N, K) and gradient dz (B, N) it times
 
@@ -55,7 +55,9 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, seconds: float) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite_products", description=__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="a shorter look at every shape")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")

@@ -1,6 +1,6 @@
 """Step time of decoupled networks against plain PyTorch, backpropagation and bare products.
 
-    python -m benchmarks.network [--quick] [--cases NAME ...] [--output FOLDER]
+    python -m benchmarks.suite_network [--quick] [--cases NAME ...] [--output FOLDER]
 
 One training step, forward to update, on one thread, in the forms of `fastdni.bench.forms`.
 Synthesizers are linear and take one-hot labels as context, but in `talk`. Ratios are to fastdni's

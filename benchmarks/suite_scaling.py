@@ -1,9 +1,9 @@
 """How a step's time grows with width, depth, batch and threads.
 
-    python -m benchmarks.scaling [--quick] [--cases NAME ...] [--output FOLDER]
+    python -m benchmarks.suite_scaling [--quick] [--cases NAME ...] [--output FOLDER]
 
 One thread but where threads are varied; three layers of width 256 at batch 256 but where those are.
-Nothing is compiled here; benchmarks.network holds single sizes against compiled forms.
+Nothing is compiled here; benchmarks.suite_network holds single sizes against compiled forms.
 """
 
 import sys
