@@ -1,8 +1,10 @@
-"""What interfaces act within: a context, deferral, a compiled graph, a data-parallel forward pass.
+"""What interfaces act within: a context, deferral, a compiled graph, a data-parallel forward pass, a
+checkpointed segment.
 
 Contexts and deferral belong to the thread.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
@@ -10,6 +12,7 @@ from contextlib import ContextDecorator, contextmanager
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
 
 class _ThreadState(threading.local):
@@ -124,12 +127,54 @@ def _in_data_parallel_forward() -> bool:
 def sends_with_backward_pass() -> bool:
     """Whether a synthetic gradient must ride on the backward pass instead of going out at once.
 
-    A compiled graph holds no backward call, and DistributedDataParallel only averages gradients
-    that come after its forward.
+    A compiled graph holds no backward call, DistributedDataParallel only averages gradients that
+    come after its forward, and a checkpointed segment would be computed once more for it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_checkpointed():
         return True
     return _state.deferred is None and _in_data_parallel_forward()
+
+
+def sends_by_autograd() -> bool:
+    """Whether gradients must go through `backward`, and not straight to the parameters."""
+    return _state.deferred is not None or _in_data_parallel_forward()
+
+
+# torch.utils.checkpoint runs a segment twice, and what is sent is to be sent once. By default both
+# runs are under hooks of its own for what autograd saves. With use_reentrant=True the first is
+# without gradients, inside its autograd function, and the second is like any other.
+
+
+def _checkpoint_hook() -> str:
+    """The name of the hook by which autograd saves tensors for a checkpoint, or nothing."""
+    hooks = None if _saving_hooks is None else _saving_hooks(True)
+    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
+        return ""
+    return hooks[0].__qualname__
+
+
+# Private, as torch's own checkpoint asks it: where torch has none, an interface behaves as outside.
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def is_checkpointed() -> bool:
+    """Whether autograd saves for a checkpointed segment."""
+    return not torch.compiler.is_compiling() and _checkpoint_hook() != ""
+
+
+def is_recomputed() -> bool:
+    """Whether this is the second run of a checkpointed segment, whose graph is thrown away."""
+    return "recomputation" in _checkpoint_hook()
+
+
+def is_run_without_gradients_first() -> bool:
+    """Whether this is the first run of a segment checkpointed with use_reentrant=True."""
+    if torch.is_grad_enabled():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 # Gradients go out inside these functions: in a compiled graph they would run through a part of it

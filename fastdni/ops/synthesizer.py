@@ -1,14 +1,11 @@
 """synthesizer: the forward pass of M(h, ctx), and its regression when the target arrives.
 
 No autograd graph is built for the synthesizer: its forward op keeps what its backward op needs, and
-one backward call gives the loss and every parameter's gradient. They reach autograd through a node
-(`regress_when_gradient_arrives`) whose inputs are the parameters, so that hooks, `p.grad` and
-`torch.autograd.grad` see them as they would see any gradient.
+one backward call gives the loss and every parameter's gradient.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdni import backend, reference
 from fastdni.reference import SynthesizerParameters
@@ -50,9 +47,10 @@ def _(target, prediction, hidden, trigger, context, weights, bias, reduction):
     return None
 
 
-def _check_devices(
+def check_devices(
     trigger: Tensor, context: Tensor | None, parameters: SynthesizerParameters
 ) -> None:
+    """Refuses tensors of several devices."""
     # Looked at here: the dispatcher picks a kernel by the devices before any rule runs.
     device = trigger.device
     for tensor in (context, *parameters.tensors()):
@@ -88,7 +86,7 @@ def synthesizer_fwd(
     Source:
         Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
     """
-    _check_devices(trigger, context, parameters)
+    check_devices(trigger, context, parameters)
     server = backend.server(trigger, _DEVICES)
     if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(trigger):
@@ -181,88 +179,3 @@ def cast(
         tensors, len(parameters.weights), len(parameters.biases) > 0
     )
     return trigger.to(dtype), None if context is None else context.to(dtype), parameters
-
-
-class _Regress(torch.autograd.Function):
-    # The forward op runs in here, where no gradients are recorded. `tensors` are the parameters: to
-    # compute with, and to be given their gradients. Everything that is no tensor comes in `how`: an
-    # argument costs more than a tuple's entry, and this runs at every step.
-
-    @staticmethod
-    def forward(ctx, carrier, trigger, context, how, *tensors):
-        if not any(ctx.needs_input_grad[4:]):
-            raise ValueError(FROZEN)
-        num_layers, bias, _, _, dtype = how
-        parameters = SynthesizerParameters.of(tensors, num_layers, bias)
-        if dtype is not None:
-            trigger, context, parameters = cast(trigger, context, parameters, dtype)
-        prediction, hidden = synthesizer_fwd(trigger, context, parameters)
-        # The first weight's values are not needed later: it may change before the gradient comes.
-        first_weight, *weights = parameters.weights
-        ctx.save_for_backward(prediction, trigger, context, *hidden, *weights)
-        ctx.first_weight, ctx.how = first_weight.detach(), how
-        ctx.mark_non_differentiable(prediction)
-        ctx.set_materialize_grads(False)
-        # A copy: what comes next may well change it in place.
-        return carrier.clone(), prediction
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        if torch.is_grad_enabled():  # only under create_graph; the decorator is not for nothing
-            return _regress_once_differentiable(ctx, gradient)
-        return _regress(ctx, gradient)
-
-
-def _regress(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    num_layers, bias, reduction, factor, _ = ctx.how
-    prediction, trigger, context, *rest = ctx.saved_tensors
-    hidden, weights = rest[: num_layers - 1], [ctx.first_weight, *rest[num_layers - 1 :]]
-    if gradient is None:  # something downstream says that there is none: it is zero
-        gradient = torch.zeros_like(prediction)
-    target = gradient
-    if gradient.dtype != prediction.dtype:  # under autocast: the error is formed in float32
-        target = gradient.to(reference.accumulate_dtype(prediction.dtype))
-    _, grads = synthesizer_bwd(
-        target, prediction, hidden, trigger, context, weights, bias, reduction
-    )
-    if factor is not None:
-        gradient = (prediction * factor).to(gradient.dtype)
-    return (gradient, None, None, None, *grads)
-
-
-_regress_once_differentiable = once_differentiable(_regress)
-
-
-def regress_when_gradient_arrives(
-    carrier: Tensor,
-    trigger: Tensor,
-    context: Tensor | None,
-    parameters: SynthesizerParameters,
-    reduction: str = "batchmean",
-    factor: float | Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Predicts, and makes the gradient that comes back to a copy of `carrier` the target.
-
-    Args:
-        carrier: the tensor to copy, with the prediction's shape.
-        trigger: h, (..., K).
-        context: ctx, (..., C), or None.
-        parameters: of the synthesizer; they get the gradients of `synthesizer_bwd`.
-        reduction: `"batchmean"` or `"mean"`.
-        factor: None passes the gradient that arrives on to carrier; a number sends that many times
-            the prediction in its place.
-        dtype: what trigger, context and parameters are cast to first (autocast); None for nothing.
-
-    Returns:
-        The copy, which requires grad, and the prediction, which does not.
-
-    Raises:
-        ValueError: no parameter requires grad.
-        RuntimeError: as `synthesizer_fwd`.
-
-    Source:
-        Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
-    """
-    how = (len(parameters.weights), len(parameters.biases) > 0, reduction, factor, dtype)
-    return _Regress.apply(carrier, trigger, context, how, *parameters.tensors())
