@@ -146,8 +146,11 @@ def sends_by_autograd() -> bool:
 
 
 def _checkpoint_hook() -> str:
-    """The name of the hook by which autograd saves tensors for a checkpoint, or nothing."""
-    hooks = None if _saving_hooks is None else _saving_hooks(True)
+    """The name of the hook by which autograd saves tensors for a checkpoint, or nothing (as in a
+    compiled graph, which is no checkpoint's own)."""
+    if _saving_hooks is None or torch.compiler.is_compiling():
+        return ""
+    hooks = _saving_hooks(True)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
         return ""
     return hooks[0].__qualname__
@@ -159,7 +162,7 @@ _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", 
 
 def is_checkpointed() -> bool:
     """Whether autograd saves for a checkpointed segment."""
-    return not torch.compiler.is_compiling() and _checkpoint_hook() != ""
+    return _checkpoint_hook() != ""
 
 
 def is_recomputed() -> bool:
@@ -169,7 +172,7 @@ def is_recomputed() -> bool:
 
 def is_run_without_gradients_first() -> bool:
     """Whether this is the first run of a segment checkpointed with use_reentrant=True."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:

@@ -25,7 +25,10 @@ def _(trigger, context, weights, biases, context_weight, context_bias, products=
 
 
 @torch.library.register_fake("fastdni::synthesizer_bwd")
-def _(target, prediction, hidden, trigger, context, weights, bias, reduction, products="exact"):
+def _(
+    target, prediction, hidden, trigger, context, weights, bias, reduction, products="exact",
+    scale=None,
+):  # fmt: skip
     wide = reference.accumulate_dtype(prediction.dtype)
     grads = [weight.new_empty(weight.shape) for weight in weights]
     if bias:
@@ -97,7 +100,7 @@ def synthesizer_fwd(
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
     if server == "triton":
         prediction, *hidden = torch.ops.fastdni.triton_synthesizer_fwd(
-            trigger, context, *parameters, _products(trigger)
+            trigger, context, *parameters, precision_of(trigger)
         )
         return prediction, hidden
     return reference.synthesizer_fwd(trigger, context, *parameters)
@@ -112,6 +115,7 @@ def synthesizer_bwd(
     weights: list[Tensor],
     bias: bool,
     reduction: str = "batchmean",
+    scale: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The regression loss of a prediction and every parameter's gradient, in one call.
 
@@ -124,6 +128,7 @@ def synthesizer_bwd(
         weights: the parameters' weights; of the first only the shape matters.
         bias: whether the layers have biases.
         reduction: `"batchmean"` (the divisor is target's first size) or `"mean"` (all elements).
+        scale: of the error's gradient, in place of the reduction's 2 / divisor.
 
     Returns:
         The loss, 0-d, and the gradients in the order of `SynthesizerParameters.tensors`. The loss
@@ -141,17 +146,18 @@ def synthesizer_bwd(
     server = backend.server(prediction, _DEVICES)
     if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(prediction):
-            return _bwd(*arguments, backend.products(prediction.device, None))
-        loss, grads = _bwd(*map(_widened, arguments), "bfloat16")
+            return _bwd(*arguments, backend.products(prediction.device, None), scale)
+        loss, grads = _bwd(*map(_widened, arguments), "bfloat16", scale)
         return loss, [grad.bfloat16() for grad in grads]
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
     if server == "triton":
-        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, _products(prediction))
+        arithmetic = precision_of(prediction)
+        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, arithmetic, scale)
         return loss, grads
-    return reference.synthesizer_bwd(*arguments)
+    return reference.synthesizer_bwd(*arguments, scale=scale)
 
 
-def _products(tensor: Tensor) -> str:
+def precision_of(tensor: Tensor) -> str:
     """The arithmetic of Triton's products of such tensors."""
     if tensor.dtype == torch.float32:
         return backend.products(tensor.device, None)
