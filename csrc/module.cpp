@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/names.h"
 #include "cpu/isa.h"
 #include "ops/product.h"
 #include "ops/sweep_plan.h"
@@ -14,6 +15,8 @@
 namespace py = pybind11;
 
 namespace {
+
+constexpr const char* kPlan = "sweep";
 
 py::dict build_info() {
   py::dict info;
@@ -30,6 +33,12 @@ py::dict build_info() {
   return info;
 }
 
+fastdni::ScalarType dtype_named(const std::string& name) {
+  using fastdni::ScalarType;
+  return fastdni::named<ScalarType>(
+      kPlan, "dtype", name, {{"float32", ScalarType::Float}, {"float64", ScalarType::Double}});
+}
+
 fastdni::SynthesizerSpec synthesizer_spec(const py::handle& object) {
   fastdni::SynthesizerSpec spec;
   if (object.is_none()) return spec;
@@ -40,21 +49,12 @@ fastdni::SynthesizerSpec synthesizer_spec(const py::handle& object) {
   return spec;
 }
 
-fastdni::Activation activation(const std::string& name) {
-  using fastdni::Activation;
-  if (name == "identity") return Activation::identity;
-  if (name == "relu") return Activation::relu;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "sigmoid") return Activation::sigmoid;
-  throw std::invalid_argument("sweep_plan: no activation " + name);
-}
-
 fastdni::StageSpec stage_spec(const py::dict& given) {
   fastdni::StageSpec spec;
   spec.inputs = py::cast<int64_t>(given["inputs"]);
   spec.outputs = py::cast<int64_t>(given["outputs"]);
   spec.bias = py::cast<bool>(given["bias"]);
-  spec.activation = activation(py::cast<std::string>(given["activation"]));
+  spec.activation = fastdni::activation_named(kPlan, py::cast<std::string>(given["activation"]));
   if (!given["batch_norm"].is_none()) {
     const auto norm = py::cast<py::dict>(given["batch_norm"]);
     spec.batch_norm = true;
@@ -76,18 +76,15 @@ struct PlanHandle {
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
              std::optional<int32_t> gpu, const std::string& criterion, bool input_gradient,
-             const std::string& products, bool separate_input) {
+             const std::string& precision, bool separate_input) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
-    spec.criterion = criterion == "mse"             ? fastdni::Criterion::mse
-                     : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
-                                                    : fastdni::Criterion::none;
+    spec.criterion = fastdni::criterion_named(kPlan, criterion);
     spec.input_gradient = input_gradient;
-    spec.products = fastdni::products_named(products);
+    spec.precision = fastdni::precision_named(kPlan, precision);
     spec.separate_input = separate_input;
-    const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
-    auto plan = fastdni::make_plan(std::move(spec), type, gpu);
+    auto plan = fastdni::make_plan(std::move(spec), dtype_named(dtype), gpu);
     workspace_bytes = plan->sweep->workspace_bytes();
     launches = plan->sweep->launches();
     handle = fastdni::register_plan(std::move(plan));
@@ -127,7 +124,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&,
                     std::optional<int32_t>, const std::string&, bool, const std::string&, bool>(),
            py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("gpu"),
-           py::arg("criterion"), py::arg("input_gradient"), py::arg("products"),
+           py::arg("criterion"), py::arg("input_gradient"), py::arg("precision"),
            py::arg("separate_input"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def(

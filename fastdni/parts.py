@@ -39,16 +39,16 @@ class FusedPart:
         stages: theirs, as the sweep sees them.
         first: the number of the lowest in the network.
         criterion: name of the network's, if the topmost stage is among them.
-        products: see `ops.SweepPlan`.
+        precision: see `ops.SweepPlan`.
     """
 
-    def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, products: str):
-        self.stages, self.first, self.products = stages, first, products
+    def __init__(self, stages: list[SweepStage], first: int, criterion: str | None, precision: str):
+        self.stages, self.first, self.precision = stages, first, precision
         self._how = {
             "criterion": criterion,
             "input_gradient": first > 0,
             "separate_input": first > 0 and stages[0].input_synthesizer is not None,
-            "products": products,
+            "precision": precision,
         }
         self._plans: dict[int, ops.SweepPlan] = {}
         self._bindings: dict[tuple[int, ...], Binding] = {}
@@ -56,7 +56,7 @@ class FusedPart:
 
     def backend(self, batch: int) -> str:
         """The backend that serves steps of so many rows."""
-        return ops.sweep_backend(self.stages, batch, self.products)
+        return ops.sweep_backend(self.stages, batch, self.precision)
 
     def plan(self, batch: int) -> ops.SweepPlan:
         """The plan of a batch size, made when it is first met."""
@@ -126,7 +126,7 @@ class FusedPart:
     def _input(self, x: Tensor) -> Tensor:
         """x in the parameters' dtype, where a stage below or autocast gave it another one."""
         dtype = self.stages[0].weight.dtype
-        cast = x.dtype != dtype and (self.first > 0 or self._how["products"] == "bfloat16")
+        cast = x.dtype != dtype and (self.first > 0 or self._how["precision"] == "bfloat16")
         return x.to(dtype) if cast else x
 
     def check_state(self, step: Step) -> None:

@@ -28,7 +28,7 @@ from fastdni.synthesizers import BasicSynthesizer
 from fastdni.watch import ModuleWatch
 
 GRADIENTS = object()  # in an optimizer's place: no update
-_MAX_DIVISIONS = 8  # of a network into parts, by criterion, arithmetic and batch size
+_MAX_DIVISIONS = 8  # of a network into parts, by criterion, precision and batch size
 
 _grad = attrgetter("grad")
 
@@ -60,7 +60,7 @@ class Repetition:
         self._rules, self._given = step.optimizers.rules, given
         self._criterion, self._device, self._backend = step.criterion, device, backend.choice()
         self._autocast, self._dtype = _autocast(device), step.x.dtype
-        self._products = backend.products(device, self._autocast)
+        self._precision = backend.precision(device, self._autocast)
         self._batch = len(step.x)
 
     def take(
@@ -74,7 +74,7 @@ class Repetition:
             or criterion is not self._criterion
             or backend.choice() != self._backend
             or _autocast(device) is not self._autocast
-            or backend.products(device, self._autocast) != self._products
+            or backend.precision(device, self._autocast) != self._precision
             or torch.is_inference_mode_enabled()
             or not self._watch.unchanged()
             or not optimizers.unchanged()
@@ -199,14 +199,14 @@ class Trainer:
         # Where every stage is on the CPU the key is the same whatever torch says of GPUs.
         devices = [stage.weight.device for stage in self.parsed if stage is not None]
         asked = next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
-        products = backend.products(asked, dtype)
+        precision = backend.precision(asked, dtype)
         servers = None  # of each stage, where that depends on its size
-        if backend.choice() == "auto" and products in backend.TRITON_FROM:
+        if backend.choice() == "auto" and precision in backend.TRITON_FROM:
             servers = tuple(
-                None if stage is None else ops.sweep_backend([stage], batch, products)
+                None if stage is None else ops.sweep_backend([stage], batch, precision)
                 for stage in self.parsed
             )
-        choice = (name, dtype, backend.choice(), products, servers)
+        choice = (name, dtype, backend.choice(), precision, servers)
         parts = self._parts.get(choice)
         if parts is not None:
             return parts
@@ -217,7 +217,7 @@ class Trainer:
             if run:
                 top = end == count
                 first = end - len(run)
-                of_part = backend.products(run[0].weight.device, dtype)
+                of_part = backend.precision(run[0].weight.device, dtype)
                 parts.append(FusedPart(list(run), first, name if top else None, of_part))
                 run.clear()
 
@@ -263,7 +263,7 @@ class Trainer:
                 elif dtype not in (None, torch.bfloat16):
                     reason = f"autocast to {dtype}"
             elif served_by == "triton" and backend.choice() == "auto":
-                reason = backend.why_triton(part.products)
+                reason = backend.why_triton(part.precision)
             elif served_by == "reference":
                 reason = backend.why_reference(self.parsed[number].weight)
             elif number in fused and optimizers.reason is not None:

@@ -2,6 +2,7 @@
 be."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -91,8 +92,8 @@ def test_bfloat16_products_are_right(unlocked):
     one = Problem(
         stages((7, 9, 33, 5), n_hidden=1, context=True, unlocked=unlocked), 30, dtype=torch.float32
     )
-    found = one.run("cpu", torch.float32, products="bfloat16")
-    oracle = one.run("reference", torch.float32, products="bfloat16")
+    found = one.run("cpu", torch.float32, precision="bfloat16")
+    oracle = one.run("reference", torch.float32, precision="bfloat16")
     exact = one.run("reference", torch.float32)
     assert_equal(found, oracle, 2e-3)
     rounded = max((a - b).abs().max().item() for a, b in zip(oracle, exact, strict=True))
@@ -160,6 +161,45 @@ def test_plans_of_widths_that_do_not_fit():
     for message, given in cases.items():
         with pytest.raises(RuntimeError, match=f"sweep: {message}"):
             ops.SweepPlan(given, 4, "mse")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"criterion": "mae"},
+            'criterion must be one of "none", "cross_entropy", "mse", got "mae"',
+        ),
+        (
+            {"precision": "bf16"},
+            'precision must be one of "exact", "tf32", "tf32x3", "bfloat16", got "bf16"',
+        ),
+        (
+            {"activation": "gelu"},
+            'activation must be one of "identity", "relu", "tanh", "sigmoid", got "gelu"',
+        ),
+    ],
+)
+def test_no_unknown_name_becomes_a_default(how, message):
+    below, top = stages((7, 9, 5))
+    how = {"criterion": "mse"} | how
+    below = below._replace(activation=how.pop("activation", "relu"))
+    with use_backend("cpu"), pytest.raises(ValueError, match=re.escape(f"sweep: {message}")):
+        ops.SweepPlan([below, top], 4, **how)
+
+
+def test_a_plan_of_another_dtype():
+    how = {"stages": [], "batch": 4, "gpu": None, "criterion": "mse", "input_gradient": False}
+    message = 'sweep: dtype must be one of "float32", "float64", got "float16"'
+    with pytest.raises(ValueError, match=message):
+        _C.SweepPlan(dtype="float16", precision="exact", separate_input=False, **how)
+
+
+@pytest.mark.parametrize("criterion", ["mae", "none"])
+def test_a_target_is_checked_for_a_known_criterion(criterion):
+    message = f'net.step: criterion must be one of "cross_entropy", "mse", got "{criterion}"'
+    with pytest.raises(ValueError, match=message):
+        ops.sweep_check_target("net.step", torch.zeros(4, dtype=torch.int64), 4, 5, criterion)
 
 
 def bits(threads: int, dtype=torch.float32) -> list[torch.Tensor]:

@@ -117,23 +117,23 @@ void normalize_rows(Matrix<T> z, const BatchNorm<T>& norm, Activation activation
 }
 
 template <Isa isa, class T>
-void column_products(Matrix<const T> du, Matrix<const T> z, Rows rows, T* __restrict__ sums,
-                     T* __restrict__ products) {
+void column_dots(Matrix<const T> du, Matrix<const T> z, Rows rows, T* __restrict__ sums,
+                 T* __restrict__ dots) {
   const int64_t columns = du.columns;
-  for (int64_t c = 0; c < columns; ++c) sums[c] = products[c] = 0;
+  for (int64_t c = 0; c < columns; ++c) sums[c] = dots[c] = 0;
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const T* __restrict__ g = du.row(r), * __restrict__ values = z.row(r);
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       sums[c] += g[c];
-      products[c] += g[c] * values[c];
+      dots[c] += g[c] * values[c];
     }
   }
 }
 
 template <Isa isa, class T>
 void normalize_gradient_rows(Matrix<T> du, Matrix<const T> z, const BatchNorm<T>& norm,
-                             const T* __restrict__ sums, const T* __restrict__ products, T batch,
+                             const T* __restrict__ sums, const T* __restrict__ dots, T batch,
                              Rows rows) {
   const int64_t columns = du.columns;
   const T* __restrict__ inverse = norm.inverse, * __restrict__ weight = norm.weight;
@@ -144,7 +144,7 @@ void normalize_gradient_rows(Matrix<T> du, Matrix<const T> z, const BatchNorm<T>
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       const T scale = weight != nullptr ? weight[c] * inverse[c] : inverse[c];
-      g[c] = scale * (g[c] - sums[c] * share - values[c] * (products[c] * share));
+      g[c] = scale * (g[c] - sums[c] * share - values[c] * (dots[c] * share));
     }
   }
 }
@@ -249,8 +249,7 @@ void update(const Update<T>& rule, const T* grad, T* parameter, T* first, T* sec
   template void column_moments<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, Rows, T*, T*);            \
   template void normalize_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const BatchNorm<T>&, Activation,    \
                                                     Matrix<T>, Rows);                              \
-  template void column_products<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, Rows, T*,   \
-                                                     T*);                                          \
+  template void column_dots<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, Rows, T*, T*);  \
   template void normalize_gradient_rows<Isa::FASTDNI_ISA, T>(                                      \
       Matrix<T>, Matrix<const T>, const BatchNorm<T>&, const T*, const T*, T, Rows);               \
   template double error_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, T, Matrix<T>,  \

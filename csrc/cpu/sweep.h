@@ -55,12 +55,12 @@ void normalize_rows(Matrix<T> z, const BatchNorm<T>& norm, Activation activation
 
 // Of one block of rows: the columns' sums of du and of du * z, z being the normalised.
 template <Isa isa, class T>
-void column_products(Matrix<const T> du, Matrix<const T> z, Rows rows, T* sums, T* products);
+void column_dots(Matrix<const T> du, Matrix<const T> z, Rows rows, T* sums, T* dots);
 
-// du = weight * inverse * (du - sums / batch - z * products / batch), in place.
+// du = weight * inverse * (du - sums / batch - z * dots / batch), in place.
 template <Isa isa, class T>
 void normalize_gradient_rows(Matrix<T> du, Matrix<const T> z, const BatchNorm<T>& norm,
-                             const T* sums, const T* products, T batch, Rows rows);
+                             const T* sums, const T* dots, T batch, Rows rows);
 
 // error = scale * (prediction - target), `scale` being that of the loss's gradient; returns the sum
 // of the unscaled squares. target and error may be one matrix.

@@ -6,7 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/sweep.cuh"
 #include "cuda/sweep_phases.h"
-#include "cuda/with_products.h"
+#include "cuda/with_precision.h"
 
 namespace fastdni::cuda {
 
@@ -44,8 +44,9 @@ constexpr int kMostColumns = 4096;
 template <class T>
 cudaError_t launch_instructions(const SweepStep<T>& step, int first, int last, LaunchPlan plan,
                                 cudaStream_t stream) {
-  return with_products<T>(step.products, [&](auto products) {
-    return launch(sweep_rows_kernel<products(), T>, plan, stream, step, first, last, plan.clusters);
+  return with_precision<T>(step.precision, [&](auto precision) {
+    return launch(sweep_rows_kernel<precision(), T>, plan, stream, step, first, last,
+                  plan.clusters);
   });
 }
 
@@ -96,10 +97,10 @@ int sweep_cluster(const SweepProgram& program) {
 }
 
 template <class T>
-bool sweep_clusters(Products products, int blocks) {
+bool sweep_clusters(Precision precision, int blocks) {
   bool taken = false;
   const LaunchPlan plan{1, kSweepThreads, blocks, true};
-  with_products<T>(products, [&](auto kind) {
+  with_precision<T>(precision, [&](auto kind) {
     const auto kernel = sweep_rows_kernel<kind(), T>;
     // Code for older GPUs runs on newer ones, too.
     taken = code_architecture(kernel) >= 90 && most_clusters(kernel, plan) > 0;
@@ -164,14 +165,14 @@ cudaError_t launch_sweep_update(const SweepStep<T>& step, const SweepProgram& pr
     const cudaError_t error = launch(sweep_sums_kernel<T>, plan, stream, step);
     if (error != cudaSuccess) return error;
   }
-  return with_products<T>(step.products, [&](auto products) {
-    return launch(sweep_update_kernel<products(), T>, {step.task_count + 1, kSweepThreads}, stream,
+  return with_precision<T>(step.precision, [&](auto precision) {
+    return launch(sweep_update_kernel<precision(), T>, {step.task_count + 1, kSweepThreads}, stream,
                   step);
   });
 }
 
 #define INSTANTIATE(T)                                                                           \
-  template bool sweep_clusters<T>(Products, int);                                                \
+  template bool sweep_clusters<T>(Precision, int);                                               \
   template cudaError_t launch_sweep_forward(const SweepStep<T>&, const SweepProgram&, Spread,    \
                                             const Library&, cudaStream_t);                       \
   template cudaError_t launch_sweep_regression(const SweepStep<T>&, const SweepProgram&, Spread, \

@@ -11,11 +11,11 @@ inline __global__ void sweep_write_kernel(const SweepBytes bytes, uint32_t* to, 
   for (int i = threadIdx.x; i < words; i += kSweepThreads) to[i] = bytes.words[i];
 }
 
-template <Products products, class T>
+template <Precision precision, class T>
 __device__ void run(const SweepStep<T>& step, const Instruction& op, int tile) {
   switch (op.op) {
     case Op::product:
-      return run_product<products>(step, op, tile);
+      return run_product<precision>(step, op, tile);
     case Op::criterion:
       return run_criterion(step, op);
     case Op::moments:
@@ -28,7 +28,7 @@ __device__ void run(const SweepStep<T>& step, const Instruction& op, int tile) {
 
 // Instructions [first, last) of the program, on the rows of this block. The blocks of the same rows
 // (a cluster, or those of a launch of one phase) share the tiles among them.
-template <Products products, class T>
+template <Precision precision, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_rows_kernel(const SweepStep<T> step, int first, int last, bool cluster) {
   const Instruction* op = step.instructions + first;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     int tile = blockIdx.y;
     do {
       if (op->stage >= 0 && !step.active.has(op->stage)) continue;
-      for (; tile < op->tiles(); tile += gridDim.y) run<products>(step, *op, tile);
+      for (; tile < op->tiles(); tile += gridDim.y) run<precision>(step, *op, tile);
       tile -= op->tiles();
     } while (++op < step.instructions + last && op[0].phase == op[-1].phase);
     // What has been written is there for all who work on these rows.

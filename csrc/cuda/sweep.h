@@ -77,7 +77,7 @@ struct SweepStep {
   T scale;          // 2 / divisor
   int32_t outputs;  // N
   Criterion criterion;
-  Products products;
+  Precision precision;
 };
 
 // Where an operand lies: of a parameter its value, which only a GPU can look up.
@@ -123,7 +123,7 @@ constexpr int kSweepCluster = 8;
 int sweep_cluster(const SweepProgram& program);
 // Whether the current GPU takes clusters of that many of the sweep's blocks.
 template <class T>
-bool sweep_clusters(Products products, int blocks);
+bool sweep_clusters(Precision precision, int blocks);
 
 // Bytes that travel with a launch.
 struct SweepBytes {

@@ -48,9 +48,9 @@ class SweepProgramBuilder {
     const Synthesizer* i = nullptr;
     Operand x, h, z, dz;
     int64_t statistics = -1, partials = -1;
-    Evaluation* sent = nullptr;       // M at h
-    Evaluation* made = nullptr;       // I at x, whose prediction the next stage gets
-    Evaluation* regressed = nullptr;  // where M is trained
+    Evaluation* sent = nullptr;        // M at h
+    Evaluation* next_input = nullptr;  // I at x, in complete unlock
+    Evaluation* regressed = nullptr;   // where M is trained
   };
 
   Operand allocate(int64_t elements) { return program_.allocate(elements); }
@@ -265,7 +265,7 @@ class SweepProgramBuilder {
 
   // The gradient of h, synthetic or the criterion's, and of u.
   void gradient(Stage& stage, int32_t s) {
-    if (stage.made != nullptr) regress(*stage.made, itself(stage.h), s + 1);
+    if (stage.next_input != nullptr) regress(*stage.next_input, itself(stage.h), s + 1);
     if (stage.sent == nullptr) {
       Instruction& criterion = add(Op::criterion, stage.spec->outputs, -1);
       criterion.a = stage.h;
@@ -325,9 +325,9 @@ class SweepProgramBuilder {
     for (size_t s = 0; s <= top; ++s) {
       Stage& stage = stages_[s];
       const int64_t outputs = stage.spec->outputs;
-      if (stage.i != nullptr) stage.made = evaluate(stage.i, network_input, true);
+      if (stage.i != nullptr) stage.next_input = evaluate(stage.i, network_input, true);
       stage.x = s == 0     ? Operand{Place::x, 0}
-                : unlocked ? stages_[s - 1].made->prediction
+                : unlocked ? stages_[s - 1].next_input->prediction
                            : stages_[s - 1].h;
       stage.h = s == top && !goes_on ? output : matrix(outputs);
       stage.z = stage.spec->batch_norm ? matrix(outputs) : stage.h;
@@ -376,7 +376,8 @@ class SweepProgramBuilder {
       }
       if (stage.m != nullptr) {
         stage.sent = evaluate(stage.m, stage.h, !unlocked, &stage);
-        stage.regressed = unlocked ? evaluate(stage.m, stage.made->prediction, true) : stage.sent;
+        stage.regressed =
+            unlocked ? evaluate(stage.m, stage.next_input->prediction, true) : stage.sent;
       }
       gradient(stage, static_cast<int32_t>(s));
       if (stage.spec->batch_norm) {
@@ -390,7 +391,7 @@ class SweepProgramBuilder {
       propagate_waiting();
     }
     if (goes_on) {
-      Instruction copy = itself(unlocked ? stages_[top].made->prediction : stages_[top].h);
+      Instruction copy = itself(unlocked ? stages_[top].next_input->prediction : stages_[top].h);
       copy.columns = static_cast<int32_t>(stages_[top].spec->outputs);
       copy.out = output;
       program_.instructions.push_back(copy);
@@ -411,7 +412,7 @@ class SweepProgramBuilder {
       if (stage.regressed != nullptr) add_loss(*stage.regressed);
     }
     for (const Stage& stage : stages_) {
-      if (stage.made != nullptr) add_loss(*stage.made);
+      if (stage.next_input != nullptr) add_loss(*stage.next_input);
     }
   }
 

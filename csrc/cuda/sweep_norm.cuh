@@ -25,22 +25,22 @@ __device__ void run_moments(const SweepStep<T>& step, const Instruction& op, int
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSweepRows, end = last_row(step);
   T* first = step.workspace + op.partials + static_cast<int64_t>(blockIdx.x) * op.columns;
   T* second = first + static_cast<int64_t>(gridDim.x) * op.columns;
-  T sum = 0, products = 0;
+  T sum = 0, dot = 0;
   if (op.op == Op::moments) {
     for (int64_t r = begin; r < end; ++r) sum += a[r * op.columns + c];
     sum /= static_cast<T>(end - begin);
     for (int64_t r = begin; r < end; ++r) {
       const T off = a[r * op.columns + c] - sum;
-      products += off * off;
+      dot += off * off;
     }
   } else {
     for (int64_t r = begin; r < end; ++r) {
       sum += a[r * op.columns + c];
-      products += a[r * op.columns + c] * other[r * op.columns + c];
+      dot += a[r * op.columns + c] * other[r * op.columns + c];
     }
   }
   first[c] = sum;
-  second[c] = products;
+  second[c] = dot;
 }
 
 template <class T>
@@ -49,7 +49,7 @@ __device__ void run_normalize(const SweepStep<T>& step, const Instruction& op, i
   const T* mean = step.workspace + op.statistics;
   const T* inverse = mean + op.columns;
   const T* sums = inverse + op.columns;
-  const T* products = sums + op.columns;
+  const T* dots = sums + op.columns;
   const T* gamma = resolve(step, op.weight);
   const T* beta = resolve(step, op.bias);
   T* out = resolve(step, op.out);
@@ -64,7 +64,7 @@ __device__ void run_normalize(const SweepStep<T>& step, const Instruction& op, i
       other[at] = activated(op.activation, gamma == nullptr ? z : z * gamma[c] + beta[c]);
     } else {
       const T scale = gamma == nullptr ? inverse[c] : inverse[c] * gamma[c];
-      out[at] = scale * (out[at] - sums[c] / batch - other[at] * (products[c] / batch));
+      out[at] = scale * (out[at] - sums[c] / batch - other[at] * (dots[c] / batch));
     }
   }
 }
@@ -98,16 +98,16 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
   const int64_t begin = inside ? threadIdx.x / kReductionColumns : row_blocks;
   const bool reports = inside && threadIdx.x < kReductionColumns;
   if (op.of_gradient) {
-    double sum = 0, products = 0;
+    double sum = 0, dot = 0;
     for (int64_t b = begin; b < row_blocks; b += kSlices) {
       sum += first[b * op.columns];
-      products += second[b * op.columns];
+      dot += second[b * op.columns];
     }
     sum = column_total(sum);
-    products = column_total(products);
+    dot = column_total(dot);
     if (!reports) return;
     mean_out[2 * op.columns] = static_cast<T>(sum);
-    mean_out[3 * op.columns] = static_cast<T>(products);
+    mean_out[3 * op.columns] = static_cast<T>(dot);
     return;
   }
   const auto rows = [&](int64_t b) {

@@ -34,7 +34,7 @@ __device__ T differentiated(Activation activation, T grad, T h) {
 }
 
 // The context's part where it is one-hot labels: a column of the weight.
-template <Products products, class T>
+template <Precision precision, class T>
 __device__ void add_label(const SweepStep<T>& step, const Instruction& op, int first,
                           T (&sums)[kTileResults]) {
   const RowThread thread = row_thread(step);
@@ -46,20 +46,20 @@ __device__ void add_label(const SweepStep<T>& step, const Instruction& op, int f
   for (int j = 0; j < kTileResults; ++j) {
     const int64_t column = first + thread.lane + j * kSweepLanes;
     if (column < op.columns) {
-      sums[j] += TileProduct<products, T>::operand(weight[column * op.context + label]);
+      sums[j] += TileProduct<precision, T>::operand(weight[column * op.context + label]);
     }
   }
 }
 
 // Columns [first, ...) of an instruction's product, this thread's.
-template <Products products, class T>
+template <Precision precision, class T>
 __device__ void multiply(const SweepStep<T>& step, const Instruction& op, int first,
                          T (&sums)[kTileResults]) {
   const int first_row = blockIdx.x * kSweepRows, rows = static_cast<int>(step.batch);
   const bool given = op.context > 0 && step.context != nullptr;
   const bool weighted = op.weight.place != Place::none;
   if (weighted || given) {
-    TileProduct<products, T> tile;
+    TileProduct<precision, T> tile;
 #pragma unroll 1  // one piece of code for both parts
     for (int part = weighted ? 0 : 1; part <= given; ++part) {
       const bool of_context = part == 1;
@@ -71,14 +71,14 @@ __device__ void multiply(const SweepStep<T>& step, const Instruction& op, int fi
     }
     tile.finish(sums);
   }
-  if (op.context > 0 && !given) add_label<products>(step, op, first, sums);
+  if (op.context > 0 && !given) add_label<precision>(step, op, first, sums);
 }
 
-template <Products products, class T>
+template <Precision precision, class T>
 __device__ void run_product(const SweepStep<T>& step, const Instruction& op, int tile) {
   const int first = tile * kSweepColumns;
   T sums[kTileResults] = {};
-  multiply<products>(step, op, first, sums);
+  multiply<precision>(step, op, first, sums);
   const RowThread thread = row_thread(step);
   const bool computed = op.weight.place != Place::none;
   const T* a = computed ? nullptr : resolve(step, op.a);  // null, too, where there is no depth

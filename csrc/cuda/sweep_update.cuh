@@ -59,23 +59,23 @@ __device__ bool is_updated(const SweepStep<T>& step, int parameter) {
 }
 
 // A tile of grad^T input, whole over the batch.
-template <Products products, class T>
+template <Precision precision, class T>
 __device__ void multiply_gradient(const SweepStep<T>& step, const Job& job, const Task& task,
                                   T (&sums)[kTileResults]) {
   Side<T> input{resolve(step, job.input), job.inputs, false, job.inputs};
   if (input.data == nullptr) input.labels = static_cast<const int64_t*>(step.target);
-  TileProduct<products, T> tile;
+  TileProduct<precision, T> tile;
   tile.add({resolve(step, job.grad), job.outputs, false, job.outputs}, task.output, input,
            task.input, static_cast<int>(step.batch));
   tile.finish(sums);
 }
 
 // A tile of a weight's gradient, and its update.
-template <Products products, class T>
+template <Precision precision, class T>
 __device__ void update_weight(const SweepStep<T>& step, const Job& job, const Task& task) {
   const bool is_ready = job.ready.place != Place::none;
   T sums[kTileResults];
-  if (!is_ready) multiply_gradient<products>(step, job, task, sums);
+  if (!is_ready) multiply_gradient<precision>(step, job, task, sums);
   const T* ready = resolve(step, job.ready);
   const SweepParameter<T> parameter = step.parameters[job.weight];
   const int64_t output = task.output + threadIdx.x / kSweepLanes;
@@ -153,7 +153,7 @@ __device__ void report(const SweepStep<T>& step) {
   }
 }
 
-template <Products products, class T>
+template <Precision precision, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     sweep_update_kernel(const SweepStep<T> step) {
   if (static_cast<int32_t>(blockIdx.x) == step.task_count) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
   const Task& task = step.tasks[blockIdx.x];
   const Job& job = step.jobs[task.job];
   if (!step.active.has(job.stage)) return;
-  if (is_updated(step, job.weight)) update_weight<products>(step, job, task);
+  if (is_updated(step, job.weight)) update_weight<precision>(step, job, task);
   const bool biases = is_updated(step, job.bias) || is_updated(step, job.second_bias);
   if (biases && task.input == 0) update_biases(step, job, task);
 }

@@ -1,6 +1,6 @@
 #include "cuda/launch.h"
 #include "cuda/synthesizer.cuh"
-#include "cuda/with_products.h"
+#include "cuda/with_precision.h"
 
 namespace fastdni::cuda {
 
@@ -8,26 +8,26 @@ template <class T>
 cudaError_t launch_synthesizer_layer(const SweepStep<T>& step, const Instruction& op,
                                      cudaStream_t stream) {
   const LaunchPlan plan{(step.batch + kSweepRows - 1) / kSweepRows, kSweepThreads, op.tiles()};
-  return with_products<T>(step.products, [&](auto products) {
-    return launch(synthesizer_layer_kernel<products(), T>, plan, stream, step, op);
+  return with_precision<T>(step.precision, [&](auto precision) {
+    return launch(synthesizer_layer_kernel<precision(), T>, plan, stream, step, op);
   });
 }
 
 template <class T>
-cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Products products,
+cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Precision precision,
                                         cudaStream_t stream) {
   const bool tiled = args.weight != nullptr && args.inputs > 0;
   const LaunchPlan plan{(args.outputs + kSweepRows - 1) / kSweepRows + 1, kSweepThreads,
                         tiled ? column_tiles(args.inputs) : 1};
-  return with_products<T>(products, [&](auto kind) {
+  return with_precision<T>(precision, [&](auto kind) {
     return launch(synthesizer_gradient_kernel<kind(), T>, plan, stream, args);
   });
 }
 
-#define INSTANTIATE(T)                                                                      \
-  template cudaError_t launch_synthesizer_layer(const SweepStep<T>&, const Instruction&,    \
-                                                cudaStream_t);                              \
-  template cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>&, Products, \
+#define INSTANTIATE(T)                                                                       \
+  template cudaError_t launch_synthesizer_layer(const SweepStep<T>&, const Instruction&,     \
+                                                cudaStream_t);                               \
+  template cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>&, Precision, \
                                                    cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

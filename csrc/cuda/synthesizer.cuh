@@ -5,15 +5,15 @@
 
 namespace fastdni::cuda {
 
-template <Products products, class T>
+template <Precision precision, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     synthesizer_layer_kernel(const SweepStep<T> step, const Instruction op) {
-  run_product<products>(step, op, blockIdx.y);
+  run_product<precision>(step, op, blockIdx.y);
 }
 
 // Block (x, y): a tile of the weight's gradient; those of y = 0 also its biases, and one more in x
 // the loss.
-template <Products products, class T>
+template <Precision precision, class T>
 __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     synthesizer_gradient_kernel(const SynthesizerGradient<T> args) {
   const int first_output = blockIdx.x * kSweepRows, first_input = blockIdx.y * kSweepColumns;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
   }
   if (args.weight != nullptr) {
     const int rows = static_cast<int>(args.rows);
-    TileProduct<products, T> tile;
+    TileProduct<precision, T> tile;
     tile.add({args.grad, args.outputs, false, args.outputs}, first_output,
              {args.input, args.inputs, false, args.inputs}, first_input, rows);
     T sums[kTileResults];

@@ -28,7 +28,7 @@ cudaError_t launch_synthesizer_layer(const SweepStep<T>& step, const Instruction
                                      cudaStream_t stream);
 
 template <class T>
-cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Products products,
+cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Precision precision,
                                         cudaStream_t stream);
 
 }  // namespace fastdni::cuda

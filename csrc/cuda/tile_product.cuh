@@ -27,14 +27,14 @@ struct Side {
   const int64_t* labels = nullptr;  // without data: one-hot vectors, one for each step in depth
 };
 
-template <Products products, class T>
+template <Precision precision, class T>
 class TileProduct {
  public:
   // What a product reads of an operand.
   static __device__ T operand(T value) {
-    if constexpr (products == Products::bfloat16) {
+    if constexpr (precision == Precision::bfloat16) {
       return static_cast<T>(static_cast<float>(bfloat16(static_cast<float>(value))));
-    } else if constexpr (products == Products::tf32 && kTensorCores) {
+    } else if constexpr (precision == Precision::tf32 && kTensorCores) {
       return to_tf32(value);
     } else {
       return value;
@@ -91,7 +91,7 @@ class TileProduct {
   }
 
  private:
-  static constexpr bool kTensorCores = products != Products::exact && sizeof(T) == sizeof(float);
+  static constexpr bool kTensorCores = precision != Precision::exact && sizeof(T) == sizeof(float);
   static constexpr int kWarps = kTileThreads / 32;
   // As much as fits in the 48 KB that a kernel may declare.
   static constexpr int kDepth = 64 / sizeof(T);
@@ -197,7 +197,7 @@ class TileProduct {
   __device__ void multiply(const T* a, const T* b) {
     if constexpr (!kTensorCores) {
       multiply_exact(a, b);
-    } else if constexpr (products == Products::bfloat16) {
+    } else if constexpr (precision == Precision::bfloat16) {
       multiply_bfloat16(a, b);
     } else {
       multiply_tf32(a, b);
@@ -250,12 +250,12 @@ class TileProduct {
     for (int k = 0; k < kDepth; k += 8) {
       float of_a[4], small_a[4];
       fragment_a(a, k, of_a);
-      if constexpr (products == Products::tf32x3) split(of_a, small_a);
+      if constexpr (precision == Precision::tf32x3) split(of_a, small_a);
 #pragma unroll
       for (int n = 0; n < kTileColumns / 8; ++n) {
         float of_b[2], small_b[2];
         fragment_b(b, k, n * 8, of_b);
-        if constexpr (products == Products::tf32x3) {
+        if constexpr (precision == Precision::tf32x3) {
           split(of_b, small_b);
           multiply_add_tf32(fragment(n), small_a, of_b);
           multiply_add_tf32(fragment(n), of_a, small_b);

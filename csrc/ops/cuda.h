@@ -41,9 +41,9 @@ class OnDevice {
 // a weight for few rows. Estimated, not measured. FASTDNI_LIBRARY_FROM is for tests. The library is
 // not asked for what it does not have: three products of TF32 in place of one, and products of
 // bfloat16 with sums in more where that is not on a GPU, or in float64.
-inline int64_t library_from(Products products, bool wide, bool on_cpu) {
+inline int64_t library_from(Precision precision, bool wide, bool on_cpu) {
   constexpr int64_t kLibraryFrom = int64_t{3} << 26;
-  if (products == Products::tf32x3 || (products == Products::bfloat16 && (wide || on_cpu))) {
+  if (precision == Precision::tf32x3 || (precision == Precision::bfloat16 && (wide || on_cpu))) {
     return std::numeric_limits<int64_t>::max();
   }
   const char* asked = std::getenv("FASTDNI_LIBRARY_FROM");

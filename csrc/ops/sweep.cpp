@@ -71,7 +71,7 @@ void run_update(Plan& plan, const std::vector<const Tensor*>& steps) {
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
                                               const Tensor& x, const OptionalTensor& target,
                                               const OptionalTensor& context,
-                                              const Binding& binding) {
+                                              const StepArguments& given) {
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
@@ -79,10 +79,10 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   const OnDevice device(plan, x);
   const SweepInputs inputs = check_inputs(caller, plan, x, target, context);
   bind_inputs(plan, inputs);
-  bind_parameters(caller, plan, binding.parameters, binding.active);
-  bind_statistics(caller, plan, binding.statistics);
+  bind_parameters(caller, plan, given.parameters, given.active);
+  bind_statistics(caller, plan, given.statistics);
   std::vector<const Tensor*> steps;
-  bind_optimizer(caller, plan, binding.state, binding.groups, binding.settings, steps);
+  bind_optimizer(caller, plan, given.state, given.groups, given.settings, steps);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
@@ -106,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   plan->last = {};
-  Binding binding{parameters, statistics, state, groups, settings, active};
-  auto results = whole_step(caller, *plan, x, target, context, binding);
-  if (repeatable) plan->last = std::move(binding);
+  StepArguments given{parameters, statistics, state, groups, settings, active};
+  auto results = whole_step(caller, *plan, x, target, context, given);
+  if (repeatable) plan->last = std::move(given);
   return results;
 }
 

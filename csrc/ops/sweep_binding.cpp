@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/names.h"
 #include "cpu/sweep.h"
 
 namespace fastdni {
@@ -87,7 +88,9 @@ double host_number(const Tensor& tensor) {
 void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
                   const std::string& criterion) {
   const std::string rows = std::to_string(batch);
-  if (criterion == "mse") {
+  if (named<Criterion>(caller, "criterion", criterion,
+                       {{"cross_entropy", Criterion::cross_entropy}, {"mse", Criterion::mse}}) ==
+      Criterion::mse) {
     const Shape wanted{batch, outputs};
     FASTDNI_CHECK(shape_of(target) == wanted, caller,
                   ": target must be (B, N) = ", to_string(wanted), ", got ",

@@ -19,11 +19,11 @@ template <Isa isa, class T>
 class CpuSweep final : public Sweep {
  public:
   explicit CpuSweep(const NetworkSpec& spec)
-      : arena_(spec.batch), updates_(spec.batch, spec.products == Products::bfloat16) {
+      : arena_(spec.batch), updates_(spec.batch, spec.precision == Precision::bfloat16) {
     net_.spec = spec;
     net_.batch = spec.batch;
     net_.blocks = pieces<T>(spec.batch, largest_weight(spec));
-    net_.bfloat16 = spec.products == Products::bfloat16;
+    net_.bfloat16 = spec.precision == Precision::bfloat16;
     build();
     net_.values.resize(next_parameter_);
   }
@@ -239,13 +239,16 @@ class CpuSweep final : public Sweep {
 
     for (size_t s = 0; s < net_.stages.size(); ++s) {
       Stage<T>& stage = net_.stages[s];
-      stage.x = s == 0 ? x_ : unlocked ? net_.stages[s - 1].made->prediction : net_.stages[s - 1].h;
+      stage.x = s == 0     ? x_
+                : unlocked ? net_.stages[s - 1].next_input->prediction
+                           : net_.stages[s - 1].h;
       stage.h = arena_.activations(stage.spec.outputs, true,
                                    gradient_synthesizers[s] != nullptr && !unlocked);
       stage.z = stage.spec.batch_norm ? arena_.matrix(stage.spec.outputs) : stage.h->rows;
       stage.dz = arena_.matrix(stage.spec.outputs);
       if (unlocked && input_synthesizers[s] != nullptr) {
-        stage.made = evaluate_later(input_synthesizers[s], network_input_, true, true, program);
+        stage.next_input =
+            evaluate_later(input_synthesizers[s], network_input_, true, true, program);
       }
       updates_.add(stage.dz, stage.x, stage.weight.parameter, stage.bias, kNone, s);
       if (stage.spec.batch_norm) build_norm(stage, s);
@@ -283,8 +286,8 @@ class CpuSweep final : public Sweep {
         stage.sent = evaluate_later(gradient_synthesizers[s], stage.h, !unlocked, false, program);
         Evaluation<T>* regressed = stage.sent;
         if (unlocked) {
-          regressed = evaluate_later(gradient_synthesizers[s], stage.made->prediction, true, false,
-                                     program);
+          regressed = evaluate_later(gradient_synthesizers[s], stage.next_input->prediction, true,
+                                     false, program);
         }
         net_.regressions.push_back(regressed);
       }
@@ -311,11 +314,11 @@ class CpuSweep final : public Sweep {
     stage.mean = arena_.allocate(outputs);
     stage.inverse = arena_.allocate(outputs);
     stage.sums = arena_.allocate(outputs);
-    stage.products = arena_.allocate(outputs);
+    stage.dots = arena_.allocate(outputs);
     stage.block_sums = arena_.allocate(net_.blocks * outputs);
-    stage.block_products = arena_.allocate(net_.blocks * outputs);
+    stage.block_dots = arena_.allocate(net_.blocks * outputs);
     if (stage.norm_weight != kNone) {
-      updates_.add({stage.products, outputs, 0}, nullptr, stage.norm_weight, kNone, kNone, s);
+      updates_.add({stage.dots, outputs, 0}, nullptr, stage.norm_weight, kNone, kNone, s);
       updates_.add({stage.sums, outputs, 0}, nullptr, stage.norm_bias, kNone, kNone, s);
     }
   }

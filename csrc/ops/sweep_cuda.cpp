@@ -96,7 +96,7 @@ class CudaSweep final : public Sweep {
     }
     const int cluster = cuda::sweep_cluster(program_);
     const bool clusters = cluster > 1 && widest_ <= kWidestForClusters &&
-                          cuda::sweep_clusters<T>(spec.products, cluster);
+                          cuda::sweep_clusters<T>(spec.precision, cluster);
     spread_ = clusters                    ? cuda::Spread::clusters
               : widest_ <= kWidestForRows ? cuda::Spread::rows
                                           : cuda::Spread::phases;
@@ -153,7 +153,7 @@ class CudaSweep final : public Sweep {
 
  private:
   static int64_t library_from(const NetworkSpec& spec) {
-    return cuda::library_from(spec.products, sizeof(T) == sizeof(double), kCudaOnHost);
+    return cuda::library_from(spec.precision, sizeof(T) == sizeof(double), kCudaOnHost);
   }
 
   cuda::Library library(const StepMemory& memory) {
@@ -174,7 +174,7 @@ class CudaSweep final : public Sweep {
           return add_library_product(*memory.like, weight, a, b, -settings.lr);
         }
       }
-      if (spec_.products != Products::bfloat16) return library_product(*memory.like, out, a, b);
+      if (spec_.precision != Precision::bfloat16) return library_product(*memory.like, out, a, b);
       std::optional<Tensor>& narrow = own_->narrow;
       if (!narrow) narrow = empty(*memory.like, {narrow_elements()}, aoti_torch_dtype_bfloat16());
       library_product_bfloat16(*memory.like, out, a, b, narrow->data_ptr());
@@ -185,7 +185,7 @@ class CudaSweep final : public Sweep {
   bool is_folded(const ParameterMemory& parameter) const {
     const OptimizerSettings& s = parameter.settings;
     return s.rule == Rule::sgd && s.weight_decay == 0 && parameter.device_lr.at == nullptr &&
-           spec_.products != Products::bfloat16;
+           spec_.precision != Precision::bfloat16;
   }
 
   // Of the two operands of the library's products, at most.
@@ -298,7 +298,7 @@ class CudaSweep final : public Sweep {
     step.scale = static_cast<T>(2 / step.divisor);
     step.outputs = static_cast<int32_t>(spec_.stages.back().outputs);
     step.criterion = spec_.criterion;
-    step.products = spec_.products;
+    step.precision = spec_.precision;
     return step;
   }
 

@@ -28,7 +28,7 @@ class Passes {
     if (stage.spec.batch_norm) {
       const int64_t at = b * stage.spec.outputs;
       cpu::column_moments<isa, T>(stage.z, net_.value(stage.bias), rows, stage.block_sums + at,
-                                  stage.block_products + at);
+                                  stage.block_dots + at);
     } else {
       cpu::finish_rows<isa, T>(stage.z, net_.value(stage.bias), nullptr, stage.spec.activation,
                                rows);
@@ -59,7 +59,7 @@ class Passes {
       for (int64_t b = 0; b < net_.blocks; ++b) {
         const Rows rows = net_.block(b);
         const double off = stage.block_sums[b * outputs + c] - mean;
-        squares += stage.block_products[b * outputs + c] + off * off * (rows.end - rows.begin);
+        squares += stage.block_dots[b * outputs + c] + off * off * (rows.end - rows.begin);
       }
       stage.mean[c] = static_cast<T>(mean);
       stage.inverse[c] = static_cast<T>(1 / std::sqrt(squares / net_.batch + stage.spec.eps));
@@ -98,12 +98,12 @@ class Passes {
   // The gradient of h, synthetic or the criterion's, and of u.
   void gradient(Stage<T>& stage, size_t s, Rows rows, int64_t b) {
     const Matrix<const T> h = stage.h->rows;
-    if (stage.made != nullptr && net_.active(s + 1)) {
-      Matrix<T>& target = stage.made->grads.back();
+    if (stage.next_input != nullptr && net_.active(s + 1)) {
+      Matrix<T>& target = stage.next_input->grads.back();
       for (int64_t r = rows.begin; r < rows.end; ++r) {
         std::memcpy(target.row(r), h.row(r), h.columns * sizeof(T));
       }
-      regress(*stage.made, rows, b);
+      regress(*stage.next_input, rows, b);
     }
     if (stage.sent == nullptr) criterion(stage, rows, b);
     if (!net_.active(s)) return;
@@ -112,28 +112,28 @@ class Passes {
     cpu::activation_gradient_rows<isa, T>(grad, h, stage.spec.activation, stage.dz, rows);
     if (stage.spec.batch_norm) {
       const int64_t at = b * stage.spec.outputs;
-      cpu::column_products<isa, T>(stage.dz, stage.z, rows, stage.block_sums + at,
-                                   stage.block_products + at);
+      cpu::column_dots<isa, T>(stage.dz, stage.z, rows, stage.block_sums + at,
+                               stage.block_dots + at);
     }
   }
 
   void gradient_statistics(Stage<T>& stage) {
     const int64_t outputs = stage.spec.outputs;
     for (int64_t c = 0; c < outputs; ++c) {
-      double sum = 0, product = 0;
+      double sum = 0, dot = 0;
       for (int64_t b = 0; b < net_.blocks; ++b) {
         sum += stage.block_sums[b * outputs + c];
-        product += stage.block_products[b * outputs + c];
+        dot += stage.block_dots[b * outputs + c];
       }
       stage.sums[c] = static_cast<T>(sum);
-      stage.products[c] = static_cast<T>(product);
+      stage.dots[c] = static_cast<T>(dot);
     }
   }
 
   void normalize_gradient(size_t s, Rows rows) {
     if (!net_.active(s)) return;
     Stage<T>& stage = net_.stages[s];
-    cpu::normalize_gradient_rows<isa, T>(stage.dz, stage.z, norm(stage), stage.sums, stage.products,
+    cpu::normalize_gradient_rows<isa, T>(stage.dz, stage.z, norm(stage), stage.sums, stage.dots,
                                          static_cast<T>(net_.batch), rows);
   }
 
@@ -177,7 +177,7 @@ class Passes {
     for (const Evaluation<T>* evaluation : net_.regressions)
       *out++ = static_cast<T>(loss_of(*evaluation));
     for (const Stage<T>& stage : net_.stages) {
-      if (stage.made != nullptr) *out++ = static_cast<T>(loss_of(*stage.made));
+      if (stage.next_input != nullptr) *out++ = static_cast<T>(loss_of(*stage.next_input));
     }
   }
 
@@ -200,7 +200,8 @@ class Passes {
 
   void write_output(const Stage<T>& stage, Rows rows) {
     auto* output = static_cast<T*>(net_.memory->output);
-    const Matrix<T>& h = stage.made == nullptr ? stage.h->rows : stage.made->prediction->rows;
+    const Matrix<T>& h =
+        stage.next_input == nullptr ? stage.h->rows : stage.next_input->prediction->rows;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       std::memcpy(output + r * h.columns, h.row(r), h.columns * sizeof(T));
     }

@@ -77,7 +77,7 @@ class Sweep {
 };
 
 // What a step of a whole network is given besides its data.
-struct Binding {
+struct StepArguments {
   std::vector<Tensor> parameters, statistics, state;
   std::vector<int64_t> groups;
   std::vector<double> settings;
@@ -93,7 +93,7 @@ struct Plan {
   Signature expected;
   std::unique_ptr<Sweep> sweep;
   StepMemory memory;         // filled at each step; here to keep its allocations
-  Binding last;              // of the last whole step, where it may be repeated
+  StepArguments last;        // of the last whole step, where it may be repeated
   bool begun = false;        // the last whole step has begun to write, and not ended
   std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
 };

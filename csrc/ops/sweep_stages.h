@@ -51,12 +51,12 @@ struct Stage {
   Matrix<T> dz;  // the gradient of h, of u and of z, one after the other
   T* mean = nullptr;
   T* inverse = nullptr;
-  T* block_sums = nullptr;        // (blocks, outputs): means, then sums of du
-  T* block_products = nullptr;    // (blocks, outputs): squares, then sums of du * z
-  T* sums = nullptr;              // (outputs,): BatchNorm's bias gradient
-  T* products = nullptr;          // (outputs,): BatchNorm's weight gradient
-  Evaluation<T>* sent = nullptr;  // M at h
-  Evaluation<T>* made = nullptr;  // I at x (complete unlock), whose prediction the next stage gets
+  T* block_sums = nullptr;              // (blocks, outputs): means, then sums of du
+  T* block_dots = nullptr;              // (blocks, outputs): squares, then sums of du * z
+  T* sums = nullptr;                    // (outputs,): BatchNorm's bias gradient
+  T* dots = nullptr;                    // (outputs,): BatchNorm's weight gradient
+  Evaluation<T>* sent = nullptr;        // M at h
+  Evaluation<T>* next_input = nullptr;  // I at x, in complete unlock
 };
 
 template <class T>

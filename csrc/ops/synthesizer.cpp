@@ -10,6 +10,7 @@
 #include <numeric>
 #include <optional>
 
+#include "common/names.h"
 #include "ops/product.h"
 #include "ops/reduction.h"
 #include "ops/synthesizer.h"
@@ -30,8 +31,9 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cpu(const Tensor& trigger,
                                                 const Tensors& weights, const Tensors& biases,
                                                 const OptionalTensor& context_weight,
                                                 const OptionalTensor& context_bias,
-                                                const std::string& /*products*/) {
+                                                const std::string& precision) {
   check_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
+  precision_named(kSynthesizer, precision);  // exact whatever it is
   FASTDNI_CHECK(has_kernel(trigger.scalar_type()), kSynthesizer,
                 ": trigger must be float32, float64 or bfloat16, got ",
                 to_string(trigger.scalar_type()));
@@ -135,8 +137,9 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
                                                 const OptionalTensor& context,
                                                 const Tensors& weights, bool bias,
                                                 const std::string& reduction,
-                                                const std::string& /*products*/) {
+                                                const std::string& precision) {
   check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, bias, reduction);
+  precision_named(kSynthesizer, precision);  // as above
   const double divisor = reduction_divisor(kSynthesizer, reduction, prediction);
   const Tensor input = as_matrix(as_contiguous(trigger));
   Tensor loss = empty_accumulate(prediction, {});
@@ -171,11 +174,11 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "synthesizer_fwd(Tensor trigger, Tensor? context, Tensor[] weights, Tensor[] biases, "
-      "Tensor? context_weight, Tensor? context_bias, str products=\"exact\") -> "
+      "Tensor? context_weight, Tensor? context_bias, str precision=\"exact\") -> "
       "(Tensor prediction, Tensor[] hidden)");
   m.def(
       "synthesizer_bwd(Tensor target, Tensor prediction, Tensor[] hidden, Tensor trigger, "
-      "Tensor? context, Tensor[] weights, bool bias, str reduction, str products=\"exact\") -> "
+      "Tensor? context, Tensor[] weights, bool bias, str reduction, str precision=\"exact\") -> "
       "(Tensor loss, Tensor[] grads)");
   m.def(
       "synthesizer_check(Tensor trigger, Tensor? context, Tensor[] weights, Tensor[] biases, "

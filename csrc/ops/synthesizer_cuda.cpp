@@ -2,6 +2,7 @@
 #if defined(FASTDNI_CUDA)
 #include <type_traits>
 
+#include "common/names.h"
 #include "cuda/synthesizer.h"
 #include "ops/cuda.h"
 #include "ops/library_product.h"
@@ -12,16 +13,17 @@ namespace fastdni {
 namespace {
 
 // Whether torch's library makes a product; as in sweep_cuda.cpp.
-bool is_large(const Tensor& like, Products products, int64_t rows, int64_t columns, int64_t depth) {
+bool is_large(const Tensor& like, Precision precision, int64_t rows, int64_t columns,
+              int64_t depth) {
   const bool wide = like.scalar_type() == ScalarType::Double;
   return static_cast<double>(rows) * columns * depth >=
-         static_cast<double>(cuda::library_from(products, wide, like.is_cpu()));
+         static_cast<double>(cuda::library_from(precision, wide, like.is_cpu()));
 }
 
 // out = a b by it.
-void multiply(const Tensor& like, Products products, const MatrixAt& out, const MatrixAt& a,
+void multiply(const Tensor& like, Precision precision, const MatrixAt& out, const MatrixAt& a,
               const MatrixAt& b) {
-  if (products != Products::bfloat16) return library_product(like, out, a, b);
+  if (precision != Precision::bfloat16) return library_product(like, out, a, b);
   const int64_t elements = a.columns * (a.rows + b.columns);
   const Tensor narrow = empty(like, {elements}, aoti_torch_dtype_bfloat16());
   library_product_bfloat16(like, out, a, b, narrow.data_ptr());
@@ -34,19 +36,19 @@ void check_cuda_dtype(const Tensor& tensor) {
 }
 
 // c = a w^T, or a w where the weight lies transposed, into the op's hands: as operands of a kernel,
-// or made here by torch's library and kept in `made`.
+// or made here by torch's library and kept in `large`.
 cuda::Instruction product_of(const Tensor& a, const Tensor& weight, bool transposed,
-                             Products products, OptionalTensor& made) {
+                             Precision precision, OptionalTensor& large) {
   cuda::Instruction op;
   const int64_t rows = a.size(0), depth = a.size(1), columns = weight.size(transposed ? 1 : 0);
   op.columns = static_cast<int32_t>(columns);
   op.depth = static_cast<int32_t>(depth);
   op.transposed = transposed;
-  if (is_large(a, products, rows, columns, depth)) {
-    made = empty(a, {rows, columns});
-    multiply(a, products, {made->data_ptr(), rows, columns, false},
+  if (is_large(a, precision, rows, columns, depth)) {
+    large = empty(a, {rows, columns});
+    multiply(a, precision, {large->data_ptr(), rows, columns, false},
              {a.data_ptr(), rows, depth, false}, {weight.data_ptr(), depth, columns, !transposed});
-    op.a = cuda::Operand::address(made->data_ptr());
+    op.a = cuda::Operand::address(large->data_ptr());
   } else {
     op.a = cuda::Operand::address(a.data_ptr());
     op.weight = cuda::Operand::address(weight.data_ptr());
@@ -55,11 +57,11 @@ cuda::Instruction product_of(const Tensor& a, const Tensor& weight, bool transpo
 }
 
 template <class T>
-cuda::SweepStep<T> step_of(const Tensor& rows, const std::string& products) {
+cuda::SweepStep<T> step_of(const Tensor& rows, const std::string& precision) {
   cuda::SweepStep<T> step{};
   step.batch = rows.size(0);
   step.divisor = 1;
-  step.products = products_named(products);
+  step.precision = precision_named(kSynthesizer, precision);
   return step;
 }
 
@@ -79,7 +81,7 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cuda(const Tensor& trigger,
                                                  const Tensors& weights, const Tensors& biases,
                                                  const OptionalTensor& context_weight,
                                                  const OptionalTensor& context_bias,
-                                                 const std::string& products) {
+                                                 const std::string& precision) {
   check_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
   check_cuda_dtype(trigger);
   const cuda::OnDevice device(trigger);
@@ -88,7 +90,7 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cuda(const Tensor& trigger,
   for (size_t i = 0; i < weights.size(); ++i) {
     const bool last = i + 1 == weights.size();
     const Tensor weight = as_contiguous(weights[i]);
-    OptionalTensor bias, added, made, ctx, ctx_weight;
+    OptionalTensor bias, added, large, ctx, ctx_weight;
     if (!biases.empty()) bias = as_contiguous(biases[i]);
     if (i == 0 && context_bias.has_value()) added = as_contiguous(*context_bias);
     if (i == 0 && context.has_value()) {
@@ -99,8 +101,8 @@ std::tuple<Tensor, Tensors> synthesizer_fwd_cuda(const Tensor& trigger,
     with_dtype(trigger.scalar_type(), [&](auto scalar) {
       using T = decltype(scalar);
       if constexpr (!std::is_same_v<T, bfloat16>) {
-        cuda::SweepStep<T> step = step_of<T>(layer_input, products);
-        cuda::Instruction op = product_of(layer_input, weight, false, step.products, made);
+        cuda::SweepStep<T> step = step_of<T>(layer_input, precision);
+        cuda::Instruction op = product_of(layer_input, weight, false, step.precision, large);
         op.bias = cuda::Operand::address(address_of(bias));
         op.second_bias = cuda::Operand::address(address_of(added));
         op.activation = last ? Activation::identity : Activation::relu;
@@ -126,7 +128,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
                                                  const OptionalTensor& context,
                                                  const Tensors& weights, bool bias,
                                                  const std::string& reduction,
-                                                 const std::string& products) {
+                                                 const std::string& precision) {
   check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, bias, reduction);
   check_cuda_dtype(trigger);
   const cuda::OnDevice device(trigger);
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
   with_dtype(prediction.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     if constexpr (!std::is_same_v<T, bfloat16>) {
-      cuda::SweepStep<T> step = step_of<T>(p, products);
+      cuda::SweepStep<T> step = step_of<T>(p, precision);
       step.divisor = divisor;
       step.scale = static_cast<T>(2 / divisor);
       step.workspace = mutable_data<T>(partials);
@@ -169,8 +171,8 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
         args.rows = rows;
         args.outputs = static_cast<int32_t>(grad.size(1));
         args.inputs = static_cast<int32_t>(of_input.size(1));
-        if (is_large(grad, step.products, args.outputs, args.inputs, rows)) {
-          multiply(grad, step.products, {weight_grad.data_ptr(), args.outputs, args.inputs, false},
+        if (is_large(grad, step.precision, args.outputs, args.inputs, rows)) {
+          multiply(grad, step.precision, {weight_grad.data_ptr(), args.outputs, args.inputs, false},
                    {grad.data_ptr(), args.outputs, rows, true},
                    {of_input.data_ptr(), rows, args.inputs, false});
         } else {
@@ -183,7 +185,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
         args.partial_count = partials.size(0);
         args.divisor = divisor;
         cuda::check(kSynthesizer,
-                    cuda::launch_synthesizer_gradient(args, step.products, device.stream()));
+                    cuda::launch_synthesizer_gradient(args, step.precision, device.stream()));
       };
       for (size_t i = weights.size(); i-- > 0;) {
         const Tensor layer_input = i == 0 ? input : as_contiguous(hidden[i - 1]);
@@ -200,9 +202,9 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cuda(const Tensor& target, const Ten
           if (q) of_context.push_back(*q);
         }
         if (i == 0) break;
-        OptionalTensor made;
+        OptionalTensor large;
         const Tensor weight = as_contiguous(weights[i]);
-        cuda::Instruction below = product_of(grad, weight, true, step.products, made);
+        cuda::Instruction below = product_of(grad, weight, true, step.precision, large);
         below.finish = cuda::Finish::differentiate;
         below.activation = Activation::relu;
         below.other = cuda::Operand::address(layer_input.data_ptr());

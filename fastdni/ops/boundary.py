@@ -108,7 +108,7 @@ def _flat(caller, parameters, trigger, context, target, how, known) -> tuple:
 
 def _compiled(caller, parameters, trigger, context, target, how, known, precision=None):
     if precision is None:
-        precision = backend.products(trigger.device, None)
+        precision = backend.precision(trigger.device, None)
     given = _flat(caller, parameters, trigger, context, target, how, known)
     results = _boundary(*given, precision)
     if not torch.compiler.is_compiling():

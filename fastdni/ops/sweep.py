@@ -101,14 +101,14 @@ def _stage_spec(stage: SweepStage) -> dict:
     }
 
 
-def sweep_backend(stages: Sequence[SweepStage], batch: int, products: str) -> str:
+def sweep_backend(stages: Sequence[SweepStage], batch: int, precision: str) -> str:
     """The backend that serves a sweep: a name of `fastdni.backends()`."""
     weight = stages[0].weight
     name = backend.server(weight, _DEVICES)
     # float64 is the CUDA kernels' alone.
     if name == "cuda" and backend.choice() == "auto" and weight.dtype in backend.triton.DTYPES:
         largest = batch * max(p.numel() for stage in stages for p in stage.parameters())
-        if backend.takes_triton(weight.device, largest, products):
+        if backend.takes_triton(weight.device, largest, precision):
             return "triton"
     return name
 
@@ -123,8 +123,8 @@ class SweepPlan:
         input_gradient: whether the gradient of the lowest stage's input is wanted.
         separate_input: whether the input synthesizers predict from another tensor than the lowest
             stage's x: a part of a completely unlocked network.
-        products: the arithmetic of products; sums, errors, losses, parameters and optimizer state
-            keep the parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
+        precision: of products; sums, errors, losses, parameters and optimizer state keep the
+            parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
             "tf32" and "tf32x3" on a GPU's tensor cores, elsewhere exact.
     """
 
@@ -135,10 +135,10 @@ class SweepPlan:
         criterion: str | None = None,
         input_gradient: bool = False,
         separate_input: bool = False,
-        products: str = "exact",
+        precision: str = "exact",
     ):
         self.stages, self.batch, self.criterion = stages, batch, criterion
-        self.input_gradient, self.products = input_gradient, products
+        self.input_gradient, self.precision = input_gradient, precision
         self.separate_input = separate_input
         self.parameters = [p for stage in stages for p in stage.parameters()]
         self.statistics = [t for stage in stages for t in stage.statistics()]
@@ -150,7 +150,7 @@ class SweepPlan:
             own = len(stage.parameters()) - above
             self.parameter_stages += [index] * own + [index + 1] * above
         weight = stages[0].weight
-        self.backend = sweep_backend(stages, batch, products)
+        self.backend = sweep_backend(stages, batch, precision)
         self._memory, self._pending = None, None
         self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
         self.handle = 0
@@ -158,7 +158,7 @@ class SweepPlan:
         if self.backend == "triton":
             backend.triton.load()
             triton = importlib.import_module("fastdni.triton.sweep")
-            self.structure = triton.Structure(stages, criterion, products)
+            self.structure = triton.Structure(stages, criterion, precision)
         elif self.backend != "reference":
             on_gpu = weight.device.type == "cuda"
             # What a GPU allows is asked of the current one.
@@ -170,7 +170,7 @@ class SweepPlan:
                     gpu=torch.cuda.current_device() if on_gpu else None,
                     criterion=criterion or "none",
                     input_gradient=input_gradient,
-                    products=products,
+                    precision=precision,
                     separate_input=separate_input,
                 )
             self.handle = self._memory.handle
@@ -378,7 +378,7 @@ def sweep_forward_(
             context,
             plan.criterion,
             list(map(bool, active)),
-            plan.products == "bfloat16",
+            plan.precision == "bfloat16",
             network_input,
         )
     plan._pending = done

@@ -18,7 +18,7 @@ _bwd = torch.ops.fastdni.synthesizer_bwd.default
 
 
 @torch.library.register_fake("fastdni::synthesizer_fwd")
-def _(trigger, context, weights, biases, context_weight, context_bias, products="exact"):
+def _(trigger, context, weights, biases, context_weight, context_bias, precision="exact"):
     rows = trigger.shape[:-1].numel()
     hidden = [trigger.new_empty(rows, weight.shape[0]) for weight in weights[:-1]]
     return trigger.new_empty(*trigger.shape[:-1], weights[-1].shape[0]), hidden
@@ -26,7 +26,7 @@ def _(trigger, context, weights, biases, context_weight, context_bias, products=
 
 @torch.library.register_fake("fastdni::synthesizer_bwd")
 def _(
-    target, prediction, hidden, trigger, context, weights, bias, reduction, products="exact",
+    target, prediction, hidden, trigger, context, weights, bias, reduction, precision="exact",
     scale=None,
 ):  # fmt: skip
     wide = reference.accumulate_dtype(prediction.dtype)
@@ -93,7 +93,7 @@ def synthesizer_fwd(
     server = backend.server(trigger, _DEVICES)
     if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(trigger):
-            return _fwd(trigger, context, *parameters, backend.products(trigger.device, None))
+            return _fwd(trigger, context, *parameters, backend.precision(trigger.device, None))
         trigger, context, parameters = cast(trigger, context, parameters, torch.float32)
         prediction, hidden = _fwd(trigger, context, *parameters, "bfloat16")
         return prediction.bfloat16(), [h.bfloat16() for h in hidden]
@@ -146,21 +146,21 @@ def synthesizer_bwd(
     server = backend.server(prediction, _DEVICES)
     if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(prediction):
-            return _bwd(*arguments, backend.products(prediction.device, None), scale)
+            return _bwd(*arguments, backend.precision(prediction.device, None), scale)
         loss, grads = _bwd(*map(_widened, arguments), "bfloat16", scale)
         return loss, [grad.bfloat16() for grad in grads]
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
     if server == "triton":
-        arithmetic = precision_of(prediction)
-        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, arithmetic, scale)
+        precision = precision_of(prediction)
+        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, precision, scale)
         return loss, grads
     return reference.synthesizer_bwd(*arguments, scale=scale)
 
 
 def precision_of(tensor: Tensor) -> str:
-    """The arithmetic of Triton's products of such tensors."""
+    """The precision of Triton's products of such tensors."""
     if tensor.dtype == torch.float32:
-        return backend.products(tensor.device, None)
+        return backend.precision(tensor.device, None)
     return str(tensor.dtype).removeprefix("torch.")
 
 
