@@ -30,11 +30,12 @@ from fastdni.scopes import (
     backward,
     current_context,
     is_deferred,
-    is_recomputed,
-    is_run_without_gradients_first,
+    is_first_run,
+    is_second_run,
     outside_compiled_graphs,
     send_gradient,
     sends_by_autograd,
+    sends_in_this_run,
     sends_with_backward_pass,
 )
 from fastdni.synthesis import graph_is_kept
@@ -94,6 +95,8 @@ def _catch(
 
 def _train(prediction: Prediction, message: Tensor) -> None:
     """Regresses a prediction on a true message, by the mean over all elements."""
+    if not sends_in_this_run():
+        return
     scale = 2 / max(message.numel(), 1)
     if sends_by_autograd():
         # A copy of the message, which is then handed the message as the gradient that arrives.
@@ -132,7 +135,7 @@ class UnidirectionalInterface(_Interface):
         return prediction if prediction.is_fused else self._predict(trigger, learn)
 
     def _check_gradients_enabled(self, method: str) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not is_first_run():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: training needs gradients, which are disabled "
                 "here (torch.no_grad or torch.inference_mode); call eval() to pass messages through"
@@ -167,8 +170,6 @@ class UnidirectionalInterface(_Interface):
             ValueError: no parameter of the synthesizer requires grad.
             RuntimeError: gradients are disabled, or the message's shape is not the prediction's.
         """
-        if is_run_without_gradients_first() or is_recomputed():
-            return
         self._check_gradients_enabled("send")
         _train(self._predict(trigger), message.detach())
 
@@ -195,16 +196,13 @@ class ForwardInterface(UnidirectionalInterface):
         """
         if not self.training:
             return message
-        sends_elsewhere = is_run_without_gradients_first() or is_recomputed()
-        if not sends_elsewhere:
-            self._check_gradients_enabled("forward")
+        self._check_gradients_enabled("forward")
         if self._by_steps:
             self.send(message, trigger)
             return self.receive(trigger)
         # It serves both: the synthesizer's parameters do not change in between.
         prediction = self._predict(trigger)
-        if not sends_elsewhere:
-            _train(prediction, message.detach())
+        _train(prediction, message.detach())
         received = self._again(prediction, trigger, learn=False).message
         # A deferred regression still needs the prediction, which the caller may change in place.
         return received.clone() if is_deferred() else received
@@ -261,9 +259,6 @@ class BackwardInterface(UnidirectionalInterface):
         """
         if not self.training:
             return trigger
-        if is_run_without_gradients_first():
-            self._again(self._predict(trigger, learn=False), trigger, learn=False)
-            return trigger.clone()
         self._check_trigger(trigger, "forward")
         if self._by_steps:
             self.backward(trigger, factor)
@@ -273,7 +268,8 @@ class BackwardInterface(UnidirectionalInterface):
         sent = self._predict(trigger, self.learn)
         # The copy first: it refuses a frozen synthesizer while no gradient has been written.
         triggered = self._caught(trigger.detach(), before=sent)
-        send_gradient(trigger, mixed((0.0, factor), trigger, sent.message))
+        if sends_in_this_run():
+            send_gradient(trigger, mixed((0.0, factor), trigger, sent.message))
         return triggered
 
     @outside_compiled_graphs
@@ -288,10 +284,10 @@ class BackwardInterface(UnidirectionalInterface):
             RuntimeError: gradients are disabled, the trigger does not require grad, or a shape,
                 dtype or device does not fit.
         """
-        if not self.training or is_run_without_gradients_first():
+        if not self.training:
             return
         gradient = self._synthetic_gradient(trigger, factor)
-        if not is_recomputed():
+        if sends_in_this_run():
             backward(trigger, gradient)
 
     def make_trigger(self, trigger: Tensor) -> Tensor:
@@ -311,9 +307,6 @@ class BackwardInterface(UnidirectionalInterface):
         """
         if not self.training:
             return trigger
-        if is_run_without_gradients_first():
-            self._predict(trigger, learn=False)
-            return trigger.clone()
         self._check_gradients_enabled("make_trigger")
         return self._caught(trigger)
 
@@ -325,7 +318,7 @@ class BackwardInterface(UnidirectionalInterface):
     ) -> Tensor:
         """A copy of the trigger, where the synthesizer learns from the gradient that arrives; after
         an evaluation there, if there has been one."""
-        if is_recomputed() and plain_parameters(self.synthesizer) is not None:
+        if is_second_run() and plain_parameters(self.synthesizer) is not None:
             # For what autograd saves, alone, and maybe with the context left.
             return trigger.detach().requires_grad_().clone()
         if before is None:
@@ -341,7 +334,7 @@ class BackwardInterface(UnidirectionalInterface):
 
     def _check_trigger(self, trigger: Tensor, method: str) -> None:
         self._check_gradients_enabled(method)
-        if not trigger.requires_grad:
+        if not trigger.requires_grad and not is_first_run():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: trigger must require grad, or nothing before the "
                 "interface could receive the synthetic gradient"
@@ -388,8 +381,6 @@ class BidirectionalInterface(_Interface):
             self.send(message, trigger)
             return self.receive(trigger)
         there, back = self.forward_interface, self.backward_interface
-        if is_run_without_gradients_first():
-            return there._again(there._predict(trigger, learn=False), trigger, learn=False).message
         back._check_gradients_enabled("forward")
         # In the order of send and receive, but nothing is written before all of it is known to fit.
         prediction = there._predict(trigger)
@@ -397,10 +388,8 @@ class BidirectionalInterface(_Interface):
         gradient = back._synthetic_gradient(message) if back.training else None
         received = there._again(prediction, trigger, learn=False)
         synthetic = back.make_trigger(received.message)
-        if is_recomputed():
-            return synthetic
         _train(prediction, message.detach())
-        if gradient is not None:
+        if gradient is not None and sends_in_this_run():
             backward(message, gradient)
         return synthetic
 
@@ -432,9 +421,7 @@ class BidirectionalInterface(_Interface):
             As `UnidirectionalInterface.send` and `BackwardInterface.backward`.
         """
         back = self.backward_interface
-        if is_run_without_gradients_first():
-            return
         gradient = back._synthetic_gradient(message) if back.training else None
         self.forward_interface.send(message, trigger)
-        if gradient is not None and not is_recomputed():
+        if gradient is not None and sends_in_this_run():
             backward(message, gradient)

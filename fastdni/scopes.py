@@ -140,9 +140,9 @@ def sends_by_autograd() -> bool:
     return _state.deferred is not None or _in_data_parallel_forward()
 
 
-# torch.utils.checkpoint runs a segment twice, and what is sent is to be sent once. By default both
-# runs are under hooks of its own for what autograd saves. With use_reentrant=True the first is
-# without gradients, inside its autograd function, and the second is like any other.
+# torch.utils.checkpoint runs a segment twice: with use_reentrant=False both times under hooks of its
+# own for what autograd saves, and the second graph is thrown away; with use_reentrant=True the first
+# time without gradients, inside an autograd function, and the second run is like any other.
 
 
 def _checkpoint_hook() -> str:
@@ -165,19 +165,24 @@ def is_checkpointed() -> bool:
     return _checkpoint_hook() != ""
 
 
-def is_recomputed() -> bool:
-    """Whether this is the second run of a checkpointed segment, whose graph is thrown away."""
-    return "recomputation" in _checkpoint_hook()
-
-
-def is_run_without_gradients_first() -> bool:
-    """Whether this is the first run of a segment checkpointed with use_reentrant=True."""
+def is_first_run() -> bool:
+    """Whether a checkpointed segment is run, without gradients, to be run with them later."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def is_second_run() -> bool:
+    """Whether a checkpointed segment is run again, for what autograd saves in it alone."""
+    return "recomputation" in _checkpoint_hook()
+
+
+def sends_in_this_run() -> bool:
+    """Whether gradients go out: of the two runs of a checkpointed segment in one."""
+    return not is_second_run() and not is_first_run()
 
 
 # Gradients go out inside these functions: in a compiled graph they would run through a part of it
