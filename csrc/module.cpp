@@ -5,11 +5,11 @@
 
 #include "common/names.h"
 #include "cpu/isa.h"
-#include "ops/product.h"
+#include "cpu/product.h"
 #include "ops/sweep_plan.h"
 #include "watch.h"
 #if defined(FASTDNI_CUDA)
-#include "cuda/regression_loss.h"
+#include "cuda/kernels/regression_loss.h"
 #endif
 
 namespace py = pybind11;

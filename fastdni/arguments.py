@@ -1,7 +1,7 @@
 """What the arguments of a step must be: checked before anything is written.
 
-Rules of the sweep itself are in csrc/ops/sweep.cpp; here are those that come before it, and those
-of stages that take local autograd.
+Rules of the sweep itself are in csrc/ops/sweep_binding.cpp; here are those that come before it, and
+those of stages that take local autograd.
 """
 
 import torch

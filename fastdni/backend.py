@@ -18,7 +18,7 @@ from fastdni.traced import constant
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-# The schema of oneDNN's product, a private op of torch, that csrc/ops/product.cpp was written for.
+# The schema of oneDNN's product, a private op of torch, that csrc/cpu/product.cpp was written for.
 _ONEDNN_SCHEMA = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, "
     "Scalar?[] scalars, str? algorithm) -> Tensor Y"

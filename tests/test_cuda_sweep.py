@@ -293,8 +293,12 @@ def test_has_no_race(name, spread):
     compare(found, reference_step(one), 1e-10)
 
 
-KERNELS, NORM, ROWS = "cuda/sweep.cuh", "cuda/sweep_norm.cuh", "cuda/sweep_rows.cuh"
-TILE = "cuda/tile_product.cuh"
+KERNELS, NORM, ROWS = (
+    "cuda/kernels/sweep.cuh",
+    "cuda/kernels/sweep_norm.cuh",
+    "cuda/kernels/sweep_rows.cuh",
+)
+TILE = "cuda/kernels/tile_product.cuh"
 FAULTS = {
     "no barrier before a chunk is used": (
         TILE, "thread", "data race", "plain", "rows",

@@ -31,6 +31,9 @@ struct StageSpec {
 
 enum class Criterion { none, cross_entropy, mse };
 
+// A label of rows that cross_entropy leaves out.
+constexpr int64_t kIgnoreIndex = -100;
+
 // The precision of products of float32; sums and all else are float32 whatever it is. The CPU has
 // tensor cores for none of it: there tf32 and tf32x3 are exact.
 enum class Precision {

@@ -7,34 +7,16 @@
 //                    for them, so that nobody takes the op for one that only reads
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
 //   sweep_update_    the rest: the topmost synthesizer's regression, and every update
+#include "ops/sweep.h"
+
 #include <optional>
 
 #include "ops/range.h"
 #include "ops/sweep_binding.h"
 #include "ops/sweep_plan.h"
-#if defined(FASTDNI_CUDA)
-#include "ops/cuda.h"
-#endif
 
 namespace fastdni {
 namespace {
-
-// The device to work on, for the length of an op, and its stream.
-class OnDevice {
- public:
-  OnDevice(Plan& plan, const Tensor& like) {
-    plan.memory.like = &like;
-#if defined(FASTDNI_CUDA)
-    device_.emplace(like);
-    plan.memory.stream = device_->stream();
-#endif
-  }
-
- private:
-#if defined(FASTDNI_CUDA)
-  std::optional<cuda::OnDevice> device_;
-#endif
-};
 
 // The results of a step, fresh.
 Tensor make_output(Plan& plan, const Tensor& like) {
@@ -76,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
   plan.begun = false;
-  const OnDevice device(plan, x);
+  plan.memory.like = &x;
   const SweepInputs inputs = check_inputs(caller, plan, x, target, context);
   bind_inputs(plan, inputs);
   bind_parameters(caller, plan, given.parameters, given.active);
@@ -129,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
     const Tensors& statistics, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(handle);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  const OnDevice device(*plan, x);
+  plan->memory.like = &x;
   SweepInputs inputs = check_inputs(caller, *plan, x, target, context);
   FASTDNI_CHECK(network_input.has_value() == plan->spec.separate_input, caller,
                 ": network_input must be given to plans with a separate input, and to no others");
@@ -161,7 +143,7 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   const std::lock_guard<std::mutex> lock(plan->in_use);
   FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
   FASTDNI_CHECK(plan->memory.x != nullptr, caller, ": plan has no forward pass to go on from");
-  const OnDevice device(*plan, parameters[0]);
+  plan->memory.like = &parameters[0];
   bind_parameters(caller, *plan, parameters, active);
   std::vector<const Tensor*> steps;
   bind_optimizer(caller, *plan, state, groups, settings, steps);
@@ -203,24 +185,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "sweep_check_target(str caller, Tensor target, int batch, int outputs, str criterion) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
-  m.impl("sweep_", TORCH_BOX(&sweep_step));
-  m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
-  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
-  m.impl("sweep_update_", TORCH_BOX(&sweep_update));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
   m.impl("sweep_check_target", TORCH_BOX(&check_target));
 }
 
-#if defined(FASTDNI_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastdni, CUDA, m) {
+void implement_sweep(torch::stable::detail::StableLibrary& m) {
   m.impl("sweep_", TORCH_BOX(&sweep_step));
   m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
   m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
   m.impl("sweep_update_", TORCH_BOX(&sweep_update));
 }
-#endif
 
 }  // namespace fastdni

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "common/names.h"
-#include "cpu/sweep.h"
 
 namespace fastdni {
 namespace {
@@ -106,8 +105,8 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
   const Tensor contiguous = as_contiguous(target);
   const auto* labels = data<int64_t>(contiguous);
   for (int64_t r = 0; r < batch; ++r) {
-    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == cpu::kIgnoreIndex, caller,
-                  ": target must hold labels from 0 to ", outputs - 1, " (or ", cpu::kIgnoreIndex,
+    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == kIgnoreIndex, caller,
+                  ": target must hold labels from 0 to ", outputs - 1, " (or ", kIgnoreIndex,
                   " for rows to ignore), got ", labels[r], " in row ", r);
   }
 }

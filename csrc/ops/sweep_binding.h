@@ -1,7 +1,6 @@
 // What a sweep's ops are given, checked against their plan and bound to the memory of its next
 // step. Everything that can be told from the arguments is checked before anything is written.
 #pragma once
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,8 +8,6 @@
 
 namespace fastdni {
 
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 
 // Holds what was made contiguous until the step is over.

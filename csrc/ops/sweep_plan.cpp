@@ -1,5 +1,6 @@
 #include "ops/sweep_plan.h"
 
+#include <array>
 #include <map>
 #include <mutex>
 
@@ -51,11 +52,21 @@ void check_spec(const NetworkSpec& spec) {
   }
 }
 
+// By device. A function's, so that it is there before any backend registers.
+std::array<MakeSweep, 2>& sweep_makers() {
+  static std::array<MakeSweep, 2> makers{};
+  return makers;
+}
+
 std::mutex mutex;
 std::map<int64_t, std::shared_ptr<Plan>> plans;
 int64_t next_handle = 1;
 
 }  // namespace
+
+SweepBackend::SweepBackend(Device device, MakeSweep make) {
+  sweep_makers()[static_cast<size_t>(device)] = make;
+}
 
 Signature signature(const NetworkSpec& spec) {
   Signature result;
@@ -86,8 +97,9 @@ std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optiona
   check_spec(spec);
   auto plan = std::make_shared<Plan>();
   plan->expected = signature(spec);
-  const bool cuda_kernels = gpu.has_value() || kCudaOnHost;
-  plan->sweep = cuda_kernels ? make_cuda_sweep(spec, dtype) : make_cpu_sweep(spec, dtype);
+  const MakeSweep make = sweep_makers()[static_cast<size_t>(gpu ? Device::gpu : Device::cpu)];
+  FASTDNI_CHECK(make != nullptr, "sweep: this build has no kernels for a ", gpu ? "GPU" : "CPU");
+  plan->sweep = make(spec, dtype);
   plan->dtype = dtype;
   plan->gpu = gpu;
   plan->memory.parameters.resize(plan->expected.parameters.size());

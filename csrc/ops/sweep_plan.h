@@ -14,13 +14,6 @@
 
 namespace fastdni {
 
-// In a build for tests the CUDA kernels are compiled for the host and serve CPU tensors.
-#if defined(FASTDNI_CUDA_ON_HOST)
-constexpr bool kCudaOnHost = true;
-#else
-constexpr bool kCudaOnHost = false;
-#endif
-
 // The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
 // weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
 struct Signature {
@@ -58,9 +51,7 @@ struct StepMemory {
   void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'
   void* input_gradient = nullptr;  // (batch, inputs)
   const void* gradient = nullptr;  // (batch, outputs), what came back from the stage above
-  // On a GPU: a tensor of the device and dtype, and the stream to work in.
-  const Tensor* like = nullptr;
-  void* stream = nullptr;
+  const Tensor* like = nullptr;    // a tensor of the device and dtype
 };
 
 // Runs steps of one plan: the memory, and the program of passes over it.
@@ -74,6 +65,14 @@ class Sweep {
   virtual int64_t workspace_bytes() const = 0;
   // How a GPU's launches divide the step; empty on the CPU.
   virtual std::string launches() const { return ""; }
+};
+
+// Makes the sweeps of one kind of device. A backend registers its own when it is loaded, as it does
+// its ops: `const SweepBackend backend(Device::cpu, &make_sweep);` in its driver.
+enum class Device { cpu, gpu };
+using MakeSweep = std::unique_ptr<Sweep> (*)(const NetworkSpec& spec, ScalarType dtype);
+struct SweepBackend {
+  SweepBackend(Device device, MakeSweep make);
 };
 
 // What a step of a whole network is given besides its data.
@@ -104,7 +103,5 @@ void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
 std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu);
-std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec, ScalarType dtype);
-std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype);
 
 }  // namespace fastdni

@@ -1,12 +1,12 @@
 // A step of a network that its parameters describe; see tests/test_cuda_sweep.py.
-#include "cuda/sweep.cu"
+#include "cuda/kernels/sweep.cu"
 
 #include <list>
 #include <sstream>
 
 #include "case.h"
 #include "common/names.h"
-#include "cuda/sweep_builder.h"
+#include "cuda/kernels/sweep_builder.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // A linear synthesizer's prediction and its regression, or one ReLU layer and the way back through
 // it; see tests/test_cuda_synthesizer.py.
-#include "cuda/synthesizer.cu"
+#include "cuda/kernels/synthesizer.cu"
 
 #include "case.h"
 

@@ -1,0 +1,54 @@
+// Kernels of a synthesizer's passes; what they do is the sweep's.
+#pragma once
+#include "cuda/kernels/sweep.cuh"
+#include "cuda/kernels/synthesizer.h"
+
+namespace fastdni::cuda {
+
+template <Precision precision, class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
+    synthesizer_layer_kernel(const SweepStep<T> step, const Instruction op) {
+  run_product<precision>(step, op, blockIdx.y);
+}
+
+// Block (x, y): a tile of the weight's gradient; those of y = 0 also its biases, and one more in x
+// the loss.
+template <Precision precision, class T>
+__global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
+    synthesizer_gradient_kernel(const SynthesizerGradient<T> args) {
+  const int first_output = blockIdx.x * kSweepRows, first_input = blockIdx.y * kSweepColumns;
+  if (blockIdx.x + 1 == gridDim.x) {
+    if (args.loss == nullptr || blockIdx.y > 0) return;
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < args.partial_count; i += kSweepThreads) {
+      sum += args.partials[i];
+    }
+    sum = block_sum<kSweepThreads>(sum);
+    if (threadIdx.x == 0) *args.loss = static_cast<T>(sum / args.divisor);
+    return;
+  }
+  if (args.weight != nullptr) {
+    const int rows = static_cast<int>(args.rows);
+    TileProduct<precision, T> tile;
+    tile.add({args.grad, args.outputs, false, args.outputs}, first_output,
+             {args.input, args.inputs, false, args.inputs}, first_input, rows);
+    T sums[kTileResults];
+    tile.finish(sums);
+    const int64_t output = first_output + threadIdx.x / kSweepLanes;
+#pragma unroll
+    for (int j = 0; j < kTileResults; ++j) {
+      const int column = first_input + threadIdx.x % kSweepLanes + j * kSweepLanes;
+      if (output < args.outputs && column < args.inputs) {
+        args.weight[output * args.inputs + column] = sums[j];
+      }
+    }
+  }
+  if (args.bias == nullptr || blockIdx.y > 0) return;
+  const T sum = column_sum(args.grad, args.rows, args.outputs, first_output);
+  const int output = first_output + threadIdx.x;
+  if (threadIdx.x >= kSweepRows || output >= args.outputs) return;
+  args.bias[output] = sum;
+  if (args.second_bias != nullptr) args.second_bias[output] = sum;
+}
+
+}  // namespace fastdni::cuda
