@@ -28,7 +28,7 @@ from fastdni.interfaces import (
 from fastdni.network import DecoupledSequential, StepResult
 from fastdni.ops import regression_loss
 from fastdni.scopes import backward, defer_backward, synthesizer_context
-from fastdni.synthesizers import BasicSynthesizer
+from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 
 __version__ = _C.build_info()["version"]
 
@@ -49,6 +49,7 @@ __all__ = [
     "regression_loss",
     "set_backend",
     "set_fp32_precision",
+    "start_at_zero",
     "synthesizer_context",
     "use_backend",
 ]

@@ -199,6 +199,13 @@ class DecoupledSequential(nn.Module):
 
         Returns:
             As `step`. Parameters that are masked or frozen keep their `p.grad`.
+
+        Note:
+            In several processes each has the gradients of its own rows: nothing is averaged, also
+            inside DistributedDataParallel, whose forward this is not. Before the optimizer's step:
+
+                for p in net.parameters():
+                    torch.distributed.all_reduce(p.grad.div_(torch.distributed.get_world_size()))
         """
         if is_compiling():
             return _outside(DecoupledSequential.backward)(
