@@ -10,7 +10,7 @@ from torch import nn
 
 import fastdni as dni
 from fastdni import ops, reference
-from fastdni.boundary import Boundary, context_for
+from fastdni.training.boundary import Boundary, context_for
 from fastdni.reference import OptimizerSettings
 
 

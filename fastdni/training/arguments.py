@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 from fastdni import ops
@@ -139,6 +141,16 @@ def check_initialized(caller: str, parameters: list[Tensor]) -> None:
         raise RuntimeError(
             f"{caller}: lazy layers must have their shapes: run the network once before the step, "
             "`net(x)`, and make the optimizer after that"
+        )
+
+
+def check_real(caller: str, x: Tensor, parameters: list[Tensor]) -> None:
+    """Refuses to train real parameters on data without values."""
+    fake = isinstance(x, FakeTensor) or active_fake_mode() is not None
+    if fake and not any(isinstance(p, FakeTensor) for p in parameters):
+        raise RuntimeError(
+            f"{caller}: x must have values, as the parameters have, got a fake tensor (or a "
+            "FakeTensorMode, in which nothing is computed)"
         )
 
 

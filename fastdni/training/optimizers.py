@@ -64,6 +64,15 @@ def _adam_settings(group: dict) -> tuple[float, ...]:
 _SETTINGS = {SGD: _sgd_settings, Adam: _adam_settings, AdamW: _adam_settings}
 
 
+def _step_of(kind: type) -> Callable:
+    # Where an optimizer is made, torch puts a function around its class's step that calls hooks.
+    return kind.step.__wrapped__ if getattr(kind.step, "hooked", False) else kind.step
+
+
+# What the classes do, as long as nobody patches them.
+_STEPS = {kind: _step_of(kind) for kind in _SETTINGS}
+
+
 def _tensor_numbers(group: dict) -> bool:
     """Whether any of a group's numbers but the learning rate is a tensor."""
     names = ("weight_decay", "momentum", "dampening", "eps")
@@ -104,7 +113,8 @@ def _reason_unfused(optimizer: Optimizer) -> str | None:
     if has_hooks(optimizer):
         return f"the step of {name} has hooks"
     own_step = vars(optimizer).get("step")  # schedulers put one there, which only counts calls
-    if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
+    replaced = own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched")
+    if replaced or _step_of(type(optimizer)) is not _STEPS[type(optimizer)]:
         return f"the step of {name} was replaced"
     for group in optimizer.param_groups:
         if any(map(group.get, _UNFUSED_OPTIONS)):
@@ -149,6 +159,11 @@ class Optimizers:
                 f"{caller}: optimizer must be a torch.optim optimizer or a sequence of them, got "
                 f"{type(given).__name__}"
             )
+        for optimizer in every:
+            if not hasattr(optimizer, "param_groups"):
+                raise TypeError(
+                    f"{caller}: optimizer must have param_groups, got {type(optimizer).__name__}"
+                )
         self._optimizers = [weakref.ref(o, lambda _: forget()) for o in every]
         self.groups = [group for o in every for group in o.param_groups]
         held = [(number, p) for number, group in enumerate(self.groups) for p in group["params"]]
@@ -223,6 +238,10 @@ class Optimizers:
         the same side."""
         on_device = [rate != rate for rate in settings[1::_WIDTH]]
         return settings[::_WIDTH] == self.rules and on_device == self._on_device
+
+    def have_tensors(self) -> bool:
+        """Whether any of the groups' numbers but the learning rate is a tensor."""
+        return any(map(_tensor_numbers, self.groups))
 
     def step(self) -> None:
         """Their own steps, on p.grad."""
@@ -310,9 +329,11 @@ class Updates:
                 right = tensor.numel() == 1
                 fits = tensor.dtype in (torch.float32, torch.float64)
             else:
-                right = tensor.shape == parameter.shape
-                fits = tensor.dtype == parameter.dtype and tensor.device == parameter.device
-                fits = fits and tensor.is_contiguous()
+                fits = tensor.dtype == parameter.dtype
+                # torch adds a gradient to momentum in another dtype, and nothing to Adam's averages.
+                right = fits or (key == "momentum_buffer" and tensor.is_floating_point())
+                right = right and tensor.shape == parameter.shape
+                fits = fits and tensor.device == parameter.device and tensor.is_contiguous()
             if not right:
                 raise RuntimeError(
                     f"{self._optimizers.caller}: a parameter's optimizer state {key} must be "

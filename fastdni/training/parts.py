@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastdni import ops
 from fastdni.reference import SweepStage, accumulate_dtype
-from fastdni.training.boundary import Boundary
+from fastdni.training.boundary import Boundary, Prediction, context_for, learns, mixed
 from fastdni.training.optimizers import Gradients, Optimizers, Updates
 from fastdni.training.stages import FusedStage, layers_of
 from fastdni.training.step import Step
@@ -201,17 +201,19 @@ class _LocalPass:
             self._predict()
 
     def _predict(self) -> None:
-        part, step, h = self.part, self._step, self.output
-        learn = bool(self._active_above)
-        self._sent = part.boundary.predict(h, step.context_of(part.boundary), learn)
-        self._regressed = self._sent
+        part, h = self.part, self.output
+        self._sent = self._regressed = self._prediction(part.boundary, h)
         if part.input_boundary is None:
             return
         # Complete unlock: the next stage gets what is predicted from the network's input.
-        context = step.context_of(part.input_boundary)
-        self._made = part.input_boundary.predict(step.x, context, learn)
+        self._made = self._prediction(part.input_boundary, self._step.x)
         self.output = self._made.message.to(h.dtype)
-        self._regressed = part.boundary.predict(self.output, step.context_of(part.boundary), learn)
+        self._regressed = self._prediction(part.boundary, self.output)
+
+    def _prediction(self, boundary: Boundary, trigger: Tensor) -> Prediction:
+        step, synthesizer = self._step, boundary.synthesizer
+        context = context_for(synthesizer, step.context, step.target, trigger)
+        return boundary.predict(trigger, context, bool(self._active_above) and learns(synthesizer))
 
     def backward(self, gradient: Tensor | None) -> Tensor | None:
         """The gradients of the stage, and of its synthesizers with what came from above; returns
@@ -242,13 +244,15 @@ class _LocalPass:
         if gradient is None:  # nothing above depends on this output
             gradient = torch.zeros_like(self.output)
         if part.input_boundary is not None:
-            loss, _ = self._made.regress(self._output.detach())
+            learn = learns(part.input_boundary.synthesizer)
+            loss, _ = self._made.regress(self._output.detach(), learn=learn)
             self.input_losses = [loss]
-        loss, sent = self._regressed.regress(gradient, send=(share, 1 - share))
+        send, learn = (share, 1 - share), learns(part.boundary.synthesizer)
+        loss, sent = self._regressed.regress(gradient, send=send, learn=learn)
         self.synthesis_losses = [loss]
         if self._regressed is self._sent:
             return sent
-        return self._sent.message if share == 0 else self._sent.mixed(gradient, (share, 1 - share))
+        return mixed(send, gradient, self._sent.message)
 
     def update(self, optimizers: Optimizers | None) -> None:
         """Nothing: its gradients are in `p.grad`, for the optimizers' own steps."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fastdni import reference
 from fastdni.training.optimizers import Optimizers
 
 
@@ -35,11 +34,3 @@ class Step:
         self.criterion, self.name = criterion, name
         self.context, self.active = context, active
         self.optimizers: Optimizers | None = None
-
-    def context_of(self, boundary) -> Tensor | None:
-        """What a synthesizer gets as its context: the one that was given; without one the labels,
-        as one-hot vectors, if it names a width."""
-        width = getattr(boundary.synthesizer, "context_dim", None)
-        if self.context is not None or width is None:
-            return self.context
-        return reference.one_hot(self.target, width, boundary.like)

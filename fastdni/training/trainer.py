@@ -63,6 +63,7 @@ class Trainer:
         if optimizer is not GRADIENTS:
             step.optimizers = self.optimizers(caller, optimizer)
         arguments.check_devices(step, structure.parameters)
+        arguments.check_real(caller, step.x, structure.parameters)
         parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
         (part, *others) = parts
         if not others and part.fused and part.takes(step.x, step.x):
@@ -104,8 +105,7 @@ class Trainer:
         """What is given as the optimizer, for the network as it was last looked at."""
         known = self._optimizers
         if known is not None and known.is_current(given):
-            settings = known.settings()
-            if known.are_alike(settings):
+            if known.are_alike(known.settings()) and not known.have_tensors():
                 return known
         known = Optimizers(caller, given, self._structure.parameters, self.forget)
         self._optimizers = known

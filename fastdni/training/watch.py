@@ -68,10 +68,10 @@ class Watch:
         """How many things a container holds."""
         self._facts.append(("size", container, None, len(container)))
 
-    def kind(self, thing: object) -> None:
+    def kind(self, thing: object, owned: bool = True) -> None:
         """What class an object is of."""
         self._facts.append(("type", thing, None, type(thing)))
-        self._owned += [thing, type(thing)]
+        self._owned += [thing, type(thing)] if owned else [type(thing)]
 
     def tensor(self, tensor: Tensor) -> None:
         """Where an object's tensor is: torch.utils.swap_tensors puts another one into it."""
@@ -157,6 +157,8 @@ def watch_optimizers(optimizers: list[Optimizer], options: Iterable[str]) -> Wat
         watch.size(hooks)
     for optimizer in optimizers:
         own = vars(optimizer)
+        watch.kind(optimizer, owned=False)
+        watch.attributes(type(optimizer), ("step",))
         # What stands for `step` may refer to the optimizer: it is not to be held.
         watch._facts.append(("item", own, "step", own.get("step")))
         watch.items(own, ("param_groups", "state", *OPTIMIZER_HOOKS), owned=False)
