@@ -57,7 +57,6 @@ class BasicSynthesizer(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.context_dim = context_dim
         hidden_dim = output_dim if hidden_dim is None else hidden_dim
         trigger_dim = output_dim if trigger_dim is None else trigger_dim
         sizes = {"output_dim": output_dim, "hidden_dim": hidden_dim, "trigger_dim": trigger_dim}
