@@ -90,35 +90,7 @@ double host_number(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Float ? *data<float>(tensor) : *data<double>(tensor);
 }
 
-}  // namespace
-
-void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
-                  const std::string& criterion) {
-  const std::string rows = std::to_string(batch);
-  if (named<Criterion>(caller, "criterion", criterion,
-                       {{"cross_entropy", Criterion::cross_entropy}, {"mse", Criterion::mse}}) ==
-      Criterion::mse) {
-    const Shape wanted{batch, outputs};
-    FASTDNI_CHECK(shape_of(target) == wanted, caller,
-                  ": target must be (B, N) = ", to_string(wanted), ", got ",
-                  to_string(shape_of(target)));
-    return;
-  }
-  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
-                ": target must be int64 labels for cross_entropy, got ",
-                to_string(target.scalar_type()));
-  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
-                ",), got ", to_string(shape_of(target)));
-  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
-  const Tensor contiguous = as_contiguous(target);
-  const auto* labels = data<int64_t>(contiguous);
-  for (int64_t r = 0; r < batch; ++r) {
-    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == kIgnoreIndex, caller,
-                  ": target must hold labels from 0 to ", outputs - 1, " (or ", kIgnoreIndex,
-                  " for rows to ignore), got ", labels[r], " in row ", r);
-  }
-}
-
+// Called for every parameter and state tensor of a step: no allocation unless it fails.
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
                   const Shape& shape, ScalarType dtype, const Plan& plan) {
   FASTDNI_CHECK(has_values(tensor, shape, dtype), caller, ": ", name, " must be a contiguous ",
@@ -158,53 +130,6 @@ SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tens
   return inputs;
 }
 
-void keep_apart(const Plan& plan, SweepInputs& inputs) {
-  const auto size = static_cast<int64_t>(plan.dtype == ScalarType::Double ? 8 : 4);
-  const auto apart = [&](Tensor& given) {
-    const auto* begin = static_cast<const char*>(given.data_ptr());
-    const char* end = begin + given.numel() * 8;  // of any dtype
-    const auto meets = [&](const void* written, const Shape& shape) {
-      int64_t count = 1;
-      for (int64_t n : shape) count *= n;
-      const auto* first = static_cast<const char*>(written);
-      return written != nullptr && first < end && begin < first + count * size;
-    };
-    bool found = false;
-    for (size_t i = 0; i < plan.expected.parameters.size(); ++i) {
-      const ParameterMemory& memory = plan.memory.parameters[i];
-      for (const void* written : {memory.value, memory.first, memory.second}) {
-        found = found || meets(written, plan.expected.parameters[i]);
-      }
-    }
-    for (size_t i = 0; i < plan.expected.statistics.size(); ++i) {
-      found = found || meets(plan.memory.statistics[i], plan.expected.statistics[i]);
-    }
-    if (found) given = torch::stable::clone(given);
-  };
-  apart(inputs.x);
-  if (inputs.target) apart(*inputs.target);
-  if (inputs.context) apart(*inputs.context);
-}
-
-bool can_be_repeated(const Plan& plan) {
-  const LastStep& last = plan.last;
-  if (!last.known) return false;
-  const Tensors& parameters = last.parameters.tensors();
-  const Tensors& statistics = last.statistics.tensors();
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    if (!has_values(parameters[i], plan.expected.parameters[i], plan.dtype)) return false;
-    if (!on_device(parameters[i], plan)) return false;
-  }
-  for (size_t i = 0; i < statistics.size(); ++i) {
-    const ScalarType dtype = i % 3 == 2 ? ScalarType::Long : plan.dtype;
-    if (!has_values(statistics[i], plan.expected.statistics[i], dtype)) return false;
-  }
-  for (const Tensor& kept : last.state.tensors()) {
-    if (!kept.is_contiguous()) return false;
-  }
-  return true;
-}
-
 void bind_inputs(Plan& plan, const SweepInputs& inputs) {
   plan.memory.x = inputs.x.data_ptr();
   plan.memory.target = inputs.target ? inputs.target->data_ptr() : nullptr;
@@ -238,9 +163,106 @@ void bind_statistics(const std::string& caller, Plan& plan, const Tensors& stati
   }
 }
 
-void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
-                    const Integers& groups, const std::vector<double>& settings,
-                    std::vector<const Tensor*>& steps) {
+}  // namespace
+
+void keep_apart(Plan& plan, SweepInputs& inputs) {
+  const auto size = static_cast<int64_t>(plan.dtype == ScalarType::Double ? 8 : 4);
+  const auto apart = [&](Tensor& given) {
+    const auto* begin = static_cast<const char*>(given.data_ptr());
+    const char* end = begin + given.numel() * 8;  // of any dtype
+    const auto meets = [&](const void* written, const Shape& shape) {
+      int64_t count = 1;
+      for (int64_t n : shape) count *= n;
+      const auto* first = static_cast<const char*>(written);
+      return written != nullptr && first < end && begin < first + count * size;
+    };
+    bool found = false;
+    for (size_t i = 0; i < plan.expected.parameters.size(); ++i) {
+      const ParameterMemory& memory = plan.memory.parameters[i];
+      for (const void* written : {memory.value, memory.first, memory.second}) {
+        found = found || meets(written, plan.expected.parameters[i]);
+      }
+    }
+    for (size_t i = 0; i < plan.expected.statistics.size(); ++i) {
+      found = found || meets(plan.memory.statistics[i], plan.expected.statistics[i]);
+    }
+    if (found) given = torch::stable::clone(given);
+  };
+  apart(inputs.x);
+  if (inputs.target) apart(*inputs.target);
+  if (inputs.context) apart(*inputs.context);
+  bind_inputs(plan, inputs);
+}
+
+bool can_be_repeated(const Plan& plan) {
+  const LastStep& last = plan.last;
+  if (!last.known) return false;
+  const Tensors& parameters = last.parameters.tensors();
+  const Tensors& statistics = last.statistics.tensors();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!has_values(parameters[i], plan.expected.parameters[i], plan.dtype)) return false;
+    if (!on_device(parameters[i], plan)) return false;
+  }
+  for (size_t i = 0; i < statistics.size(); ++i) {
+    const ScalarType dtype = i % 3 == 2 ? ScalarType::Long : plan.dtype;
+    if (!has_values(statistics[i], plan.expected.statistics[i], dtype)) return false;
+  }
+  for (const Tensor& kept : last.state.tensors()) {
+    if (!kept.is_contiguous()) return false;
+  }
+  return true;
+}
+
+void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
+                  const std::string& criterion) {
+  const std::string rows = std::to_string(batch);
+  if (named<Criterion>(caller, "criterion", criterion,
+                       {{"cross_entropy", Criterion::cross_entropy}, {"mse", Criterion::mse}}) ==
+      Criterion::mse) {
+    const Shape wanted{batch, outputs};
+    FASTDNI_CHECK(shape_of(target) == wanted, caller,
+                  ": target must be (B, N) = ", to_string(wanted), ", got ",
+                  to_string(shape_of(target)));
+    return;
+  }
+  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
+                ": target must be int64 labels for cross_entropy, got ",
+                to_string(target.scalar_type()));
+  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
+                ",), got ", to_string(shape_of(target)));
+  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
+  const Tensor contiguous = as_contiguous(target);
+  const auto* labels = data<int64_t>(contiguous);
+  for (int64_t r = 0; r < batch; ++r) {
+    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == kIgnoreIndex, caller,
+                  ": target must hold labels from 0 to ", outputs - 1, " (or ", kIgnoreIndex,
+                  " for rows to ignore), got ", labels[r], " in row ", r);
+  }
+}
+
+SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
+                         const OptionalTensor& target, const OptionalTensor& context,
+                         const OptionalTensor& network_input, const Tensors& parameters,
+                         const Tensors& statistics, const Integers& active) {
+  SweepInputs inputs = check_inputs(caller, plan, x, target, context);
+  FASTDNI_CHECK(network_input.has_value() == plan.spec.separate_input, caller,
+                ": network_input must be given to plans with a separate input, and to no others");
+  if (network_input.has_value()) {
+    inputs.network_input = as_contiguous(*network_input);
+    check_values(caller, "network_input", *inputs.network_input,
+                 {plan.spec.batch, plan.spec.stages[0].input_synthesizer.widths.front()},
+                 plan.dtype, plan);
+  }
+  bind_inputs(plan, inputs);
+  bind_parameters(caller, plan, parameters, active);
+  bind_statistics(caller, plan, statistics);
+  return inputs;
+}
+
+std::vector<const Tensor*> bind_optimizer(const std::string& caller, Plan& plan,
+                                          const Tensors& state, const Integers& groups,
+                                          const std::vector<double>& settings) {
+  std::vector<const Tensor*> steps;
   const auto& shapes = plan.expected.parameters;
   FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
                 " numbers, got ", groups.size());
@@ -295,6 +317,29 @@ void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
     }
   }
   FASTDNI_CHECK(next == state.size(), caller, ": state holds too many tensors: ", state.size());
+  return steps;
+}
+
+std::vector<const Tensor*> bind_update(const std::string& caller, Plan& plan,
+                                       const OptionalTensor& gradient, const Tensors& parameters,
+                                       const Tensors& state, const Integers& groups,
+                                       const std::vector<double>& settings, const Integers& active,
+                                       OptionalTensor& arrived) {
+  FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
+  FASTDNI_CHECK(plan.goes_on, caller, ": plan has no forward pass to go on from");
+  bind_parameters(caller, plan, parameters, active);
+  const std::vector<const Tensor*> steps = bind_optimizer(caller, plan, state, groups, settings);
+  plan.memory.gradient = nullptr;
+  const bool wanted = plan.spec.criterion == Criterion::none && plan.memory.active.back();
+  FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
+                ": gradient must be given for the topmost synthesizer, got None");
+  if (gradient.has_value()) {
+    arrived = as_contiguous(*gradient);
+    check_values(caller, "gradient", *arrived, {plan.spec.batch, plan.spec.stages.back().outputs},
+                 plan.dtype, plan);
+    plan.memory.gradient = arrived->data_ptr();
+  }
+  return steps;
 }
 
 void raise_steps(const std::vector<const Tensor*>& steps) {

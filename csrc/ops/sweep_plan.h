@@ -10,18 +10,10 @@
 
 #include "common/network.h"
 #include "common/optimizer.h"
+#include "common/parameters.h"
 #include "ops/tensor.h"
 
 namespace fastdni {
-
-// The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
-// weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
-struct Signature {
-  std::vector<Shape> parameters;
-  std::vector<int64_t> parameter_stages;  // a synthesizer belongs to the stage above its boundary
-  std::vector<Shape> statistics;          // running_mean, running_var, num_batches_tracked
-};
-Signature signature(const NetworkSpec& spec);
 
 // The memory of one parameter.
 struct ParameterMemory {
@@ -91,11 +83,15 @@ struct Plan {
   ScalarType dtype;
   std::optional<int32_t> gpu;  // its number; none: the CPU
   Signature expected;
-  std::unique_ptr<Sweep> sweep;
-  StepMemory memory;  // filled at each step; here to keep its allocations
+  std::unique_ptr<Sweep> sweep;  // none: the plan has rules alone, and others run its steps
+  StepMemory memory;             // filled at each step; here to keep its allocations
   LastStep last;
   int64_t steps = 0;         // whole steps that were taken
+  bool goes_on = false;      // a forward part waits for its update
   std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
+
+  Plan(NetworkSpec network, ScalarType dtype, std::optional<int32_t> gpu,
+       std::unique_ptr<Sweep> sweep);
 };
 
 // Plans are handed to the ops by number.
@@ -103,6 +99,8 @@ int64_t register_plan(std::shared_ptr<Plan> plan);
 void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu);
+// `runs`: whether the plan has what runs a step, or rules alone.
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu,
+                                bool runs);
 
 }  // namespace fastdni
