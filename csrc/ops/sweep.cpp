@@ -44,10 +44,11 @@ void run_forward(Plan& plan) {
   plan.sweep->forward(plan.memory);
 }
 
-void run_update(Plan& plan, const std::vector<const Tensor*>& steps) {
+void run_update(Plan& plan, OptimizerBinding& optimizer) {
   const Range range("fastdni::sweep weight gradients and updates");
-  raise_steps(steps);
+  optimizer.raise_steps();
   plan.sweep->update(plan.memory);
+  optimizer.write_back();
 }
 
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
@@ -63,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   bind_inputs(plan, inputs);
   bind_parameters(caller, plan, given.parameters, given.active);
   bind_statistics(caller, plan, given.statistics);
-  std::vector<const Tensor*> steps;
-  bind_optimizer(caller, plan, given.state, given.groups, given.settings, steps);
+  OptimizerBinding optimizer =
+      bind_optimizer(caller, plan, given.state, given.groups, given.settings);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   plan.memory.apart = false;
   plan.begun = true;
   run_forward(plan);
-  run_update(plan, steps);
+  run_update(plan, optimizer);
   plan.begun = false;
   plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
   return {output, loss, synthesis_loss};
@@ -145,8 +146,7 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   FASTDNI_CHECK(plan->memory.x != nullptr, caller, ": plan has no forward pass to go on from");
   plan->memory.like = &parameters[0];
   bind_parameters(caller, *plan, parameters, active);
-  std::vector<const Tensor*> steps;
-  bind_optimizer(caller, *plan, state, groups, settings, steps);
+  OptimizerBinding optimizer = bind_optimizer(caller, *plan, state, groups, settings);
   plan->memory.gradient = nullptr;
   const bool wanted = plan->spec.criterion == Criterion::none && plan->memory.active.back();
   FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
@@ -159,7 +159,7 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
     plan->memory.gradient = arrived->data_ptr();
   }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
-  run_update(*plan, steps);
+  run_update(*plan, optimizer);
   return synthesis_loss;
 }
 

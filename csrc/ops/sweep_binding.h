@@ -8,8 +8,6 @@
 
 namespace fastdni {
 
-using Integers = std::vector<int64_t>;
-
 // Holds what was made contiguous until the step is over.
 struct SweepInputs {
   Tensor x;
@@ -33,13 +31,7 @@ void bind_parameters(const std::string& caller, Plan& plan, const Tensors& param
 
 void bind_statistics(const std::string& caller, Plan& plan, const Tensors& statistics);
 
-// Takes each parameter's state in the order of `state`: p.grad, or momentum_buffer, or exp_avg,
-// exp_avg_sq, step; then its learning rate, where `settings` has NaN for it. The step counts on the
-// CPU go into `steps`, to be raised when everything is checked.
-void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
-                    const Integers& groups, const std::vector<double>& settings,
-                    std::vector<const Tensor*>& steps);
-
-void raise_steps(const std::vector<const Tensor*>& steps);
+OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                                const Integers& groups, const std::vector<double>& settings);
 
 }  // namespace fastdni

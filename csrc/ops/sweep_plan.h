@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/network.h"
-#include "common/optimizer.h"
+#include "ops/optimizer_binding.h"
 #include "ops/tensor.h"
 
 namespace fastdni {
@@ -22,17 +22,6 @@ struct Signature {
   std::vector<Shape> statistics;          // running_mean, running_var, num_batches_tracked
 };
 Signature signature(const NetworkSpec& spec);
-
-// The memory of one parameter.
-struct ParameterMemory {
-  void* value = nullptr;
-  void* first = nullptr;
-  void* second = nullptr;
-  OptimizerSettings settings;
-  double step = 0;  // Adam's, this one included
-  // Those that are on the GPU instead; Adam's step not yet raised.
-  DeviceNumber device_step, device_lr;
-};
 
 // What one step is given, checked. Null where there is none.
 struct StepMemory {
