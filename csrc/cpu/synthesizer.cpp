@@ -1,13 +1,12 @@
 // The synthesizer ops on the CPU: products by torch's libraries, and one fused pass after each.
-#include "ops/synthesizer.h"
+#include "cpu/synthesizer.h"
 
 #include <numeric>
-#include <optional>
 
 #include "common/names.h"
 #include "cpu/kernels/synthesizer.h"
 #include "cpu/product.h"
-#include "ops/reduction.h"
+#include "ops/synthesizer.h"
 
 namespace fastdni::cpu {
 namespace {
@@ -20,16 +19,13 @@ void for_chunks(const cpu::RowChunks& chunks, const Pass& pass) {
   torch::stable::parallel_for(0, chunks.count(), grain, pass);
 }
 
-std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const OptionalTensor& context,
-                                            const Tensors& weights, const Tensors& biases,
-                                            const OptionalTensor& context_weight,
-                                            const OptionalTensor& context_bias,
-                                            const std::string& precision) {
-  check_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
-  precision_named(kSynthesizer, precision);  // exact whatever it is
-  FASTDNI_CHECK(has_kernel(trigger.scalar_type()), kSynthesizer,
-                ": trigger must be float32, float64 or bfloat16, got ",
-                to_string(trigger.scalar_type()));
+}  // namespace
+
+std::tuple<Tensor, Tensors> evaluate_synthesizer(const Tensor& trigger,
+                                                 const OptionalTensor& context,
+                                                 const Tensors& weights, const Tensors& biases,
+                                                 const OptionalTensor& context_weight,
+                                                 const OptionalTensor& context_bias) {
   Tensors hidden;
   Tensor layer_input = as_matrix(as_contiguous(trigger));
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -60,6 +56,8 @@ std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const Optiona
           hidden};
 }
 
+namespace {
+
 // The gradients of the layers' weights and biases, from the last layer to the first.
 template <class T>
 class Backward {
@@ -72,7 +70,8 @@ class Backward {
   double loss = 0;
 
   // grad = 2 / divisor (prediction - target), of the last layer
-  Tensor start(const Tensor& prediction, const Tensor& target, double divisor) {
+  Tensor start(const Tensor& prediction, const Tensor& target, double divisor,
+               const OptionalTensor& error) {
     const Tensor p = as_matrix(prediction), t = as_matrix(target);
     Tensor grad = empty(p, shape_of(p));
     const cpu::RowChunks chunks(p.size(0), p.size(1));
@@ -81,8 +80,13 @@ class Backward {
     const auto run = [&](auto target_scalar) {
       using Target = decltype(target_scalar);
       const cpu::SynthesisError<T, Target> args{
-          data<T>(p),     data<Target>(t),    mutable_data<T>(grad),
-          squared.data(), column_sums.data(), static_cast<A>(2.0 / divisor)};
+          data<T>(p),
+          data<Target>(t),
+          mutable_data<T>(grad),
+          error ? mutable_data<A>(*error) : nullptr,
+          squared.data(),
+          column_sums.data(),
+          static_cast<A>(2.0 / divisor)};
       cpu::with_isa([&](auto isa) {
         for_chunks(chunks, [&](int64_t first, int64_t last) {
           cpu::synthesis_error<isa.value, T, Target>(args, chunks, first, last);
@@ -125,14 +129,13 @@ class Backward {
   }
 };
 
-std::tuple<Tensor, Tensors> synthesizer_bwd(const Tensor& target, const Tensor& prediction,
-                                            const Tensors& hidden, const Tensor& trigger,
-                                            const OptionalTensor& context, const Tensors& weights,
-                                            bool bias, const std::string& reduction,
-                                            const std::string& precision) {
-  check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, bias, reduction);
-  precision_named(kSynthesizer, precision);  // as above
-  const double divisor = reduction_divisor(kSynthesizer, reduction, prediction);
+}  // namespace
+
+std::tuple<Tensor, Tensors> regress_synthesizer(const Tensor& target, const Tensor& prediction,
+                                                const Tensors& hidden, const Tensor& trigger,
+                                                const OptionalTensor& context,
+                                                const Tensors& weights, bool bias, double divisor,
+                                                const OptionalTensor& error) {
   const Tensor input = as_matrix(as_contiguous(trigger));
   Tensor loss = empty_accumulate(prediction, {});
   Tensors grads;
@@ -141,7 +144,7 @@ std::tuple<Tensor, Tensors> synthesizer_bwd(const Tensor& target, const Tensor& 
     using T = decltype(scalar);
     Backward<T> backward(weights.size(), bias);
     // The gradient that arrives is often an expanded scalar.
-    Tensor grad = backward.start(as_contiguous(prediction), as_contiguous(target), divisor);
+    Tensor grad = backward.start(as_contiguous(prediction), as_contiguous(target), divisor, error);
     for (size_t i = weights.size(); i-- > 0;) {
       const Tensor layer_input = i == 0 ? input : as_contiguous(hidden[i - 1]);
       backward.weight_grads[i] = cpu::weight_gradient(grad, layer_input);
@@ -159,6 +162,32 @@ std::tuple<Tensor, Tensors> synthesizer_bwd(const Tensor& target, const Tensor& 
     }
   });
   return {loss, grads};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const OptionalTensor& context,
+                                            const Tensors& weights, const Tensors& biases,
+                                            const OptionalTensor& context_weight,
+                                            const OptionalTensor& context_bias,
+                                            const std::string& precision) {
+  check_synthesizer(kSynthesizer, trigger, context, weights, biases, context_weight, context_bias);
+  precision_named(kSynthesizer, precision);  // exact whatever it is
+  check_kernel_dtype(kSynthesizer, trigger);
+  return evaluate_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
+}
+
+std::tuple<Tensor, Tensors> synthesizer_bwd(const Tensor& target, const Tensor& prediction,
+                                            const Tensors& hidden, const Tensor& trigger,
+                                            const OptionalTensor& context, const Tensors& weights,
+                                            bool bias, const std::string& reduction,
+                                            const std::string& precision,
+                                            std::optional<double> scale) {
+  const double divisor = check_synthesizer_bwd(target, prediction, hidden, trigger, context,
+                                               weights, reduction, scale);
+  precision_named(kSynthesizer, precision);  // as above
+  return regress_synthesizer(target, prediction, hidden, trigger, context, weights, bias, divisor,
+                             {});
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/sweep_builder.h"
 #include "cuda/library_product.h"
+#include "cuda/parameters.h"
 #include "ops/sweep.h"
 #include "ops/sweep_plan.h"
 
@@ -199,24 +200,8 @@ class CudaSweep final : public Sweep {
   std::vector<SweepParameter<T>> parameters_of(const StepMemory& memory, bool* prepares) const {
     std::vector<SweepParameter<T>> parameters(memory.parameters.size());
     for (size_t i = 0; i < parameters.size(); ++i) {
-      const ParameterMemory& from = memory.parameters[i];
-      SweepParameter<T>& to = parameters[i];
-      to.value = static_cast<T*>(from.value);
-      to.first = static_cast<T*>(from.first);
-      to.second = static_cast<T*>(from.second);
-      if (from.device_step.at == nullptr && from.device_lr.at == nullptr) {
-        to.update = prepared<T>(from.settings, from.step,
-                                [](double beta, double n) { return std::pow(beta, n); });
-        continue;
-      }
-      // The rule, that there is something to do; the rest is worked out there.
-      *prepares = true;
-      to.update.rule = from.settings.rule;
-      to.settings = from.settings;
-      if (from.device_lr.at != nullptr) to.settings.lr = 0;  // NaN would equal nothing
-      to.count = from.step;
-      to.step = from.device_step;
-      to.lr = from.device_lr;
+      parameters[i] = parameter_of<T>(memory.parameters[i]);
+      *prepares |= is_prepared_there(parameters[i]);
     }
     for (const LibraryProduct& gradient : program_.gradients) {
       const auto number = static_cast<size_t>(gradient.parameter);
@@ -237,12 +222,10 @@ class CudaSweep final : public Sweep {
 
     bool prepares = false;
     std::vector<SweepParameter<T>> parameters = parameters_of(memory, &prepares);
-    for (const ParameterMemory& parameter : memory.parameters) {
-      const Rule rule = parameter.settings.rule;
-      const bool counted = rule == Rule::adam || rule == Rule::adamw;
-      FASTDNI_CHECK(!in_graph || !updates || !counted || parameter.device_step.at != nullptr, kOp,
-                    ": in a CUDA graph an optimizer's step count must be on the GPU: make it with "
-                    "capturable=True");
+    if (in_graph && updates) {
+      for (const ParameterMemory& parameter : memory.parameters) {
+        check_count_in_graph(kOp, parameter);
+      }
     }
     // Uploaded anew when something is another than in the step before.
     DeviceTables& of_step = own_->of_step;

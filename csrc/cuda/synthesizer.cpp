@@ -1,12 +1,9 @@
 // The synthesizer ops on a GPU: a launch a layer, and one for each weight's gradient.
-#include "cuda/kernels/synthesizer.h"
-
-#include <type_traits>
+#include "cuda/synthesizer.h"
 
 #include "common/names.h"
 #include "cuda/device.h"
 #include "cuda/library_product.h"
-#include "ops/reduction.h"
 #include "ops/synthesizer.h"
 
 namespace fastdni::cuda {
@@ -27,12 +24,6 @@ void multiply(const Tensor& like, Precision precision, const MatrixAt& out, cons
   const int64_t elements = a.columns * (a.rows + b.columns);
   const Tensor narrow = empty(like, {elements}, aoti_torch_dtype_bfloat16());
   library_product_bfloat16(like, out, a, b, narrow.data_ptr());
-}
-
-void check_cuda_dtype(const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  FASTDNI_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, kSynthesizer,
-                ": on a GPU trigger must be float32 or float64, got ", to_string(dtype));
 }
 
 // c = a w^T, or a w where the weight lies transposed, into the op's hands: as operands of a kernel,
@@ -57,11 +48,11 @@ Instruction product_of(const Tensor& a, const Tensor& weight, bool transposed, P
 }
 
 template <class T>
-SweepStep<T> step_of(const Tensor& rows, const std::string& precision) {
+SweepStep<T> step_of(const Tensor& rows, Precision precision) {
   SweepStep<T> step{};
   step.batch = rows.size(0);
   step.divisor = 1;
-  step.precision = precision_named(kSynthesizer, precision);
+  step.precision = precision;
   return step;
 }
 
@@ -75,14 +66,26 @@ const void* address_of(const OptionalTensor& tensor) {
   return tensor ? tensor->data_ptr() : nullptr;
 }
 
-std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const OptionalTensor& context,
-                                            const Tensors& weights, const Tensors& biases,
-                                            const OptionalTensor& context_weight,
-                                            const OptionalTensor& context_bias,
-                                            const std::string& precision) {
-  check_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
-  check_cuda_dtype(trigger);
-  const OnDevice device(trigger);
+// Whether a gradient is but to be written to where it is wanted.
+template <class T>
+bool is_written(const SynthesizerParameter<T>& p) {
+  return p.parameter.update.rule == Rule::gradient && p.parameter.update.a == 0;
+}
+
+}  // namespace
+
+void check_cuda_dtype(const std::string& caller, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  FASTDNI_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, caller,
+                ": on a GPU trigger must be float32 or float64, got ", to_string(dtype));
+}
+
+std::tuple<Tensor, Tensors> evaluate_synthesizer(const Tensor& trigger,
+                                                 const OptionalTensor& context,
+                                                 const Tensors& weights, const Tensors& biases,
+                                                 const OptionalTensor& context_weight,
+                                                 const OptionalTensor& context_bias,
+                                                 Precision precision, cudaStream_t stream) {
   Tensors hidden;
   Tensor layer_input = as_matrix(as_contiguous(trigger));
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -96,22 +99,20 @@ std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const Optiona
       ctx_weight = as_contiguous(*context_weight);
     }
     const Tensor y = empty(layer_input, {layer_input.size(0), weight.size(0)});
-    with_dtype(trigger.scalar_type(), [&](auto scalar) {
+    with_cuda_dtype(trigger, [&](auto scalar) {
       using T = decltype(scalar);
-      if constexpr (!std::is_same_v<T, bfloat16>) {
-        SweepStep<T> step = step_of<T>(layer_input, precision);
-        Instruction op = product_of(layer_input, weight, false, step.precision, large);
-        op.bias = Operand::address(address_of(bias));
-        op.second_bias = Operand::address(address_of(added));
-        op.activation = last ? Activation::identity : Activation::relu;
-        op.out = Operand::address(y.data_ptr());
-        if (ctx && ctx->size(1) > 0) {
-          step.context = data<T>(*ctx);
-          op.context = static_cast<int32_t>(ctx->size(1));
-          op.context_weight = Operand::address(ctx_weight->data_ptr());
-        }
-        launch_layer(step, op, device.stream());
+      SweepStep<T> step = step_of<T>(layer_input, precision);
+      Instruction op = product_of(layer_input, weight, false, precision, large);
+      op.bias = Operand::address(address_of(bias));
+      op.second_bias = Operand::address(address_of(added));
+      op.activation = last ? Activation::identity : Activation::relu;
+      op.out = Operand::address(y.data_ptr());
+      if (ctx && ctx->size(1) > 0) {
+        step.context = data<T>(*ctx);
+        op.context = static_cast<int32_t>(ctx->size(1));
+        op.context_weight = Operand::address(ctx_weight->data_ptr());
       }
+      launch_layer(step, op, stream);
     });
     if (!last) hidden.push_back(y);
     layer_input = y;
@@ -121,99 +122,155 @@ std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const Optiona
           hidden};
 }
 
-std::tuple<Tensor, Tensors> synthesizer_bwd(const Tensor& target, const Tensor& prediction,
-                                            const Tensors& hidden, const Tensor& trigger,
-                                            const OptionalTensor& context, const Tensors& weights,
-                                            bool bias, const std::string& reduction,
-                                            const std::string& precision) {
-  check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, bias, reduction);
-  check_cuda_dtype(trigger);
-  const OnDevice device(trigger);
-  const double divisor = reduction_divisor(kSynthesizer, reduction, prediction);
+template <class T>
+Tensor regress_synthesizer(const Tensor& target, const Tensor& prediction, const Tensors& hidden,
+                           const Tensor& trigger, const OptionalTensor& context,
+                           const Tensors& weights, bool bias, double divisor,
+                           const OptionalTensor& difference,
+                           const std::vector<SynthesizerParameter<T>>& parameters,
+                           Precision precision, cudaStream_t stream) {
   const Tensor p = as_matrix(as_contiguous(prediction)), t = as_matrix(as_contiguous(target));
   const Tensor input = as_matrix(as_contiguous(trigger));
   const Tensor loss = empty(prediction, {});
-  Tensors weight_grads, bias_grads, of_context;
-  for (const Tensor& weight : weights) weight_grads.push_back(empty(weight, shape_of(weight)));
-  for (size_t i = 0; bias && i < weights.size(); ++i) {
-    bias_grads.push_back(empty(weights[i], {weights[i].size(0)}));
-  }
+  const size_t layers = weights.size(), biases_begin = layers;
+  const size_t context_begin = bias ? 2 * layers : layers;
   const int64_t rows = p.size(0), columns = p.size(1);
   const int64_t row_blocks = (rows + kSweepRows - 1) / kSweepRows;
   const Tensor partials = empty(p, {row_blocks * column_tiles(columns)});
 
-  with_dtype(prediction.scalar_type(), [&](auto scalar) {
-    using T = decltype(scalar);
-    if constexpr (!std::is_same_v<T, bfloat16>) {
-      SweepStep<T> step = step_of<T>(p, precision);
-      step.divisor = divisor;
-      step.scale = static_cast<T>(2 / divisor);
-      step.workspace = mutable_data<T>(partials);
-      // grad = 2 / divisor (prediction - target)
-      Tensor grad = empty(p, shape_of(p));
-      Instruction error;
-      error.columns = static_cast<int32_t>(columns);
-      error.finish = Finish::regress;
-      error.a = Operand::address(t.data_ptr());
-      error.other = Operand::address(p.data_ptr());
-      error.out = Operand::address(grad.data_ptr());
-      error.partials = 0;
-      launch_layer(step, error, device.stream());
-      // The gradients of a layer (or of the context's weight), given that of its output.
-      const auto finish = [&](const Tensor& of_input, const Tensor& weight_grad,
-                              const Tensor* bias_grad, const Tensor* second, bool with_loss) {
-        SynthesizerGradient<T> args{};
-        args.grad = data<T>(grad);
-        args.input = data<T>(of_input);
-        args.rows = rows;
-        args.outputs = static_cast<int32_t>(grad.size(1));
-        args.inputs = static_cast<int32_t>(of_input.size(1));
-        if (is_large(grad, step.precision, args.outputs, args.inputs, rows)) {
-          multiply(grad, step.precision, {weight_grad.data_ptr(), args.outputs, args.inputs, false},
-                   {grad.data_ptr(), args.outputs, rows, true},
-                   {of_input.data_ptr(), rows, args.inputs, false});
-        } else {
-          args.weight = mutable_data<T>(weight_grad);
-        }
-        args.bias = bias_grad == nullptr ? nullptr : mutable_data<T>(*bias_grad);
-        args.second_bias = second == nullptr ? nullptr : mutable_data<T>(*second);
-        args.loss = with_loss ? mutable_data<T>(loss) : nullptr;
-        args.partials = data<T>(partials);
-        args.partial_count = partials.size(0);
-        args.divisor = divisor;
-        check(kSynthesizer, launch_synthesizer_gradient(args, step.precision, device.stream()));
-      };
-      for (size_t i = weights.size(); i-- > 0;) {
-        const Tensor layer_input = i == 0 ? input : as_contiguous(hidden[i - 1]);
-        const bool last = i + 1 == weights.size();
-        // q enters where b_0 does, so it has the same gradient.
-        const bool with_q = i == 0 && context.has_value() && bias;
-        OptionalTensor q;
-        if (with_q) q = empty(weights[0], {weights[0].size(0)});
-        finish(layer_input, weight_grads[i], bias ? &bias_grads[i] : nullptr, q ? &*q : nullptr,
-               last);
-        if (i == 0 && context.has_value()) {
-          of_context.push_back(empty(weights[0], {weights[0].size(0), context->size(-1)}));
-          finish(as_matrix(as_contiguous(*context)), of_context[0], nullptr, nullptr, false);
-          if (q) of_context.push_back(*q);
-        }
-        if (i == 0) break;
-        OptionalTensor large;
-        const Tensor weight = as_contiguous(weights[i]);
-        Instruction below = product_of(grad, weight, true, step.precision, large);
-        below.finish = Finish::differentiate;
-        below.activation = Activation::relu;
-        below.other = Operand::address(layer_input.data_ptr());
-        const Tensor next = empty(grad, {rows, weight.size(1)});
-        below.out = Operand::address(next.data_ptr());
-        launch_layer(step, below, device.stream());
-        grad = next;
+  SweepStep<T> step = step_of<T>(p, precision);
+  step.divisor = divisor;
+  step.scale = static_cast<T>(2 / divisor);
+  step.workspace = mutable_data<T>(partials);
+  // grad = 2 / divisor (prediction - target)
+  Tensor grad = empty(p, shape_of(p));
+  Instruction error;
+  error.columns = static_cast<int32_t>(columns);
+  error.finish = Finish::regress;
+  error.a = Operand::address(t.data_ptr());
+  error.other = Operand::address(p.data_ptr());
+  error.out = Operand::address(grad.data_ptr());
+  error.dz = Operand::address(address_of(difference));
+  error.partials = 0;
+  launch_layer(step, error, stream);
+  // The gradients of a layer (or of the context's weight) with their updates, given that of its
+  // output.
+  const auto finish = [&](const Tensor& of_output, const Tensor& of_input,
+                          const SynthesizerParameter<T>& weight,
+                          const SynthesizerParameter<T>& own_bias,
+                          const SynthesizerParameter<T>& second, bool with_loss) {
+    SynthesizerGradient<T> args{};
+    args.grad = data<T>(of_output);
+    args.input = data<T>(of_input);
+    args.rows = rows;
+    args.outputs = static_cast<int32_t>(of_output.size(1));
+    args.inputs = static_cast<int32_t>(of_input.size(1));
+    args.weight = weight;
+    args.bias = own_bias;
+    args.second_bias = second;
+    OptionalTensor ready;
+    const bool updated = weight.parameter.update.rule != Rule::none;
+    if (updated && is_large(of_output, precision, args.outputs, args.inputs, rows)) {
+      void* to = weight.parameter.first;
+      if (is_written(weight)) {
+        args.weight = {};
+      } else {
+        ready = empty(of_output, {args.outputs, args.inputs});
+        to = ready->data_ptr();
+        args.ready = data<T>(*ready);
       }
+      multiply(of_output, precision, {to, args.outputs, args.inputs, false},
+               {of_output.data_ptr(), args.outputs, rows, true},
+               {of_input.data_ptr(), rows, args.inputs, false});
     }
+    args.loss = with_loss ? mutable_data<T>(loss) : nullptr;
+    args.partials = data<T>(partials);
+    args.partial_count = partials.size(0);
+    args.divisor = divisor;
+    check(kSynthesizer, launch_synthesizer_gradient(args, precision, stream));
+  };
+  for (size_t i = layers; i-- > 0;) {
+    const Tensor layer_input = i == 0 ? input : as_contiguous(hidden[i - 1]);
+    Tensor next = grad;
+    OptionalTensor large;
+    if (i > 0) {  // before the weight is updated
+      const Tensor weight = as_contiguous(weights[i]);
+      Instruction below = product_of(grad, weight, true, precision, large);
+      below.finish = Finish::differentiate;
+      below.activation = Activation::relu;
+      below.other = Operand::address(layer_input.data_ptr());
+      next = empty(grad, {rows, weight.size(1)});
+      below.out = Operand::address(next.data_ptr());
+      launch_layer(step, below, stream);
+    }
+    // q enters where b_0 does, so it has the same gradient.
+    const bool with_q = i == 0 && context.has_value() && bias;
+    finish(grad, layer_input, parameters[i],
+           bias ? parameters[biases_begin + i] : SynthesizerParameter<T>{},
+           with_q ? parameters[context_begin + 1] : SynthesizerParameter<T>{}, i + 1 == layers);
+    if (i == 0 && context.has_value()) {
+      finish(grad, as_matrix(as_contiguous(*context)), parameters[context_begin], {}, {}, false);
+    }
+    grad = next;
+  }
+  return loss;
+}
+
+#define INSTANTIATE(T)                                                                             \
+  template Tensor regress_synthesizer(const Tensor&, const Tensor&, const Tensors&, const Tensor&, \
+                                      const OptionalTensor&, const Tensors&, bool, double,         \
+                                      const OptionalTensor&,                                       \
+                                      const std::vector<SynthesizerParameter<T>>&, Precision,      \
+                                      cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+namespace {
+
+std::tuple<Tensor, Tensors> synthesizer_fwd(const Tensor& trigger, const OptionalTensor& context,
+                                            const Tensors& weights, const Tensors& biases,
+                                            const OptionalTensor& context_weight,
+                                            const OptionalTensor& context_bias,
+                                            const std::string& precision) {
+  check_synthesizer(kSynthesizer, trigger, context, weights, biases, context_weight, context_bias);
+  check_cuda_dtype(kSynthesizer, trigger);
+  const OnDevice device(trigger);
+  return evaluate_synthesizer(trigger, context, weights, biases, context_weight, context_bias,
+                              precision_named(kSynthesizer, precision), device.stream());
+}
+
+std::tuple<Tensor, Tensors> synthesizer_bwd(const Tensor& target, const Tensor& prediction,
+                                            const Tensors& hidden, const Tensor& trigger,
+                                            const OptionalTensor& context, const Tensors& weights,
+                                            bool bias, const std::string& reduction,
+                                            const std::string& precision,
+                                            std::optional<double> scale) {
+  const double divisor = check_synthesizer_bwd(target, prediction, hidden, trigger, context,
+                                               weights, reduction, scale);
+  check_cuda_dtype(kSynthesizer, trigger);
+  const OnDevice device(trigger);
+  Tensors grads;
+  for (const Tensor& weight : weights) grads.push_back(empty(weight, shape_of(weight)));
+  for (size_t i = 0; bias && i < weights.size(); ++i) {
+    grads.push_back(empty(weights[i], {weights[i].size(0)}));
+  }
+  if (context.has_value()) {
+    grads.push_back(empty(weights[0], {weights[0].size(0), context->size(-1)}));
+    if (bias) grads.push_back(empty(weights[0], {weights[0].size(0)}));
+  }
+  Tensor loss;
+  with_cuda_dtype(trigger, [&](auto scalar) {
+    using T = decltype(scalar);
+    std::vector<SynthesizerParameter<T>> handed_out(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      handed_out[i].parameter.first = mutable_data<T>(grads[i]);
+      handed_out[i].parameter.update.rule = Rule::gradient;
+    }
+    loss = regress_synthesizer(target, prediction, hidden, trigger, context, weights, bias, divisor,
+                               {}, handed_out, precision_named(kSynthesizer, precision),
+                               device.stream());
   });
-  Tensors grads = std::move(weight_grads);
-  grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
-  grads.insert(grads.end(), of_context.begin(), of_context.end());
   return {loss, grads};
 }
 

@@ -53,10 +53,11 @@ void run_forward(Plan& plan) {
   plan.sweep->forward(plan.memory);
 }
 
-void run_update(Plan& plan, const std::vector<const Tensor*>& steps) {
+void run_update(Plan& plan, OptimizerBinding& optimizer) {
   const Range range("fastdni::sweep weight gradients and updates");
-  raise_steps(steps);
+  optimizer.raise_steps();
   plan.sweep->update(plan.memory);
+  optimizer.write_back();
 }
 
 // What a step of a whole network is given besides its data.
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   plan.memory.like = &x;
   SweepInputs inputs = bind_forward(caller, plan, x, target, context, {}, given.parameters,
                                     given.statistics, given.active);
-  const std::vector<const Tensor*> steps =
+  OptimizerBinding optimizer =
       bind_optimizer(caller, plan, given.state, given.groups, given.settings);
   keep_apart(plan, inputs);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
 
   plan.memory.apart = false;
   run_forward(plan);
-  run_update(plan, steps);
+  run_update(plan, optimizer);
   ++plan.steps;
   return {output, loss, synthesis_loss};
 }
@@ -161,11 +162,11 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
   const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   OptionalTensor arrived;
-  const std::vector<const Tensor*> steps =
+  OptimizerBinding optimizer =
       bind_update(caller, *plan, gradient, parameters, state, groups, settings, active, arrived);
   plan->memory.like = &parameters[0];
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
-  run_update(*plan, steps);
+  run_update(*plan, optimizer);
   plan->held.clear();
   return synthesis_loss;
 }

@@ -1,25 +1,13 @@
 #include "ops/sweep_binding.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/names.h"
 
 namespace fastdni {
 namespace {
 
-// A row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (sweep_plan.h).
-constexpr size_t kSettings = 7;
-
-bool on_device(const Tensor& tensor, const Plan& plan) {
-  return plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu : tensor.is_cpu();
-}
-
-void check_device(const std::string& caller, const std::string& name, const Tensor& tensor,
-                  const Plan& plan) {
-  FASTDNI_CHECK(on_device(tensor, plan), caller, ": ", name, " must be on ",
-                plan.gpu ? "cuda:" + std::to_string(*plan.gpu) : "the CPU", ", as the plan is");
-}
+Placement placement(const Plan& plan) { return {plan.dtype, plan.gpu, "the plan is"}; }
 
 // The context's width, where all of the plan's synthesizers that take one agree.
 void check_context(const std::string& caller, const Plan& plan, const OptionalTensor& context,
@@ -60,52 +48,22 @@ bool has_values(const Tensor& tensor, const Shape& shape, ScalarType dtype) {
   return same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous();
 }
 
-OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group) {
-  OptimizerSettings result;
-  if (group < 0) return result;
-  const double* row = settings.data() + group * kSettings;
-  result.rule = static_cast<Rule>(static_cast<int>(row[0]));
-  result.lr = row[1];
-  result.weight_decay = row[2];
-  result.a = row[3];
-  result.b = row[4];
-  result.eps = row[5];
-  result.nesterov = row[6] != 0;
-  return result;
-}
-
-// Null where the number is on the CPU.
-DeviceNumber device_number(const std::string& caller, const char* name, const Tensor& tensor,
-                           const Plan& plan) {
-  const ScalarType dtype = tensor.scalar_type();
-  FASTDNI_CHECK(tensor.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                caller, ": an optimizer's ", name, " must be one float32 or float64 number, got ",
-                to_string(dtype), " ", to_string(shape_of(tensor)));
-  if (tensor.is_cpu()) return {};
-  check_device(caller, std::string("an optimizer's ") + name, tensor, plan);
-  return {tensor.data_ptr(), dtype == ScalarType::Double};
-}
-
-double host_number(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? *data<float>(tensor) : *data<double>(tensor);
-}
-
 // Called for every parameter and state tensor of a step: no allocation unless it fails.
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
                   const Shape& shape, ScalarType dtype, const Plan& plan) {
   FASTDNI_CHECK(has_values(tensor, shape, dtype), caller, ": ", name, " must be a contiguous ",
                 to_string(dtype), " tensor of shape ", to_string(shape), ", got ",
                 to_string(tensor.scalar_type()), " ", to_string(shape_of(tensor)));
-  check_device(caller, name, tensor, plan);
+  check_device(caller, name, tensor, placement(plan));
 }
 
 SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
                          const OptionalTensor& target, const OptionalTensor& context) {
   const NetworkSpec& spec = plan.spec;
   const Shape wanted{spec.batch, spec.stages[0].inputs};
-  check_device(caller, "x", x, plan);
-  if (target.has_value()) check_device(caller, "target", *target, plan);
-  if (context.has_value()) check_device(caller, "context", *context, plan);
+  check_device(caller, "x", x, placement(plan));
+  if (target.has_value()) check_device(caller, "target", *target, placement(plan));
+  if (context.has_value()) check_device(caller, "context", *context, placement(plan));
   FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted), ", got ",
                 to_string(shape_of(x)));
   FASTDNI_CHECK(x.scalar_type() == plan.dtype, caller, ": x must have the parameters' dtype ",
@@ -201,7 +159,7 @@ bool can_be_repeated(const Plan& plan) {
   const Tensors& statistics = last.statistics.tensors();
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!has_values(parameters[i], plan.expected.parameters[i], plan.dtype)) return false;
-    if (!on_device(parameters[i], plan)) return false;
+    if (!is_placed(parameters[i], placement(plan))) return false;
   }
   for (size_t i = 0; i < statistics.size(); ++i) {
     const ScalarType dtype = i % 3 == 2 ? ScalarType::Long : plan.dtype;
@@ -259,76 +217,25 @@ SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
   return inputs;
 }
 
-std::vector<const Tensor*> bind_optimizer(const std::string& caller, Plan& plan,
-                                          const Tensors& state, const Integers& groups,
-                                          const std::vector<double>& settings) {
-  std::vector<const Tensor*> steps;
-  const auto& shapes = plan.expected.parameters;
-  FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
-                " numbers, got ", groups.size());
-  FASTDNI_CHECK(settings.size() % kSettings == 0, caller, ": settings must be rows of ", kSettings);
-  const int64_t rows = settings.size() / kSettings;
-  size_t next = 0;
-  const auto take = [&]() -> const Tensor& {
-    FASTDNI_CHECK(next < state.size(), caller, ": state holds too few tensors: ", state.size());
-    return state[next++];
-  };
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    FASTDNI_CHECK(groups[i] < rows, caller, ": groups must be below ", rows, ", got ", groups[i]);
-    FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[plan.expected.parameter_stages[i]], caller,
+OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                                const Integers& groups, const std::vector<double>& settings) {
+  const std::vector<int64_t>& stages = plan.expected.parameter_stages;
+  for (size_t i = 0; i < std::min(groups.size(), stages.size()); ++i) {
+    FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[stages[i]], caller,
                   ": groups must be -1 for the parameters of a masked stage");
-    ParameterMemory& memory = plan.memory.parameters[i];
-    memory.settings = settings_of(settings, groups[i]);
-    memory.first = memory.second = nullptr;
-    memory.device_step = memory.device_lr = {};
-    const auto take_values = [&] {
-      const Tensor& tensor = take();
-      check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
-                   plan.dtype, plan);
-      return tensor.data_ptr();
-    };
-    switch (memory.settings.rule) {
-      case Rule::none:
-      case Rule::sgd:
-        break;
-      case Rule::gradient:
-      case Rule::sgd_momentum:
-        memory.first = take_values();
-        break;
-      case Rule::adam:
-      case Rule::adamw: {
-        memory.first = take_values();
-        memory.second = take_values();
-        const Tensor& step = take();
-        memory.device_step = device_number(caller, "step", step, plan);
-        if (memory.device_step.at == nullptr) {
-          memory.step = 1 + host_number(step);
-          steps.push_back(&step);
-        }
-        break;
-      }
-      default:
-        FASTDNI_CHECK(false, caller, ": settings must begin with a rule from 0 to 5");
-    }
-    if (std::isnan(memory.settings.lr)) {
-      const Tensor& lr = take();
-      memory.device_lr = device_number(caller, "learning rate", lr, plan);
-      if (memory.device_lr.at == nullptr) memory.settings.lr = host_number(lr);
-    }
   }
-  FASTDNI_CHECK(next == state.size(), caller, ": state holds too many tensors: ", state.size());
-  return steps;
+  return bind_optimizer(caller, placement(plan), plan.expected.parameters, state, groups, settings,
+                        plan.memory.parameters);
 }
 
-std::vector<const Tensor*> bind_update(const std::string& caller, Plan& plan,
-                                       const OptionalTensor& gradient, const Tensors& parameters,
-                                       const Tensors& state, const Integers& groups,
-                                       const std::vector<double>& settings, const Integers& active,
-                                       OptionalTensor& arrived) {
+OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,
+                             const Tensors& parameters, const Tensors& state,
+                             const Integers& groups, const std::vector<double>& settings,
+                             const Integers& active, OptionalTensor& arrived) {
   FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
   FASTDNI_CHECK(plan.goes_on, caller, ": plan has no forward pass to go on from");
   bind_parameters(caller, plan, parameters, active);
-  const std::vector<const Tensor*> steps = bind_optimizer(caller, plan, state, groups, settings);
+  OptimizerBinding optimizer = bind_optimizer(caller, plan, state, groups, settings);
   plan.memory.gradient = nullptr;
   const bool wanted = plan.spec.criterion == Criterion::none && plan.memory.active.back();
   FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
@@ -339,17 +246,7 @@ std::vector<const Tensor*> bind_update(const std::string& caller, Plan& plan,
                  plan.dtype, plan);
     plan.memory.gradient = arrived->data_ptr();
   }
-  return steps;
-}
-
-void raise_steps(const std::vector<const Tensor*>& steps) {
-  for (const Tensor* step : steps) {
-    if (step->scalar_type() == ScalarType::Float) {
-      ++*mutable_data<float>(*step);
-    } else {
-      ++*mutable_data<double>(*step);
-    }
-  }
+  return optimizer;
 }
 
 }  // namespace fastdni

@@ -8,8 +8,6 @@
 
 namespace fastdni {
 
-using Integers = std::vector<int64_t>;
-
 // Holds what was made contiguous until the step is over.
 struct SweepInputs {
   Tensor x;
@@ -32,20 +30,14 @@ void keep_apart(Plan& plan, SweepInputs& inputs);
 // Whether the tensors of the last step are still such as it was given.
 bool can_be_repeated(const Plan& plan);
 
-// Binds what optimizers are given: of each parameter's state in the order of `state` p.grad, or
-// momentum_buffer, or exp_avg, exp_avg_sq, step; then its learning rate, where `settings` has NaN
-// for it. Returns the step counts that are on the CPU, to be raised when everything is checked.
-std::vector<const Tensor*> bind_optimizer(const std::string& caller, Plan& plan,
-                                          const Tensors& state, const Integers& groups,
-                                          const std::vector<double>& settings);
+// Binds what optimizers are given: see ops/optimizer_binding.h.
+OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                                const Integers& groups, const std::vector<double>& settings);
 
 // Binds what the update of a forward part is given, the gradient from above into `arrived`.
-std::vector<const Tensor*> bind_update(const std::string& caller, Plan& plan,
-                                       const OptionalTensor& gradient, const Tensors& parameters,
-                                       const Tensors& state, const Integers& groups,
-                                       const std::vector<double>& settings, const Integers& active,
-                                       OptionalTensor& arrived);
-
-void raise_steps(const std::vector<const Tensor*>& steps);
+OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,
+                             const Tensors& parameters, const Tensors& state,
+                             const Integers& groups, const std::vector<double>& settings,
+                             const Integers& active, OptionalTensor& arrived);
 
 }  // namespace fastdni

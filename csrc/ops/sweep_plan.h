@@ -9,22 +9,11 @@
 #include <vector>
 
 #include "common/network.h"
-#include "common/optimizer.h"
 #include "common/parameters.h"
+#include "ops/optimizer_binding.h"
 #include "ops/tensor.h"
 
 namespace fastdni {
-
-// The memory of one parameter.
-struct ParameterMemory {
-  void* value = nullptr;
-  void* first = nullptr;
-  void* second = nullptr;
-  OptimizerSettings settings;
-  double step = 0;  // Adam's, this one included
-  // Those that are on the GPU instead; Adam's step not yet raised.
-  DeviceNumber device_step, device_lr;
-};
 
 // What one step is given, checked. Null where there is none.
 struct StepMemory {

@@ -212,19 +212,20 @@ void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t l
 namespace {
 
 template <Rule rule, class T>
-void update_by(const Update<T>& given, const T* __restrict__ grad, T* __restrict__ parameter,
+void update_by(const Update<accumulate_t<T>>& given, const T* __restrict__ grad, T* __restrict__ parameter,
                T* __restrict__ first, T* __restrict__ second, int64_t count) {
-  const Update<T> u = given;
+  using A = accumulate_t<T>;
+  const Update<A> u = given;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    update_element<rule>(u, grad[i], parameter + i, first + i, second + i);
+    update_element<rule>(u, static_cast<A>(grad[i]), parameter + i, first + i, second + i);
   }
 }
 
 }  // namespace
 
 template <Isa isa, class T>
-void update(const Update<T>& rule, const T* grad, T* parameter, T* first, T* second,
+void update(const Update<accumulate_t<T>>& rule, const T* grad, T* parameter, T* first, T* second,
             int64_t count) {
   switch (rule.rule) {
     case Rule::none:
@@ -256,9 +257,15 @@ void update(const Update<T>& rule, const T* grad, T* parameter, T* first, T* sec
                                                   Rows);                                           \
   template double cross_entropy_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, const int64_t*, T,      \
                                                           Matrix<T>, Rows);                        \
-  template void sum_columns<Isa::FASTDNI_ISA, T>(Matrix<const T>, int64_t, int64_t, int64_t, T*);  \
-  template void update<Isa::FASTDNI_ISA, T>(const Update<T>&, const T*, T*, T*, T*, int64_t);
+  template void sum_columns<Isa::FASTDNI_ISA, T>(Matrix<const T>, int64_t, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)
+
+#define INSTANTIATE_UPDATE(T)                                                                  \
+  template void update<Isa::FASTDNI_ISA, T>(const Update<accumulate_t<T>>&, const T*, T*, T*, T*, \
+                                            int64_t);
+INSTANTIATE_UPDATE(float)
+INSTANTIATE_UPDATE(double)
+INSTANTIATE_UPDATE(bfloat16)
 
 }  // namespace fastdni::cpu

@@ -79,8 +79,9 @@ double cross_entropy_rows(Matrix<const T> output, const int64_t* target, T scale
 template <Isa isa, class T>
 void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t last, T* sums);
 
-// Elements [0, count) of a parameter.
+// Elements [0, count) of a parameter; of bfloat16 in float32, rounded once.
 template <Isa isa, class T>
-void update(const Update<T>& rule, const T* grad, T* parameter, T* first, T* second, int64_t count);
+void update(const Update<accumulate_t<T>>& rule, const T* grad, T* parameter, T* first, T* second,
+            int64_t count);
 
 }  // namespace fastdni::cpu

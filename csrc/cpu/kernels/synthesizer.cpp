@@ -38,7 +38,7 @@ void synthesis_error(const SynthesisError<T, Target>& args, const RowChunks& chu
     for (int64_t row = chunks.begin(chunk); row < end; ++row) {
       const T* __restrict__ prediction = args.prediction + row * columns;
       const Target* __restrict__ target = args.target + row * columns;
-      T* __restrict__ error = args.error + row * columns;
+      T* __restrict__ grad = args.grad + row * columns;
       A row_squared = 0;
 #pragma omp simd reduction(+ : row_squared)
       for (int64_t c = 0; c < columns; ++c) {
@@ -46,9 +46,15 @@ void synthesis_error(const SynthesisError<T, Target>& args, const RowChunks& chu
         const A scaled = scale * e;
         row_squared += e * e;
         sums[c] += scaled;
-        error[c] = static_cast<T>(scaled);
+        grad[c] = static_cast<T>(scaled);
       }
       squared += row_squared;
+      if (args.error == nullptr) continue;
+      A* __restrict__ error = args.error + row * columns;
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        error[c] = static_cast<A>(prediction[c]) - static_cast<A>(target[c]);
+      }
     }
     args.squared[chunk] = squared;
   }

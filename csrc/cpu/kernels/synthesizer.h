@@ -35,13 +35,14 @@ struct FinishLayer {
   bool relu;
 };
 
-// e = prediction - target; error = scale e; also the sum of e^2 and the column sums of scale e.
+// e = prediction - target; grad = scale e; also the sum of e^2 and the column sums of scale e.
 // Target is T or accumulate_t<T>: a float32 gradient meets a bfloat16 prediction without rounding.
 template <class T, class Target>
 struct SynthesisError {
   const T* prediction;           // (rows, columns)
   const Target* target;          // (rows, columns)
-  T* error;                      // (rows, columns)
+  T* grad;                       // (rows, columns)
+  accumulate_t<T>* error;        // (rows, columns), e itself; or null
   double* squared;               // (chunks,)
   accumulate_t<T>* column_sums;  // (chunks, columns)
   accumulate_t<T> scale;

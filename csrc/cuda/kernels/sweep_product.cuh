@@ -113,6 +113,7 @@ __device__ void run_product(const SweepStep<T>& step, const Instruction& op, int
         const T error = other[at] - c;
         squares += error * error;
         out[at] = step.scale * error;
+        if (dz != nullptr) dz[at] = error;
         break;
       }
     }

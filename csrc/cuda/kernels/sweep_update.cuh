@@ -11,13 +11,9 @@ inline __device__ double read(const DeviceNumber& number) {
                      : *static_cast<const float*>(number.at);
 }
 
-// The updates whose numbers are on the GPU: one thread for each parameter.
+// An update of which some numbers are on the GPU. Raises the step count where that is one.
 template <class T>
-__global__ void sweep_prepare_kernel(const SweepStep<T> step) {
-  const int i = blockIdx.x * kWarpSize + threadIdx.x;
-  if (i >= step.parameter_count) return;
-  SweepParameter<T>& p = step.parameters[i];
-  if (p.step.at == nullptr && p.lr.at == nullptr) return;
+__device__ Update<T> prepare(const SweepParameter<T>& p) {
   double count = p.count;
   if (p.step.at != nullptr) {
     count = read(p.step) + 1;
@@ -29,7 +25,16 @@ __global__ void sweep_prepare_kernel(const SweepStep<T> step) {
   }
   OptimizerSettings settings = p.settings;
   if (p.lr.at != nullptr) settings.lr = read(p.lr);
-  p.update = prepared<T>(settings, count, [](double beta, double n) { return pow(beta, n); });
+  return prepared<T>(settings, count, [](double beta, double n) { return pow(beta, n); });
+}
+
+// One thread for each parameter.
+template <class T>
+__global__ void sweep_prepare_kernel(const SweepStep<T> step) {
+  const int i = blockIdx.x * kWarpSize + threadIdx.x;
+  if (i >= step.parameter_count) return;
+  SweepParameter<T>& p = step.parameters[i];
+  if (p.step.at != nullptr || p.lr.at != nullptr) p.update = prepare(p);
 }
 
 template <class T>

@@ -16,7 +16,7 @@ cudaError_t launch_synthesizer_layer(const SweepStep<T>& step, const Instruction
 template <class T>
 cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Precision precision,
                                         cudaStream_t stream) {
-  const bool tiled = args.weight != nullptr && args.inputs > 0;
+  const bool tiled = args.weight.parameter.update.rule != Rule::none && args.inputs > 0;
   const LaunchPlan plan{(args.outputs + kSweepRows - 1) / kSweepRows + 1, kSweepThreads,
                         tiled ? column_tiles(args.inputs) : 1};
   return with_precision<T>(precision, [&](auto kind) {
@@ -24,11 +24,19 @@ cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Prec
   });
 }
 
+template <class T>
+cudaError_t launch_synthesizer_prepare(const SweepParameter<T>& parameter, Update<T>* prepared,
+                                       cudaStream_t stream) {
+  return launch(synthesizer_prepare_kernel<T>, {1, 1}, stream, parameter, prepared);
+}
+
 #define INSTANTIATE(T)                                                                       \
   template cudaError_t launch_synthesizer_layer(const SweepStep<T>&, const Instruction&,     \
                                                 cudaStream_t);                               \
   template cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>&, Precision, \
-                                                   cudaStream_t);
+                                                   cudaStream_t);                            \
+  template cudaError_t launch_synthesizer_prepare(const SweepParameter<T>&, Update<T>*,      \
+                                                  cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE
