@@ -63,7 +63,8 @@ def train(
     )
     chosen = masks(layers, 1.0 if method == "backprop" else options.update_probability, seed)
     errors = []
-    label = f"{RECIPES[method].name}, {layers} layers, seed {seed}"
+    width = max(len(recipe.name) for recipe in RECIPES.values())
+    label = f"{RECIPES[method].name:{width}s}  {layers} layers, seed {seed}"
     begin = time.monotonic()
     with Line(keep=True) as line:
         line.show(bar(label, 0))
@@ -274,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = bench.header(bench.hardware())
     print(f"{subject}\n{machine}", flush=True)
     (table if options.table else compare)(data, options, f"{subject}\n{machine}")
-    print(f"\n{options.out}")
+    print(f"\nwrote {options.out}")
     return 0
 
 

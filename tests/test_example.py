@@ -78,7 +78,7 @@ def test_trains_reports_and_draws(tmp_path):
     assert "scikit-learn digits, 1437 training and 360 test images" in done.stdout
     # Of every bar its last line, and nothing that a terminal would draw over.
     assert "\r" not in done.stderr
-    bars = [line.partition(",")[0] for line in done.stderr.splitlines() if "] 100 % test" in line]
+    bars = [line.partition("  ")[0] for line in done.stderr.splitlines() if "] 100 % test" in line]
     assert bars == ["backprop", "DNI", "cDNI (labels)", "complete unlock"]
     assert len(done.stderr.splitlines()) == 4
     row = r"^{} +([\d.]+) +([\d.]+) +(-|[\d.]+) +(-|[\d.]+) +(-|[\d.]+x)$"

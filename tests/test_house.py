@@ -17,7 +17,7 @@ MOST_LINES = 450
 # makes no circle.
 LAYERS = (
     {"fastdni", "__main__", "explain", "bench", "compat", "distributed"},
-    {"network", "interfaces", "recurrent", "graphs", "scopes", "decouple"},
+    {"network", "interfaces", "recurrent", "graphs", "scopes", "conversion"},
     {"synthesizers"},
     {"training"},
     {"agreement"},

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from conftest import sample
 from network_cases import OPTIMIZERS, batch, local, network, structure, train
 
-COMBINATIONS = list(
+COMBINATIONS = sample(
     itertools.product(
         ["sgd", "nesterov", "adam", "adamw"],
         [False, True],  # norm

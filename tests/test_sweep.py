@@ -25,7 +25,7 @@ CASES = sample(
         [3, 30, 61],  # rows: one block, two, three
         [(), (1,), (0, 2)],  # masked
     ),
-    every=37,
+    every=101,
 )
 
 

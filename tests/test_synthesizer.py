@@ -51,7 +51,7 @@ def name(value):
 
 @pytest.mark.parametrize(
     ("leading", "sizes", "n_hidden", "context", "bias", "dtype", "reduction"),
-    sample(CASES, every=11),
+    sample(CASES, every=37),
     ids=name,
 )
 def test_results_are_right(leading, sizes, n_hidden, context, bias, dtype, reduction, device):

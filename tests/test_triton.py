@@ -54,11 +54,16 @@ def test_a_step(name):
     compare(run(one), one.run("reference"), 2e-4)
 
 
-@pytest.mark.parametrize("settings", ["gradient", "sgd", "nesterov", "momentum", "adam", "adamw"])
 @pytest.mark.parametrize(
-    "norm, activation, n_hidden, context",
-    sample(itertools.product([False, True], ["relu", "tanh", "sigmoid"], [0, 1], [False, True])),
-)
+    "settings, norm, activation, n_hidden, context",
+    sample(
+        itertools.product(
+            ["gradient", "sgd", "nesterov", "momentum", "adam", "adamw"],
+            [False, True], ["relu", "tanh", "sigmoid"], [0, 1], [False, True],
+        ),
+        every=17,
+    ),
+)  # fmt: skip
 def test_combinations(settings, norm, activation, n_hidden, context):
     torch.manual_seed(0)
     given = {"norm": norm, "activation": activation, "n_hidden": n_hidden, "context": context}
@@ -274,9 +279,15 @@ def test_auto_divides_a_network_by_the_size_of_its_stages(monkeypatch, name, how
     compare(*values, 1e-3 if name == "adam" else 2e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_hidden", [0, 2])
-@pytest.mark.parametrize("shape", [(37,), (3, 5), (1,), (0,)])
+@pytest.mark.parametrize(
+    "dtype, n_hidden, shape",
+    sample(
+        itertools.product(
+            [torch.float32, torch.float16, torch.bfloat16], [0, 2], [(37,), (3, 5), (1,), (0,)]
+        ),
+        every=5,
+    ),
+)
 def test_a_synthesizers_ops_equal_the_reference(dtype, n_hidden, shape):
     one = of_synthesizer(shape, Sizes(33, 40, 5), n_hidden, dtype=dtype, device=DEVICE)
     found = []
@@ -290,9 +301,16 @@ def test_a_synthesizers_ops_equal_the_reference(dtype, n_hidden, shape):
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
-@pytest.mark.parametrize("shape", [(0, 3), (1,), (), (5, 7, 3), (1030, 5)])
+@pytest.mark.parametrize(
+    "shape, reduction, dtype",
+    sample(
+        itertools.product(
+            [(0, 3), (1,), (), (5, 7, 3), (1030, 5)],
+            ["batchmean", "mean"],
+            [torch.float32, torch.float16, torch.bfloat16],
+        )
+    ),
+)
 def test_regression_loss(shape, reduction, dtype):
     given = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
     if len(shape) == 2:

@@ -1,5 +1,6 @@
 """Compiles a CUDA kernel for the host (see simt.h) and runs it on numpy arrays."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -140,11 +141,17 @@ def shared_library(source: Path, headers: Path) -> Path:
 
 
 def _make(target: Path, arguments: list[str | Path]) -> None:
-    """Runs g++ unless the target is there already. Two processes may make the same one."""
+    """Runs g++ unless the target is there already, or another process is making it."""
     if target.exists():
         return
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with (
+        open(CACHE / f"{target.name}.lock", "w") as lock,
+        tempfile.TemporaryDirectory(dir=CACHE) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
         made = Path(folder) / target.name
         done = subprocess.run(["g++", *arguments, "-o", made], capture_output=True, text=True)
         if done.returncode:
