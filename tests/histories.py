@@ -364,8 +364,9 @@ def rate_in_a_tensor(group, number):
 
 @grouped
 def rate_in_place(group, number):
-    if isinstance(group["lr"], Tensor):
-        group["lr"].mul_(0.5)
+    if not isinstance(group["lr"], Tensor):
+        group.update(lr=torch.tensor(group["lr"], dtype=torch.float64), foreach=False)
+    group["lr"].mul_(0.8)
 
 
 @grouped
@@ -376,7 +377,9 @@ def betas(group, number):
 
 @grouped
 def betas_in_place(group, number):
-    if isinstance(group.get("betas"), list):
+    if "betas" in group:
+        if not isinstance(group["betas"], list):
+            group["betas"] = list(group["betas"])
         group["betas"][0] = 0.1 * (number % 9)
 
 

@@ -24,13 +24,16 @@ SEEDS = sample(range(15), every=15)
 @st.composite
 def descriptions(draw) -> Description:
     count = draw(st.integers(1, 4))
+    double = draw(st.sampled_from([True, True, True, False]))
+    # In float32 the gradient of what BatchNorm takes away again is rounding that can be seen.
+    norm = st.booleans() if double else st.just(False)
     size = st.integers(1, 6)
     return Description(
         widths=[
             *draw(st.lists(size, min_size=count, max_size=count)),
             draw(st.integers(2, CONTEXT)),
         ],
-        norms=draw(st.lists(st.booleans(), min_size=count - 1, max_size=count - 1)),
+        norms=draw(st.lists(norm, min_size=count - 1, max_size=count - 1)),
         activations=draw(
             st.lists(st.integers(0, len(ACTIVATIONS) - 1), min_size=count - 1, max_size=count - 1)
         ),
@@ -38,7 +41,7 @@ def descriptions(draw) -> Description:
         context=draw(st.booleans()),
         unlocked=draw(st.booleans()),
         share=draw(st.sampled_from([0.0, 0.0, 0.0, 0.4, 1.0])),
-        double=draw(st.sampled_from([True, True, True, False])),
+        double=double,
         optimizers=(
             draw(st.integers(0, 3)),
             draw(st.integers(0, len(KINDS) - 1)),
@@ -49,9 +52,15 @@ def descriptions(draw) -> Description:
 
 STEPS = ("step", "step", "step", "masked", "backward", "in a thread")
 numbers = st.integers(0, 200)
-events = st.one_of(
-    st.tuples(st.sampled_from(STEPS), numbers), st.tuples(st.sampled_from(sorted(ACTIONS)), numbers)
-)
+
+
+@st.composite
+def histories(draw) -> list[tuple[str, int]]:
+    """Steps, and between them a few actions again and again: what makes a step stale is often the
+    second time that something is done."""
+    actions = draw(st.lists(st.sampled_from(sorted(ACTIONS)), min_size=1, max_size=4))
+    names = st.one_of(st.sampled_from(STEPS), st.sampled_from(actions))
+    return draw(st.lists(st.tuples(names, numbers), min_size=6, max_size=20))
 
 
 def arguments(side: Side, number: int) -> dict:
@@ -140,11 +149,12 @@ def test_steps_are_those_of_autograd_and_torch_optim(number):
         deadline=None,
         database=None,
         print_blob=True,
+        report_multiple_bugs=False,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
     @seed(number)
-    @given(descriptions(), st.lists(events, min_size=4, max_size=16))
+    @given(descriptions(), histories())
     def holds(made, history):
         compare(made, history)
 
