@@ -10,13 +10,17 @@ short example, which is printed, and comes again with the same seed:
 import threading
 
 import pytest
-import torch
-from conftest import sample
-from histories import ACTIONS, ACTIVATIONS, KINDS, Description, Side
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from network_cases import CONTEXT
-from plain_step import assert_same, assert_same_state, plain_backward, plain_step
+
+pytest.importorskip("hypothesis", reason="no hypothesis here")
+
+import torch  # noqa: E402
+from actions import ACTIONS  # noqa: E402
+from conftest import sample  # noqa: E402
+from histories import ACTIVATIONS, KINDS, Description, Side  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from network_cases import CONTEXT  # noqa: E402
+from plain_step import assert_same, assert_same_state, plain_backward, plain_step  # noqa: E402
 
 SEEDS = sample(range(15), every=15)
 
