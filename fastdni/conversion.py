@@ -52,21 +52,23 @@ def decouple(
     make = _synthesizer_factory(synthesizer, context_dim)
     shapes = _boundary_shapes(stages, example_input)
     synthesizers = [
-        _following(make(shape), stage).train(model.training)
-        for shape, stage in zip(shapes, stages, strict=False)
+        _made_for(stage, make, shape).train(model.training)
+        for stage, shape in zip(stages, shapes, strict=False)
     ]
     net = DecoupledSequential(*stages, synthesizers=synthesizers)
-    for container in (net, net.stages, net.synthesizers):
+    groups = [stage for stage in stages if type(stage) is nn.Sequential]
+    for container in (net, net.stages, net.synthesizers, *groups):
         container.training = model.training
     return net
 
 
-def _following(synthesizer: nn.Module, stage: nn.Module) -> nn.Module:
+def _made_for(stage: nn.Module, make: Callable, shape: torch.Size) -> nn.Module:
     """A synthesizer with the dtype and on the device of a stage."""
     for parameter in stage.parameters():
         if parameter.is_floating_point():
-            return synthesizer.to(parameter.device, parameter.dtype)
-    return synthesizer
+            with parameter.device:
+                return make(shape).to(parameter.device, parameter.dtype)
+    return make(shape)
 
 
 # Layers with parameters that belong to the stage before them.
@@ -115,20 +117,20 @@ def _boundary_shapes(stages: list[nn.Module], example: Tensor | None) -> list[to
             for stage in stages:
                 stage.eval()  # a look must not move running statistics
             with torch.no_grad():
-                for stage in stages[:-1]:
+                for stage in stages:  # the last one, too: lazy layers find their shapes
                     example = stage(example)
                     shapes.append(example.shape[1:])
         finally:
             for module, training in modes:
                 module.training = training
-        return shapes
+        return shapes[:-1]
     shapes = []
     for number, stage in enumerate(stages[:-1]):
         layers = layers_of(stage)
         if any(isinstance(p, UninitializedTensorMixin) for p in stage.parameters()):
             raise ValueError(
-                "decouple: example_input must be given for a model with lazy layers, or the model "
-                "run once before, `model(x)`"
+                "decouple: example_input must be given for a model with lazy layers, or a dry run "
+                "made before, `model(x)`"
             )
         linear = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
         features = [layers[i].out_features for i in linear]

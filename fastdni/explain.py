@@ -62,6 +62,11 @@ def explain(
     Example:
         >>> print(fastdni.explain(net, x, optimizer))
     """
+    with net._trainer.lock:  # a look changes modes for a moment
+        return Explanation(_rows(net, x, optimizer, criterion))
+
+
+def _rows(net: DecoupledSequential, x: Tensor, optimizer, criterion: Criterion) -> list[dict]:
     structure = net._trainer.structure(net, "explain")
     optimizers = net._trainer.optimizers("explain", optimizer)
     of_updates = optimizers.reason
@@ -79,7 +84,7 @@ def explain(
             else:
                 row |= _of_autograd(part, structure, number, autocast)
             rows.append(row)
-    return Explanation(rows)
+    return rows
 
 
 def _inputs(net: DecoupledSequential, x: Tensor) -> list[Tensor]:

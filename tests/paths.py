@@ -5,6 +5,7 @@ import sys
 
 import torch
 from plain_step import assert_same, plain_step
+from torch._ops import OpOverload
 
 import fastdni
 
@@ -43,12 +44,12 @@ def calls_of(function) -> int:
 
 
 def depth_of(function) -> int:
-    """How deep the package's own Python functions are nested within a call."""
+    """How many of the package's own Python functions are nested around the op that a call runs."""
     deepest = 0
 
     def seen(frame, event, argument):
         nonlocal deepest
-        if event == "call":
+        if event == "call" and frame.f_code is OpOverload.__call__.__code__:
             depth = 0
             while frame is not None:
                 depth += frame.f_code.co_filename.startswith(PACKAGE)

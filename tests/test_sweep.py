@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 from conftest import sample
 from sweep_problem import CASES as PROBLEMS
 from sweep_problem import CONTEXT, OPTIMIZERS, Problem, cast, stages
@@ -267,11 +268,15 @@ def test_ops_are_registered_as_they_behave():
         (*first, state, groups, settings, active, True),
         test_utils=names,
     )
-    torch.library.opcheck(
-        torch.ops.fastdni.sweep_repeat_.default,
-        (plan.handle, "test", torch.empty(0), one.x, one.target, None),
-        test_utils=names,
-    )
+    ops.sweep_(plan, one.x, one.target, None, state, groups, settings, active, repeatable=True)
+    again = (plan.handle, "test", one.x, one.target, None, settings)
+    repeat = torch.ops.fastdni.sweep_repeat_.default
+    torch.library.opcheck(repeat, again, test_utils=("test_schema", "test_autograd_registration"))
+    # What it writes no schema says: it is not for those who trace.
+    before = [p.clone() for p in plan.parameters]
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(UnsupportedOperatorException):
+        repeat(*again)
+    assert all(map(torch.equal, before, plan.parameters))
     torch.library.opcheck(
         torch.ops.fastdni.sweep_forward_.default,
         (plan.handle, "test", one.x, one.target, None, None, *lists, active),
@@ -297,7 +302,7 @@ def test_a_repeated_step_is_the_same_step():
     ops.sweep_(twin, first.x, first.target, None, its_state, groups, settings, [1] * 4)
     plan.parameters[0].data = plan.parameters[0].data.clone()
     x, target = first.x.flip(0), first.target.flip(0)
-    found = ops.sweep_repeat_(plan, x, target, None)
+    found = ops.sweep_repeat_(plan, x, target, None, settings)
     expected = ops.sweep_(twin, x, target, None, its_state, groups, settings, [1] * 4)
     found = (*found, *plan.parameters, *state, *plan.statistics)
     expected = (*expected, *twin.parameters, *its_state, *twin.statistics)
@@ -307,17 +312,17 @@ def test_a_repeated_step_is_the_same_step():
 def test_what_a_repeated_step_refuses():
     one, plan, state, groups, settings = arguments()
     given = (plan, one.x, one.target, None, state, groups, settings, [1] * 4)
-    for again in (lambda: None, lambda: ops.sweep_(*given), plan.forget):
+    for again in (lambda: None, lambda: ops.sweep_(*given)):
         again()
         with pytest.raises(RuntimeError, match="sweep: plan has no step to repeat"):
-            ops.sweep_repeat_(plan, one.x, one.target, None)
+            ops.sweep_repeat_(plan, one.x, one.target, None, settings)
         ops.sweep_(*given, repeatable=True)
     before = [t.clone() for t in (*plan.parameters, *state)]
     with pytest.raises(RuntimeError, match=r"sweep: x must be \(B, K\)"):
-        ops.sweep_repeat_(plan, one.x[:3], one.target, None)
+        ops.sweep_repeat_(plan, one.x[:3], one.target, None, settings)
     plan.parameters[0].data = plan.parameters[0].data[:2]
     with pytest.raises(RuntimeError, match="sweep: a parameter must be a contiguous"):
-        ops.sweep_repeat_(plan, one.x, one.target, None)
+        ops.sweep_repeat_(plan, one.x, one.target, None, settings)
     assert all(map(torch.equal, before[1:], (*plan.parameters[1:], *state)))
 
 

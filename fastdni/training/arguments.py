@@ -139,8 +139,8 @@ def check_initialized(caller: str, parameters: list[Tensor]) -> None:
     """Lazy layers have to have seen an input."""
     if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
         raise RuntimeError(
-            f"{caller}: lazy layers must have their shapes: run the network once before the step, "
-            "`net(x)`, and make the optimizer after that"
+            f"{caller}: lazy layers must have their shapes before the step: make a dry run, "
+            "`net(x)`, and the optimizer after that"
         )
 
 

@@ -201,18 +201,26 @@ class _LocalPass:
 
     def _predict(self) -> None:
         part, h = self.part, self.output
-        self._sent = self._regressed = self._prediction(part.boundary, h)
+        self._sent = self._regressed = self._prediction(part.boundary, h, h)
         if part.input_boundary is None:
             return
         # Complete unlock: the next stage gets what is predicted from the network's input.
-        self._made = self._prediction(part.input_boundary, self._step.x)
+        self._made = self._prediction(part.input_boundary, self._step.x, h)
         self.output = self._made.message.to(h.dtype)
-        self._regressed = self._prediction(part.boundary, self.output)
+        self._regressed = self._prediction(part.boundary, self.output, h)
 
-    def _prediction(self, boundary: Boundary, trigger: Tensor) -> Prediction:
+    def _prediction(self, boundary: Boundary, trigger: Tensor, like: Tensor) -> Prediction:
+        """What a boundary's synthesizer says; it must have a shape."""
         step, synthesizer = self._step, boundary.synthesizer
         context = context_for(synthesizer, step.context, step.target, trigger)
-        return boundary.predict(trigger, context, bool(self._active_above) and learns(synthesizer))
+        learn = bool(self._active_above) and learns(synthesizer)
+        prediction = boundary.predict(trigger, context, learn)
+        if prediction.message.shape != like.shape:
+            raise RuntimeError(
+                f"{step.caller}: a synthesizer must predict the shape {tuple(like.shape)}, got "
+                f"{tuple(prediction.message.shape)}"
+            )
+        return prediction
 
     def backward(self, gradient: Tensor | None) -> Tensor | None:
         """The gradients of the stage, and of its synthesizers with what came from above; returns

@@ -24,7 +24,7 @@ class Trainer:
     """
 
     def __init__(self):
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # of whoever works on the network
         self._version = 0  # raised by all that makes what is known here stale
         self._structure: Structure | None = None
         self._optimizers: Optimizers | None = None
@@ -48,7 +48,9 @@ class Trainer:
     ) -> Results:
         """See `DecoupledSequential.step`; for GRADIENTS as the optimizer its `backward`."""
         given = (x, target, optimizer, criterion, context, update_mask)
-        with self._lock:
+        if self.lock._is_owned():
+            raise RuntimeError(f"{caller}: a step of this network is under way, which called this one")
+        with self.lock:
             if self._last is not None and self._last.is_like(*given):
                 return self._last.take(caller, x, target, context)
             self._last = None
