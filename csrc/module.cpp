@@ -68,15 +68,31 @@ fastdni::StageSpec stage_spec(const py::dict& given) {
   return spec;
 }
 
+py::dict numbers_of(const fastdni::SynthesizerParameters& numbers) {
+  return py::dict(py::arg("weights") = numbers.weights, py::arg("biases") = numbers.biases,
+                  py::arg("context_weight") = numbers.context_weight,
+                  py::arg("context_bias") = numbers.context_bias);
+}
+
+py::dict numbers_of(const fastdni::StageParameters& numbers) {
+  return py::dict(py::arg("weight") = numbers.weight, py::arg("bias") = numbers.bias,
+                  py::arg("norm_weight") = numbers.norm_weight,
+                  py::arg("norm_bias") = numbers.norm_bias, py::arg("running") = numbers.running,
+                  py::arg("synthesizer") = numbers_of(numbers.synthesizer),
+                  py::arg("input_synthesizer") = numbers_of(numbers.input_synthesizer));
+}
+
 // Owns a registered plan.
 struct PlanHandle {
   int64_t handle;
-  int64_t workspace_bytes;
+  int64_t workspace_bytes = 0;
   std::string launches;
+  std::vector<int64_t> parameter_stages;
+  py::list numbers;
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
              std::optional<int32_t> gpu, const std::string& criterion, bool input_gradient,
-             const std::string& precision, bool separate_input) {
+             const std::string& precision, bool separate_input, bool runs) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
@@ -84,9 +100,13 @@ struct PlanHandle {
     spec.input_gradient = input_gradient;
     spec.precision = fastdni::precision_named(kPlan, precision);
     spec.separate_input = separate_input;
-    auto plan = fastdni::make_plan(std::move(spec), dtype_named(dtype), gpu);
-    workspace_bytes = plan->sweep->workspace_bytes();
-    launches = plan->sweep->launches();
+    auto plan = fastdni::make_plan(std::move(spec), dtype_named(dtype), gpu, runs);
+    if (runs) {
+      workspace_bytes = plan->sweep->workspace_bytes();
+      launches = plan->sweep->launches();
+    }
+    parameter_stages = plan->expected.parameter_stages;
+    for (const auto& stage : plan->expected.stages) numbers.append(numbers_of(stage));
     handle = fastdni::register_plan(std::move(plan));
   }
   PlanHandle(const PlanHandle&) = delete;
@@ -122,10 +142,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&,
-                    std::optional<int32_t>, const std::string&, bool, const std::string&, bool>(),
+                    std::optional<int32_t>, const std::string&, bool, const std::string&, bool,
+                    bool>(),
            py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("gpu"),
            py::arg("criterion"), py::arg("input_gradient"), py::arg("precision"),
-           py::arg("separate_input"))
+           py::arg("separate_input"), py::arg("runs"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def(
           "forget", [](const PlanHandle& plan) { fastdni::find_plan(plan.handle)->last = {}; },
@@ -133,6 +154,13 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "begun", [](const PlanHandle& plan) { return fastdni::find_plan(plan.handle)->begun; },
           "Whether the last step had begun to write when it failed.")
+      .def_readonly("parameter_stages", &PlanHandle::parameter_stages,
+                    "For each parameter the stage whose mask it shares; a synthesizer shares that "
+                    "above it.")
+      .def_readonly(
+          "numbers", &PlanHandle::numbers,
+          "Of each stage the numbers of its parameters, and of its running mean among the "
+          "statistics; -1 where there is none.")
       .def_readonly("launches", &PlanHandle::launches, "How a GPU's launches divide the step.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)

@@ -104,7 +104,7 @@ class FusedPart:
             if state is last[0] and settings is last[1]:
                 results = ops.sweep_repeat_(plan, self._input(x), target, context, caller)
             else:
-                repeatable = plan.handle != 0 and step.optimizers is not None and not pending
+                repeatable = plan.repeatable and step.optimizers is not None and not pending
                 results = ops.sweep_(
                     plan, self._input(x), target, context, state, groups, settings, active, caller,
                     repeatable,

@@ -331,7 +331,7 @@ def test_the_ops_schemas_say_what_they_write():
     state = on_device(fresh_state(one.settings, plan.parameters))
     count = len(plan.parameters)
     arguments = (
-        plan.structure.number, x, target, None, plan.parameters, plan.statistics, state,
+        plan.runner.structure.number, x, target, None, plan.parameters, plan.statistics, state,
         [0] * count, ops.flat([one.settings]), one.active,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdni.triton_sweep_, arguments, test_utils="test_schema")

@@ -20,13 +20,15 @@ template <Isa isa, class T>
 class CpuSweep final : public Sweep {
  public:
   explicit CpuSweep(const NetworkSpec& spec)
-      : arena_(spec.batch), updates_(spec.batch, spec.precision == Precision::bfloat16) {
+      : signature_(spec),
+        arena_(spec.batch),
+        updates_(spec.batch, spec.precision == Precision::bfloat16) {
     net_.spec = spec;
     net_.batch = spec.batch;
     net_.blocks = pieces<T>(spec.batch, largest_weight(spec));
     net_.bfloat16 = spec.precision == Precision::bfloat16;
     build();
-    net_.values.resize(next_parameter_);
+    net_.values.resize(signature_.parameters.size());
   }
 
   int64_t workspace_bytes() const override { return arena_.bytes(); }
@@ -114,8 +116,6 @@ class CpuSweep final : public Sweep {
 
   // ---- building ----
 
-  size_t take_parameter() { return next_parameter_++; }
-
   void pack_later(const Weight<T>& weight, bool backward) {
     const int64_t columns = backward ? weight.inputs : weight.outputs;
     for (int64_t p = 0; p < cpu::panels<isa, T>(columns); ++p) {
@@ -126,8 +126,8 @@ class CpuSweep final : public Sweep {
     row_work_ += net_.batch * weight.outputs * weight.inputs;
   }
 
-  Weight<T> take_weight(int64_t outputs, int64_t inputs, bool backward) {
-    Weight<T> weight{take_parameter(), outputs, inputs,
+  Weight<T> make_weight(int32_t parameter, int64_t outputs, int64_t inputs, bool backward) {
+    Weight<T> weight{parameter, outputs, inputs,
                      arena_.allocate(inputs * cpu::padded<isa, T>(outputs)), nullptr};
     pack_later(weight, false);
     if (backward) {
@@ -137,20 +137,22 @@ class CpuSweep final : public Sweep {
     return weight;
   }
 
-  Synthesizer<T>* take_synthesizer(const SynthesizerSpec& spec, size_t stage) {
+  // None where the boundary has none.
+  Synthesizer<T>* make_synthesizer(const SynthesizerSpec& spec,
+                                   const SynthesizerParameters& numbers, size_t stage) {
+    if (!spec.present()) return nullptr;
     net_.synthesizers.emplace_back();
     Synthesizer<T>& synthesizer = net_.synthesizers.back();
     synthesizer.stage = stage;
-    const size_t layers = spec.widths.size() - 1;
-    for (size_t i = 0; i < layers; ++i) {
-      synthesizer.weights.push_back(take_weight(spec.widths[i + 1], spec.widths[i], i > 0));
+    for (size_t i = 0; i < numbers.weights.size(); ++i) {
+      synthesizer.weights.push_back(
+          make_weight(numbers.weights[i], spec.widths[i + 1], spec.widths[i], i > 0));
     }
-    for (size_t i = 0; i < layers; ++i) {
-      synthesizer.biases.push_back(spec.bias ? take_parameter() : kNone);
-    }
+    synthesizer.biases = numbers.biases;
     if (spec.context > 0) {
-      synthesizer.context_weight = take_weight(spec.widths[1], spec.context, false);
-      if (spec.bias) synthesizer.context_bias = take_parameter();
+      synthesizer.context_weight =
+          make_weight(numbers.context_weight, spec.widths[1], spec.context, false);
+      synthesizer.context_bias = numbers.context_bias;
       Activations<T>*& context = contexts_[spec.context];
       if (context == nullptr) {
         context = arena_.activations(spec.context, true, true);
@@ -205,27 +207,18 @@ class CpuSweep final : public Sweep {
   void build() {
     const bool unlocked = net_.spec.unlocked();
     Program& program = forward_program_;
-    // Parameters are taken in the order of `signature`.
     std::vector<Synthesizer<T>*> gradient_synthesizers, input_synthesizers;
     for (size_t s = 0; s < net_.spec.stages.size(); ++s) {
       net_.stages.emplace_back();
       Stage<T>& stage = net_.stages.back();
-      stage.spec = net_.spec.stages[s];
+      const StageSpec& spec = stage.spec = net_.spec.stages[s];
+      const StageParameters& numbers = stage.numbers = signature_.stages[s];
       stage.weight =
-          take_weight(stage.spec.outputs, stage.spec.inputs, s > 0 || net_.spec.input_gradient);
-      if (stage.spec.bias) stage.bias = take_parameter();
-      if (stage.spec.batch_norm && stage.spec.affine) {
-        stage.norm_weight = take_parameter();
-        stage.norm_bias = take_parameter();
-      }
-      if (stage.spec.batch_norm && stage.spec.running) {
-        stage.statistics = next_statistic_;
-        next_statistic_ += 3;
-      }
-      const SynthesizerSpec& m = stage.spec.synthesizer;
-      const SynthesizerSpec& i = stage.spec.input_synthesizer;
-      gradient_synthesizers.push_back(m.present() ? take_synthesizer(m, s + 1) : nullptr);
-      input_synthesizers.push_back(i.present() ? take_synthesizer(i, s + 1) : nullptr);
+          make_weight(numbers.weight, spec.outputs, spec.inputs, s > 0 || net_.spec.input_gradient);
+      gradient_synthesizers.push_back(
+          make_synthesizer(spec.synthesizer, numbers.synthesizer, s + 1));
+      input_synthesizers.push_back(
+          make_synthesizer(spec.input_synthesizer, numbers.input_synthesizer, s + 1));
     }
 
     x_ = arena_.activations(net_.spec.stages[0].inputs, false, true);
@@ -251,7 +244,7 @@ class CpuSweep final : public Sweep {
         stage.next_input =
             evaluate_later(input_synthesizers[s], network_input_, true, true, program);
       }
-      updates_.add(stage.dz, stage.x, stage.weight.parameter, stage.bias, kNone, s);
+      updates_.add(stage.dz, stage.x, stage.weight.parameter, stage.numbers.bias, kNone, s);
       if (stage.spec.batch_norm) build_norm(stage, s);
     }
 
@@ -318,9 +311,9 @@ class CpuSweep final : public Sweep {
     stage.dots = arena_.allocate(outputs);
     stage.block_sums = arena_.allocate(net_.blocks * outputs);
     stage.block_dots = arena_.allocate(net_.blocks * outputs);
-    if (stage.norm_weight != kNone) {
-      updates_.add({stage.dots, outputs, 0}, nullptr, stage.norm_weight, kNone, kNone, s);
-      updates_.add({stage.sums, outputs, 0}, nullptr, stage.norm_bias, kNone, kNone, s);
+    if (stage.numbers.norm_weight != kNone) {
+      updates_.add({stage.dots, outputs, 0}, nullptr, stage.numbers.norm_weight, kNone, kNone, s);
+      updates_.add({stage.sums, outputs, 0}, nullptr, stage.numbers.norm_bias, kNone, kNone, s);
     }
   }
 
@@ -361,11 +354,11 @@ class CpuSweep final : public Sweep {
   }
 
   CpuNetwork<T> net_;
+  Signature signature_;
   Passes<isa, T> passes_{net_};
   int64_t row_work_ = 0, pack_work_ = 0;
   Arena<isa, T> arena_;
   Updates<isa, T> updates_;
-  size_t next_parameter_ = 0, next_statistic_ = 0;
   Activations<T>* x_ = nullptr;
   Activations<T>* network_input_ = nullptr;      // what input synthesizers predict from
   std::map<int64_t, Activations<T>*> contexts_;  // by width

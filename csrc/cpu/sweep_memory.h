@@ -26,9 +26,6 @@ static_assert(kLargeBlockRows <= cpu::kMultiplyRows);
 // Multiply-adds worth waking a thread for: about 20 us.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
 
-// A parameter that there is not.
-constexpr size_t kNone = std::numeric_limits<size_t>::max();
-
 // How many pieces `rows` rows are cut into that each read `elements` elements.
 template <class T>
 int64_t pieces(int64_t rows, int64_t elements) {

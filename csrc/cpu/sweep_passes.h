@@ -27,11 +27,11 @@ class Passes {
     multiply_rows(stage.x->rows, stage.weight.forward, rows, false, stage.z);
     if (stage.spec.batch_norm) {
       const int64_t at = b * stage.spec.outputs;
-      cpu::column_moments<isa, T>(stage.z, net_.value(stage.bias), rows, stage.block_sums + at,
-                                  stage.block_dots + at);
+      cpu::column_moments<isa, T>(stage.z, net_.value(stage.numbers.bias), rows,
+                                  stage.block_sums + at, stage.block_dots + at);
     } else {
-      cpu::finish_rows<isa, T>(stage.z, net_.value(stage.bias), nullptr, stage.spec.activation,
-                               rows);
+      cpu::finish_rows<isa, T>(stage.z, net_.value(stage.numbers.bias), nullptr,
+                               stage.spec.activation, rows);
       if (&stage == &net_.stages.back()) write_output(stage, rows);
     }
   }
@@ -42,10 +42,10 @@ class Passes {
     T* running_mean = nullptr;
     T* running_variance = nullptr;
     double momentum = stage.spec.momentum;
-    if (stage.statistics != kNone) {
-      running_mean = static_cast<T*>(net_.memory->statistics[stage.statistics]);
-      running_variance = static_cast<T*>(net_.memory->statistics[stage.statistics + 1]);
-      auto* tracked = static_cast<int64_t*>(net_.memory->statistics[stage.statistics + 2]);
+    if (stage.numbers.running != kNone) {
+      running_mean = static_cast<T*>(net_.memory->statistics[stage.numbers.running]);
+      running_variance = static_cast<T*>(net_.memory->statistics[stage.numbers.running + 1]);
+      auto* tracked = static_cast<int64_t*>(net_.memory->statistics[stage.numbers.running + 2]);
       ++*tracked;
       if (momentum < 0) momentum = 1.0 / *tracked;
     }
@@ -195,7 +195,8 @@ class Passes {
   }
 
   cpu::BatchNorm<T> norm(const Stage<T>& stage) const {
-    return {stage.mean, stage.inverse, net_.value(stage.norm_weight), net_.value(stage.norm_bias)};
+    return {stage.mean, stage.inverse, net_.value(stage.numbers.norm_weight),
+            net_.value(stage.numbers.norm_bias)};
   }
 
   void write_output(const Stage<T>& stage, Rows rows) {

@@ -12,7 +12,7 @@ namespace fastdni::cpu {
 // A weight (outputs, inputs) in panels: of its transpose for x W^T, of itself for dz W.
 template <class T>
 struct Weight {
-  size_t parameter = 0;
+  int32_t parameter = kNone;
   int64_t outputs = 0, inputs = 0;
   T* forward = nullptr;
   T* backward = nullptr;
@@ -21,9 +21,9 @@ struct Weight {
 template <class T>
 struct Synthesizer {
   std::vector<Weight<T>> weights;
-  std::vector<size_t> biases;
+  std::vector<int32_t> biases;
   Weight<T> context_weight;
-  size_t context_bias = kNone;
+  int32_t context_bias = kNone;
   Activations<T>* context = nullptr;
   size_t stage = 0;  // the one above its boundary, whose mask it shares
 };
@@ -44,7 +44,7 @@ template <class T>
 struct Stage {
   StageSpec spec;
   Weight<T> weight;
-  size_t bias = kNone, norm_weight = kNone, norm_bias = kNone, statistics = kNone;
+  StageParameters numbers;
   Activations<T>* x = nullptr;
   Activations<T>* h = nullptr;
   Matrix<T> z;   // with BatchNorm, normalised; without, the same as h
@@ -78,7 +78,7 @@ struct CpuNetwork {
   int64_t counted = 0;     // rows that the criterion counts
 
   Rows block(int64_t b) const { return {batch * b / blocks, batch * (b + 1) / blocks}; }
-  const T* value(size_t parameter) const {
+  const T* value(int32_t parameter) const {
     return parameter == kNone ? nullptr : values[parameter];
   }
   // Whether a stage is updated in this step.

@@ -19,8 +19,8 @@ class Updates {
 
   // grad^T input -> the weight's gradient, the columns' sums of grad -> those of the biases.
   // Without an input grad is a vector, and the gradient itself. A masked stage's are left out.
-  void add(const Matrix<T>& grad, const Activations<T>* input, size_t weight, size_t bias,
-           size_t second_bias, size_t stage) {
+  void add(const Matrix<T>& grad, const Activations<T>* input, int32_t weight, int32_t bias,
+           int32_t second_bias, size_t stage) {
     const int64_t outputs = grad.columns;
     const int64_t read = input == nullptr ? 1 : batch_ * input->rows.columns;
     const int64_t count = pieces<T>(outputs, read);
@@ -48,7 +48,7 @@ class Updates {
   struct Job {
     Matrix<T> grad;
     const Activations<T>* input;
-    size_t weight, bias, second_bias;
+    int32_t weight, bias, second_bias;
     size_t stage;
   };
   struct Task {
@@ -66,7 +66,7 @@ class Updates {
     return powers_[0].value;
   }
 
-  void apply(size_t parameter, const T* grad, int64_t at, int64_t count) {
+  void apply(int32_t parameter, const T* grad, int64_t at, int64_t count) {
     const ParameterMemory& memory = memory_->parameters[parameter];
     T* target = static_cast<T*>(memory.value) + at;
     const auto beside = [&](void* kept) {
@@ -76,7 +76,7 @@ class Updates {
                         beside(memory.second), count);
   }
 
-  bool updated(size_t parameter) const {
+  bool updated(int32_t parameter) const {
     return parameter != kNone && rules_[parameter].rule != Rule::none;
   }
 
@@ -92,7 +92,7 @@ class Updates {
     if (updated(job.bias) || updated(job.second_bias)) {
       T sums[kLargeBlockRows];
       cpu::sum_columns<isa, T>(job.grad, batch_, task.first, task.last, sums);
-      for (size_t bias : {job.bias, job.second_bias}) {
+      for (int32_t bias : {job.bias, job.second_bias}) {
         if (updated(bias)) apply(bias, sums, task.first, outputs);
       }
     }

@@ -35,6 +35,10 @@ Placement placement_of(const Tensor& tensor, const char* as);
 void check_device(const std::string& caller, const char* name, const Tensor& tensor,
                   const Placement& placement);
 
+// How what an optimizer keeps may lie in memory: anyhow, by way of copies, or one element after the
+// other.
+enum class Layout { any, contiguous };
+
 // What is left to do once everything is checked, and what is held until it is done.
 class OptimizerBinding {
  public:
@@ -56,7 +60,7 @@ class OptimizerBinding {
 // exp_avg_sq, step; then its learning rate, where `settings` has NaN for it. `groups` has for each
 // parameter its row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (common/optimizer.h).
 OptimizerBinding bind_optimizer(const std::string& caller, const Placement& placement,
-                                const std::vector<Shape>& shapes, const Tensors& state,
+                                Layout layout, const std::vector<Shape>& shapes, const Tensors& state,
                                 const Integers& groups, const std::vector<double>& settings,
                                 std::vector<ParameterMemory>& parameters);
 

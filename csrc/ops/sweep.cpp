@@ -7,6 +7,7 @@
 //                    for them, so that nobody takes the op for one that only reads
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
 //   sweep_update_    the rest: the topmost synthesizer's regression, and every update
+//   sweep_check_...  what the two parts may be given: the same rules for every backend
 #include "ops/sweep.h"
 
 #include <optional>
@@ -17,6 +18,14 @@
 
 namespace fastdni {
 namespace {
+
+// `runs`: whether the plan is one that runs steps, or of rules alone.
+std::shared_ptr<Plan> find_plan(const std::string& caller, int64_t handle, bool runs) {
+  std::shared_ptr<Plan> plan = fastdni::find_plan(handle);
+  FASTDNI_CHECK((plan->sweep != nullptr) == runs, caller, ": plan must be one ",
+                runs ? "that runs steps, got rules alone" : "of rules alone, got one that runs");
+  return plan;
+}
 
 // The results of a step, fresh.
 Tensor make_output(Plan& plan, const Tensor& like) {
@@ -58,12 +67,10 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
-  plan.begun = false;
+  plan.begun = plan.goes_on = false;
   plan.memory.like = &x;
-  const SweepInputs inputs = check_inputs(caller, plan, x, target, context);
-  bind_inputs(plan, inputs);
-  bind_parameters(caller, plan, given.parameters, given.active);
-  bind_statistics(caller, plan, given.statistics);
+  const SweepInputs inputs = bind_forward(caller, plan, x, target, context, {}, given.parameters,
+                                          given.statistics, given.active);
   OptimizerBinding optimizer =
       bind_optimizer(caller, plan, given.state, given.groups, given.settings);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
@@ -75,7 +82,6 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
   run_forward(plan);
   run_update(plan, optimizer);
   plan.begun = false;
-  plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
   return {output, loss, synthesis_loss};
 }
 
@@ -86,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
                                               const Tensors& state, const Integers& groups,
                                               const std::vector<double>& settings,
                                               const Integers& active, bool repeatable) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   plan->last = {};
   StepArguments given{parameters, statistics, state, groups, settings, active};
@@ -100,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::strin
                                                 const Tensor& /*written*/, const Tensor& x,
                                                 const OptionalTensor& target,
                                                 const OptionalTensor& context) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   FASTDNI_CHECK(!plan->last.parameters.empty(), caller, ": plan has no step to repeat");
   return whole_step(caller, *plan, x, target, context, plan->last);
@@ -110,21 +116,12 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
     int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
     const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& parameters,
     const Tensors& statistics, const Integers& active) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
+  plan->goes_on = false;
+  const SweepInputs inputs = bind_forward(caller, *plan, x, target, context, network_input,
+                                          parameters, statistics, active);
   plan->memory.like = &x;
-  SweepInputs inputs = check_inputs(caller, *plan, x, target, context);
-  FASTDNI_CHECK(network_input.has_value() == plan->spec.separate_input, caller,
-                ": network_input must be given to plans with a separate input, and to no others");
-  if (network_input.has_value()) {
-    inputs.network_input = as_contiguous(*network_input);
-    check_values(caller, "network_input", *inputs.network_input,
-                 {plan->spec.batch, plan->spec.stages[0].input_synthesizer.widths.front()},
-                 plan->dtype, *plan);
-  }
-  bind_inputs(*plan, inputs);
-  bind_parameters(caller, *plan, parameters, active);
-  bind_statistics(caller, *plan, statistics);
   Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
   Tensor input_gradient = empty(x, plan->spec.input_gradient ? shape_of(x) : Shape{0});
   plan->memory.input_gradient = input_gradient.data_ptr();
@@ -134,33 +131,44 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
   }
   plan->memory.apart = true;
   run_forward(*plan);
+  plan->goes_on = true;
   return {output, loss, input_gradient};
 }
 
 Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
                     const Tensors& parameters, const Tensors& state, const Integers& groups,
                     const std::vector<double>& settings, const Integers& active) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
-  FASTDNI_CHECK(plan->memory.x != nullptr, caller, ": plan has no forward pass to go on from");
+  OptionalTensor arrived;
+  OptimizerBinding optimizer =
+      bind_update(caller, *plan, gradient, parameters, state, groups, settings, active, arrived);
   plan->memory.like = &parameters[0];
-  bind_parameters(caller, *plan, parameters, active);
-  OptimizerBinding optimizer = bind_optimizer(caller, *plan, state, groups, settings);
-  plan->memory.gradient = nullptr;
-  const bool wanted = plan->spec.criterion == Criterion::none && plan->memory.active.back();
-  FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
-                ": gradient must be given for the topmost synthesizer, got None");
-  std::optional<Tensor> arrived;
-  if (gradient.has_value()) {
-    arrived = as_contiguous(*gradient);
-    check_values(caller, "gradient", *arrived, {plan->spec.batch, plan->spec.stages.back().outputs},
-                 plan->dtype, *plan);
-    plan->memory.gradient = arrived->data_ptr();
-  }
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
   run_update(*plan, optimizer);
   return synthesis_loss;
+}
+
+// The rules of both parts, for those who run a plan's steps themselves.
+void check_forward(int64_t handle, const std::string& caller, const Tensor& x,
+                   const OptionalTensor& target, const OptionalTensor& context,
+                   const OptionalTensor& network_input, const Tensors& parameters,
+                   const Tensors& statistics, const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, false);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
+  plan->goes_on = false;
+  bind_forward(caller, *plan, x, target, context, network_input, parameters, statistics, active);
+  plan->goes_on = true;
+}
+
+void check_update(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
+                  const Tensors& parameters, const Tensors& state, const Integers& groups,
+                  const std::vector<double>& settings, const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, false);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
+  OptionalTensor arrived;
+  bind_update(caller, *plan, gradient, parameters, state, groups, settings, active, arrived);
+  plan->goes_on = false;  // whoever asks lets go of what his forward part made
 }
 
 }  // namespace
@@ -182,10 +190,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "sweep_update_(int plan, str caller, Tensor? gradient, Tensor(a!)[] parameters, "
       "Tensor(b!)[] state, int[] groups, float[] settings, int[] active) -> Tensor synthesis_loss");
   m.def(
+      "sweep_check_forward(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "Tensor? network_input, Tensor[] parameters, Tensor[] statistics, int[] active) -> ()");
+  m.def(
+      "sweep_check_update(int plan, str caller, Tensor? gradient, Tensor[] parameters, "
+      "Tensor[] state, int[] groups, float[] settings, int[] active) -> ()");
+  m.def(
       "sweep_check_target(str caller, Tensor target, int batch, int outputs, str criterion) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
+  m.impl("sweep_check_forward", TORCH_BOX(&check_forward));
+  m.impl("sweep_check_update", TORCH_BOX(&check_update));
   m.impl("sweep_check_target", TORCH_BOX(&check_target));
 }
 

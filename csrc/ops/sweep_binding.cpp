@@ -42,35 +42,7 @@ void check_context(const std::string& caller, const Plan& plan, const OptionalTe
   }
 }
 
-}  // namespace
-
-void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
-                  const std::string& criterion) {
-  const std::string rows = std::to_string(batch);
-  if (named<Criterion>(caller, "criterion", criterion,
-                       {{"cross_entropy", Criterion::cross_entropy}, {"mse", Criterion::mse}}) ==
-      Criterion::mse) {
-    const Shape wanted{batch, outputs};
-    FASTDNI_CHECK(shape_of(target) == wanted, caller,
-                  ": target must be (B, N) = ", to_string(wanted), ", got ",
-                  to_string(shape_of(target)));
-    return;
-  }
-  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
-                ": target must be int64 labels for cross_entropy, got ",
-                to_string(target.scalar_type()));
-  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
-                ",), got ", to_string(shape_of(target)));
-  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
-  const Tensor contiguous = as_contiguous(target);
-  const auto* labels = data<int64_t>(contiguous);
-  for (int64_t r = 0; r < batch; ++r) {
-    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == kIgnoreIndex, caller,
-                  ": target must hold labels from 0 to ", outputs - 1, " (or ", kIgnoreIndex,
-                  " for rows to ignore), got ", labels[r], " in row ", r);
-  }
-}
-
+// Called for every parameter of a step: no allocation unless it fails.
 void check_values(const std::string& caller, const char* name, const Tensor& tensor,
                   const Shape& shape, ScalarType dtype, const Plan& plan) {
   const auto sizes = tensor.sizes();
@@ -146,6 +118,54 @@ void bind_statistics(const std::string& caller, Plan& plan, const Tensors& stati
   }
 }
 
+}  // namespace
+
+void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
+                  const std::string& criterion) {
+  const std::string rows = std::to_string(batch);
+  if (named<Criterion>(caller, "criterion", criterion,
+                       {{"cross_entropy", Criterion::cross_entropy}, {"mse", Criterion::mse}}) ==
+      Criterion::mse) {
+    const Shape wanted{batch, outputs};
+    FASTDNI_CHECK(shape_of(target) == wanted, caller,
+                  ": target must be (B, N) = ", to_string(wanted), ", got ",
+                  to_string(shape_of(target)));
+    return;
+  }
+  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
+                ": target must be int64 labels for cross_entropy, got ",
+                to_string(target.scalar_type()));
+  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
+                ",), got ", to_string(shape_of(target)));
+  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
+  const Tensor contiguous = as_contiguous(target);
+  const auto* labels = data<int64_t>(contiguous);
+  for (int64_t r = 0; r < batch; ++r) {
+    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == kIgnoreIndex, caller,
+                  ": target must hold labels from 0 to ", outputs - 1, " (or ", kIgnoreIndex,
+                  " for rows to ignore), got ", labels[r], " in row ", r);
+  }
+}
+
+SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
+                         const OptionalTensor& target, const OptionalTensor& context,
+                         const OptionalTensor& network_input, const Tensors& parameters,
+                         const Tensors& statistics, const Integers& active) {
+  SweepInputs inputs = check_inputs(caller, plan, x, target, context);
+  FASTDNI_CHECK(network_input.has_value() == plan.spec.separate_input, caller,
+                ": network_input must be given to plans with a separate input, and to no others");
+  if (network_input.has_value()) {
+    inputs.network_input = as_contiguous(*network_input);
+    check_values(caller, "network_input", *inputs.network_input,
+                 {plan.spec.batch, plan.spec.stages[0].input_synthesizer.widths.front()},
+                 plan.dtype, plan);
+  }
+  bind_inputs(plan, inputs);
+  bind_parameters(caller, plan, parameters, active);
+  bind_statistics(caller, plan, statistics);
+  return inputs;
+}
+
 OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
                                 const Integers& groups, const std::vector<double>& settings) {
   const std::vector<int64_t>& stages = plan.expected.parameter_stages;
@@ -153,8 +173,30 @@ OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Ten
     FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[stages[i]], caller,
                   ": groups must be -1 for the parameters of a masked stage");
   }
-  return bind_optimizer(caller, placement(plan), plan.expected.parameters, state, groups, settings,
-                        plan.memory.parameters);
+  return bind_optimizer(caller, placement(plan), Layout::contiguous, plan.expected.parameters,
+                        state, groups, settings, plan.memory.parameters);
+}
+
+OptimizerBinding bind_update(const std::string& caller, Plan& plan,
+                                       const OptionalTensor& gradient, const Tensors& parameters,
+                                       const Tensors& state, const Integers& groups,
+                                       const std::vector<double>& settings, const Integers& active,
+                                       OptionalTensor& arrived) {
+  FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
+  FASTDNI_CHECK(plan.goes_on, caller, ": plan has no forward pass to go on from");
+  bind_parameters(caller, plan, parameters, active);
+  OptimizerBinding optimizer = bind_optimizer(caller, plan, state, groups, settings);
+  plan.memory.gradient = nullptr;
+  const bool wanted = plan.spec.criterion == Criterion::none && plan.memory.active.back();
+  FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
+                ": gradient must be given for the topmost synthesizer, got None");
+  if (gradient.has_value()) {
+    arrived = as_contiguous(*gradient);
+    check_values(caller, "gradient", *arrived, {plan.spec.batch, plan.spec.stages.back().outputs},
+                 plan.dtype, plan);
+    plan.memory.gradient = arrived->data_ptr();
+  }
+  return optimizer;
 }
 
 }  // namespace fastdni

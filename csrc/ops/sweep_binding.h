@@ -17,21 +17,21 @@ struct SweepInputs {
 void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
                   const std::string& criterion);
 
-// Called for every parameter and state tensor of a step: no allocation unless it fails.
-void check_values(const std::string& caller, const char* name, const Tensor& tensor,
-                  const Shape& shape, ScalarType dtype, const Plan& plan);
-
-SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
-                         const OptionalTensor& target, const OptionalTensor& context);
-
-void bind_inputs(Plan& plan, const SweepInputs& inputs);
-
-void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
-                     const Integers& active);
-
-void bind_statistics(const std::string& caller, Plan& plan, const Tensors& statistics);
+// Binds what a forward part is given; what had to be made contiguous is in the result, which must
+// live as long as the part is at work.
+SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
+                         const OptionalTensor& target, const OptionalTensor& context,
+                         const OptionalTensor& network_input, const Tensors& parameters,
+                         const Tensors& statistics, const Integers& active);
 
 OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
                                 const Integers& groups, const std::vector<double>& settings);
+
+// Binds what the update of a forward part is given, the gradient from above into `arrived`.
+OptimizerBinding bind_update(const std::string& caller, Plan& plan,
+                                       const OptionalTensor& gradient, const Tensors& parameters,
+                                       const Tensors& state, const Integers& groups,
+                                       const std::vector<double>& settings, const Integers& active,
+                                       OptionalTensor& arrived);
 
 }  // namespace fastdni

@@ -7,21 +7,6 @@
 namespace fastdni {
 namespace {
 
-void add_synthesizer(const SynthesizerSpec& spec, int64_t stage, Signature& signature) {
-  if (!spec.present()) return;
-  const auto add = [&](Shape shape) {
-    signature.parameters.push_back(std::move(shape));
-    signature.parameter_stages.push_back(stage);
-  };
-  const size_t layers = spec.widths.size() - 1;
-  for (size_t i = 0; i < layers; ++i) add({spec.widths[i + 1], spec.widths[i]});
-  for (size_t i = 0; spec.bias && i < layers; ++i) add({spec.widths[i + 1]});
-  if (spec.context > 0) {
-    add({spec.widths[1], spec.context});
-    if (spec.bias) add({spec.widths[1]});
-  }
-}
-
 // Widths that do not fit together would be read out of bounds.
 void check_spec(const NetworkSpec& spec) {
   FASTDNI_CHECK(!spec.stages.empty() && spec.batch > 0,
@@ -64,49 +49,28 @@ int64_t next_handle = 1;
 
 }  // namespace
 
+Plan::Plan(NetworkSpec network, ScalarType dtype, std::optional<int32_t> gpu,
+           std::unique_ptr<Sweep> sweep)
+    : spec(std::move(network)), dtype(dtype), gpu(gpu), expected(spec), sweep(std::move(sweep)) {
+  memory.parameters.resize(expected.parameters.size());
+  memory.statistics.resize(expected.statistics.size());
+  memory.active.resize(spec.stages.size() + 1);
+}
+
 SweepBackend::SweepBackend(Device device, MakeSweep make) {
   sweep_makers()[static_cast<size_t>(device)] = make;
 }
 
-Signature signature(const NetworkSpec& spec) {
-  Signature result;
-  for (size_t s = 0; s < spec.stages.size(); ++s) {
-    const StageSpec& stage = spec.stages[s];
-    const auto add = [&](Shape shape) {
-      result.parameters.push_back(std::move(shape));
-      result.parameter_stages.push_back(s);
-    };
-    add({stage.outputs, stage.inputs});
-    if (stage.bias) add({stage.outputs});
-    if (stage.batch_norm && stage.affine) {
-      add({stage.outputs});
-      add({stage.outputs});
-    }
-    if (stage.batch_norm && stage.running) {
-      result.statistics.push_back({stage.outputs});
-      result.statistics.push_back({stage.outputs});
-      result.statistics.push_back({});
-    }
-    add_synthesizer(stage.synthesizer, s + 1, result);
-    add_synthesizer(stage.input_synthesizer, s + 1, result);
-  }
-  return result;
-}
-
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu) {
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu,
+                                bool runs) {
   check_spec(spec);
-  auto plan = std::make_shared<Plan>();
-  plan->expected = signature(spec);
-  const MakeSweep make = sweep_makers()[static_cast<size_t>(gpu ? Device::gpu : Device::cpu)];
-  FASTDNI_CHECK(make != nullptr, "sweep: this build has no kernels for a ", gpu ? "GPU" : "CPU");
-  plan->sweep = make(spec, dtype);
-  plan->dtype = dtype;
-  plan->gpu = gpu;
-  plan->memory.parameters.resize(plan->expected.parameters.size());
-  plan->memory.statistics.resize(plan->expected.statistics.size());
-  plan->memory.active.resize(spec.stages.size() + 1);
-  plan->spec = std::move(spec);
-  return plan;
+  std::unique_ptr<Sweep> sweep;
+  if (runs) {
+    const MakeSweep make = sweep_makers()[static_cast<size_t>(gpu ? Device::gpu : Device::cpu)];
+    FASTDNI_CHECK(make != nullptr, "sweep: this build has no kernels for a ", gpu ? "GPU" : "CPU");
+    sweep = make(spec, dtype);
+  }
+  return std::make_shared<Plan>(std::move(spec), dtype, gpu, std::move(sweep));
 }
 
 int64_t register_plan(std::shared_ptr<Plan> plan) {

@@ -9,19 +9,11 @@
 #include <vector>
 
 #include "common/network.h"
+#include "common/parameters.h"
 #include "ops/optimizer_binding.h"
 #include "ops/tensor.h"
 
 namespace fastdni {
-
-// The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
-// weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
-struct Signature {
-  std::vector<Shape> parameters;
-  std::vector<int64_t> parameter_stages;  // a synthesizer belongs to the stage above its boundary
-  std::vector<Shape> statistics;          // running_mean, running_var, num_batches_tracked
-};
-Signature signature(const NetworkSpec& spec);
 
 // What one step is given, checked. Null where there is none.
 struct StepMemory {
@@ -79,11 +71,15 @@ struct Plan {
   ScalarType dtype;
   std::optional<int32_t> gpu;  // its number; none: the CPU
   Signature expected;
-  std::unique_ptr<Sweep> sweep;
-  StepMemory memory;         // filled at each step; here to keep its allocations
-  StepArguments last;        // of the last whole step, where it may be repeated
-  bool begun = false;        // the last whole step has begun to write, and not ended
-  std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
+  std::unique_ptr<Sweep> sweep;  // none: the plan has rules alone, and others run its steps
+  StepMemory memory;             // filled at each step; here to keep its allocations
+  StepArguments last;            // of the last whole step, where it may be repeated
+  bool begun = false;            // the last whole step has begun to write, and not ended
+  bool goes_on = false;          // a forward part waits for its update
+  std::vector<Tensor> held;      // what an update reads of the last forward pass's arguments
+
+  Plan(NetworkSpec network, ScalarType dtype, std::optional<int32_t> gpu,
+       std::unique_ptr<Sweep> sweep);
 };
 
 // Plans are handed to the ops by number.
@@ -91,6 +87,8 @@ int64_t register_plan(std::shared_ptr<Plan> plan);
 void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu);
+// `runs`: whether the plan has what runs a step, or rules alone.
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu,
+                                bool runs);
 
 }  // namespace fastdni

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/parameters.h"
 #include "cuda/kernels/sweep_library.h"
 #include "cuda/kernels/sweep_phases.h"
 #include "cuda/kernels/sweep_program.h"
@@ -26,9 +27,8 @@ class SweepProgramBuilder {
 
  private:
   struct Synthesizer {
-    std::vector<int32_t> weights, biases;
+    SynthesizerParameters numbers;
     std::vector<int64_t> widths;
-    int32_t context_weight = -1, context_bias = -1;
     int32_t context = 0;
     int32_t stage = 0;  // the one above its boundary, whose mask it shares
   };
@@ -43,7 +43,7 @@ class SweepProgramBuilder {
 
   struct Stage {
     const StageSpec* spec = nullptr;
-    int32_t weight = -1, bias = -1, norm_weight = -1, norm_bias = -1, running = -1;
+    StageParameters numbers;
     const Synthesizer* m = nullptr;
     const Synthesizer* i = nullptr;
     Operand x, h, z, dz;
@@ -59,45 +59,26 @@ class SweepProgramBuilder {
     return allocate(program_.row_blocks * column_tiles(columns)).at;
   }
   static Operand parameter(int32_t number) {
-    return number < 0 ? Operand{} : Operand{Place::parameter, number};
+    return number == kNone ? Operand{} : Operand{Place::parameter, number};
   }
 
-  // ---- parameters, in the order of `signature` ----
-
-  const Synthesizer* take_synthesizer(const SynthesizerSpec& spec, int32_t stage) {
+  const Synthesizer* make_synthesizer(const SynthesizerSpec& spec,
+                                      const SynthesizerParameters& numbers, int32_t stage) {
     if (!spec.present()) return nullptr;
-    Synthesizer& made = synthesizers_.emplace_back();
-    made.widths = spec.widths;
-    made.stage = stage;
-    const size_t layers = spec.widths.size() - 1;
-    for (size_t i = 0; i < layers; ++i) made.weights.push_back(next_parameter_++);
-    for (size_t i = 0; i < layers; ++i) made.biases.push_back(spec.bias ? next_parameter_++ : -1);
-    if (spec.context > 0) {
-      made.context = static_cast<int32_t>(spec.context);
-      made.context_weight = next_parameter_++;
-      if (spec.bias) made.context_bias = next_parameter_++;
-    }
-    return &made;
+    return &synthesizers_.emplace_back(
+        Synthesizer{numbers, spec.widths, static_cast<int32_t>(spec.context), stage});
   }
 
-  void take_parameters() {
+  void make_stages() {
+    const Signature signature(spec_);
     for (size_t s = 0; s < spec_.stages.size(); ++s) {
       const StageSpec& spec = spec_.stages[s];
       Stage& stage = stages_.emplace_back();
       stage.spec = &spec;
-      stage.weight = next_parameter_++;
-      if (spec.bias) stage.bias = next_parameter_++;
-      if (spec.batch_norm && spec.affine) {
-        stage.norm_weight = next_parameter_++;
-        stage.norm_bias = next_parameter_++;
-      }
-      if (spec.batch_norm && spec.running) {
-        stage.running = next_statistic_;
-        next_statistic_ += 3;
-      }
+      stage.numbers = signature.stages[s];
       const auto above = static_cast<int32_t>(s + 1);
-      stage.m = take_synthesizer(spec.synthesizer, above);
-      stage.i = take_synthesizer(spec.input_synthesizer, above);
+      stage.m = make_synthesizer(spec.synthesizer, stage.numbers.synthesizer, above);
+      stage.i = make_synthesizer(spec.input_synthesizer, stage.numbers.input_synthesizer, above);
     }
   }
 
@@ -128,7 +109,7 @@ class SweepProgramBuilder {
     made.of_gradient = of_gradient;
     made.partials = stage.partials;
     made.statistics = stage.statistics;
-    made.running = of_gradient ? -1 : stage.running;
+    made.running = of_gradient ? -1 : stage.numbers.running;
     made.momentum = stage.spec->momentum;
     made.eps = stage.spec->eps;
     program_.reductions.push_back(made);
@@ -141,7 +122,7 @@ class SweepProgramBuilder {
                        const Stage* stage = nullptr) {
     Evaluation& made = evaluations_.emplace_back();
     made.synthesizer = synthesizer;
-    const size_t layers = synthesizer->weights.size();
+    const size_t layers = synthesizer->numbers.weights.size();
     Operand from = trigger;
     for (size_t i = 0; i < layers; ++i) {
       const bool last = i + 1 == layers;
@@ -150,12 +131,12 @@ class SweepProgramBuilder {
       Instruction& layer = add(Op::product, outputs, -1);
       layer.depth = static_cast<int32_t>(synthesizer->widths[i]);
       layer.a = from;
-      layer.weight = parameter(synthesizer->weights[i]);
-      layer.bias = parameter(synthesizer->biases[i]);
+      layer.weight = parameter(synthesizer->numbers.weights[i]);
+      layer.bias = parameter(synthesizer->numbers.biases[i]);
       if (i == 0 && synthesizer->context > 0) {
         layer.context = synthesizer->context;
-        layer.context_weight = parameter(synthesizer->context_weight);
-        layer.second_bias = parameter(synthesizer->context_bias);
+        layer.context_weight = parameter(synthesizer->numbers.context_weight);
+        layer.second_bias = parameter(synthesizer->numbers.context_bias);
       }
       layer.activation = last ? Activation::identity : Activation::relu;
       layer.out = to;
@@ -182,15 +163,15 @@ class SweepProgramBuilder {
       job.input = from;
       job.outputs = static_cast<int32_t>(synthesizer->widths[i + 1]);
       job.inputs = static_cast<int32_t>(synthesizer->widths[i]);
-      job.weight = synthesizer->weights[i];
-      job.bias = synthesizer->biases[i];
+      job.weight = synthesizer->numbers.weights[i];
+      job.bias = synthesizer->numbers.biases[i];
       job.stage = synthesizer->stage;
-      if (i == 0) job.second_bias = synthesizer->context_bias;
+      if (i == 0) job.second_bias = synthesizer->numbers.context_bias;
       program_.jobs.push_back(job);
       if (i == 0 && synthesizer->context > 0) {
         job.input = {Place::context, 0};
         job.inputs = synthesizer->context;
-        job.weight = synthesizer->context_weight;
+        job.weight = synthesizer->numbers.context_weight;
         job.bias = job.second_bias = -1;
         program_.jobs.push_back(job);
       }
@@ -213,7 +194,7 @@ class SweepProgramBuilder {
       Instruction& layer = add(Op::product, synthesizer.widths[i], stage);
       layer.a = evaluation.grads[i];
       layer.depth = static_cast<int32_t>(synthesizer.widths[i + 1]);
-      layer.weight = parameter(synthesizer.weights[i]);
+      layer.weight = parameter(synthesizer.numbers.weights[i]);
       layer.transposed = true;
       layer.finish = Finish::differentiate;
       layer.activation = Activation::relu;
@@ -232,7 +213,7 @@ class SweepProgramBuilder {
   Instruction delta(const Stage& stage) const {
     Instruction made = itself(stage.dz);
     made.depth = static_cast<int32_t>(stage.spec->outputs);
-    made.weight = parameter(stage.weight);
+    made.weight = parameter(stage.numbers.weight);
     made.transposed = true;
     return made;
   }
@@ -241,8 +222,8 @@ class SweepProgramBuilder {
     Instruction& layer = add(Op::product, stage.spec->outputs, -1);
     layer.a = stage.x;
     layer.depth = static_cast<int32_t>(stage.spec->inputs);
-    layer.weight = parameter(stage.weight);
-    layer.bias = parameter(stage.bias);
+    layer.weight = parameter(stage.numbers.weight);
+    layer.bias = parameter(stage.numbers.bias);
     layer.out = stage.z;
     if (!stage.spec->batch_norm) {
       layer.activation = stage.spec->activation;
@@ -258,8 +239,8 @@ class SweepProgramBuilder {
     made.out = stage.z;
     made.other = stage.h;
     made.activation = stage.spec->activation;
-    made.weight = parameter(stage.norm_weight);
-    made.bias = parameter(stage.norm_bias);
+    made.weight = parameter(stage.numbers.norm_weight);
+    made.bias = parameter(stage.numbers.norm_bias);
     made.statistics = stage.statistics;
   }
 
@@ -293,7 +274,7 @@ class SweepProgramBuilder {
       Instruction& made = add(Op::normalize_gradient, stage.spec->outputs, number);
       made.out = stage.dz;
       made.other = stage.z;
-      made.weight = parameter(stage.norm_weight);
+      made.weight = parameter(stage.numbers.norm_weight);
       made.statistics = stage.statistics;
     }
     if (s > 0) {
@@ -308,7 +289,7 @@ class SweepProgramBuilder {
   }
 
   void build() {
-    take_parameters();
+    make_stages();
     const bool unlocked = spec_.unlocked();
     const Operand network_input{spec_.separate_input ? Place::network_input : Place::x, 0};
     const Operand output{Place::output, 0};
@@ -337,22 +318,22 @@ class SweepProgramBuilder {
       job.input = stage.x;
       job.outputs = static_cast<int32_t>(outputs);
       job.inputs = static_cast<int32_t>(stage.spec->inputs);
-      job.weight = stage.weight;
-      job.bias = stage.bias;
+      job.weight = stage.numbers.weight;
+      job.bias = stage.numbers.bias;
       job.stage = static_cast<int32_t>(s);
       program_.jobs.push_back(job);
       if (!stage.spec->batch_norm) continue;
       stage.statistics = allocate(4 * outputs).at;
       stage.partials = allocate(2 * program_.row_blocks * outputs).at;
-      if (stage.norm_weight < 0) continue;
+      if (stage.numbers.norm_weight < 0) continue;
       job = Job{};
       job.outputs = static_cast<int32_t>(outputs);
       job.inputs = 1;
       job.stage = static_cast<int32_t>(s);
-      job.weight = stage.norm_weight;
+      job.weight = stage.numbers.norm_weight;
       job.ready = {Place::workspace, stage.statistics + 3 * outputs};
       program_.jobs.push_back(job);
-      job.weight = stage.norm_bias;
+      job.weight = stage.numbers.norm_bias;
       job.ready = {Place::workspace, stage.statistics + 2 * outputs};
       program_.jobs.push_back(job);
     }
@@ -427,7 +408,6 @@ class SweepProgramBuilder {
   const NetworkSpec& spec_;
   SweepProgram program_;
   Segment open_;
-  int32_t next_parameter_ = 0, next_statistic_ = 0;
   // Deques: what points into them stays valid.
   std::deque<Synthesizer> synthesizers_;
   std::deque<Evaluation> evaluations_;
