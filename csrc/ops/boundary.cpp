@@ -22,8 +22,8 @@ BoundaryArguments check_boundary(const std::string& caller, const Tensor& trigge
   FASTDNI_CHECK(layers >= 1, caller, ": layers must be 1 or more, got ", layers);
   const int64_t of_layer = bias ? 2 : 1;
   const int64_t count = of_layer * (layers + context.has_value());
-  FASTDNI_CHECK(static_cast<int64_t>(parameters.size()) == count, caller,
-                ": parameters must hold ", count, " tensors for ", layers, " layers",
+  FASTDNI_CHECK(static_cast<int64_t>(parameters.size()) == count, caller, ": parameters must hold ",
+                count, " tensors for ", layers, " layers",
                 context.has_value() ? " and a context" : "", ", got ", parameters.size());
   BoundaryArguments given;
   const auto weights_end = parameters.begin() + layers;

@@ -61,10 +61,11 @@ Placement placement_of(const Tensor& tensor, const char* as) {
 
 void check_device(const std::string& caller, const char* name, const Tensor& tensor,
                   const Placement& placement) {
-  const bool fits =
-      placement.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *placement.gpu : tensor.is_cpu();
+  const bool fits = placement.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *placement.gpu
+                                  : tensor.is_cpu();
   FASTDNI_CHECK(fits, caller, ": ", name, " must be on ",
-                placement.gpu ? "cuda:" + std::to_string(*placement.gpu) : "the CPU", ", as ", placement.as);
+                placement.gpu ? "cuda:" + std::to_string(*placement.gpu) : "the CPU", ", as ",
+                placement.as);
 }
 
 void* OptimizerBinding::memory_of(const Tensor& tensor) {
@@ -88,8 +89,9 @@ void OptimizerBinding::write_back() {
 }
 
 OptimizerBinding bind_optimizer(const std::string& caller, const Placement& placement,
-                                Layout layout, const std::vector<Shape>& shapes, const Tensors& state,
-                                const Integers& groups, const std::vector<double>& settings,
+                                Layout layout, const std::vector<Shape>& shapes,
+                                const Tensors& state, const Integers& groups,
+                                const std::vector<double>& settings,
                                 std::vector<ParameterMemory>& parameters) {
   FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
                 " numbers, got ", groups.size());

@@ -58,10 +58,12 @@ class OptimizerBinding {
 
 // Takes each parameter's state in the order of `state`: p.grad, or momentum_buffer, or exp_avg,
 // exp_avg_sq, step; then its learning rate, where `settings` has NaN for it. `groups` has for each
-// parameter its row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (common/optimizer.h).
+// parameter its row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov
+// (common/optimizer.h).
 OptimizerBinding bind_optimizer(const std::string& caller, const Placement& placement,
-                                Layout layout, const std::vector<Shape>& shapes, const Tensors& state,
-                                const Integers& groups, const std::vector<double>& settings,
+                                Layout layout, const std::vector<Shape>& shapes,
+                                const Tensors& state, const Integers& groups,
+                                const std::vector<double>& settings,
                                 std::vector<ParameterMemory>& parameters);
 
 }  // namespace fastdni

@@ -177,11 +177,10 @@ OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Ten
                         state, groups, settings, plan.memory.parameters);
 }
 
-OptimizerBinding bind_update(const std::string& caller, Plan& plan,
-                                       const OptionalTensor& gradient, const Tensors& parameters,
-                                       const Tensors& state, const Integers& groups,
-                                       const std::vector<double>& settings, const Integers& active,
-                                       OptionalTensor& arrived) {
+OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,
+                             const Tensors& parameters, const Tensors& state,
+                             const Integers& groups, const std::vector<double>& settings,
+                             const Integers& active, OptionalTensor& arrived) {
   FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
   FASTDNI_CHECK(plan.goes_on, caller, ": plan has no forward pass to go on from");
   bind_parameters(caller, plan, parameters, active);

@@ -28,10 +28,9 @@ OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Ten
                                 const Integers& groups, const std::vector<double>& settings);
 
 // Binds what the update of a forward part is given, the gradient from above into `arrived`.
-OptimizerBinding bind_update(const std::string& caller, Plan& plan,
-                                       const OptionalTensor& gradient, const Tensors& parameters,
-                                       const Tensors& state, const Integers& groups,
-                                       const std::vector<double>& settings, const Integers& active,
-                                       OptionalTensor& arrived);
+OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,
+                             const Tensors& parameters, const Tensors& state,
+                             const Integers& groups, const std::vector<double>& settings,
+                             const Integers& active, OptionalTensor& arrived);
 
 }  // namespace fastdni

@@ -23,13 +23,12 @@ void check_like(const std::string& caller, const char* name, const Tensor& tenso
 
 void check_shape(const std::string& caller, const char* name, const Tensor& tensor,
                  const Shape& expected) {
-  FASTDNI_CHECK(shape_of(tensor) == expected, caller, ": ", name, " must be ",
-                to_string(expected), ", got ", to_string(shape_of(tensor)));
+  FASTDNI_CHECK(shape_of(tensor) == expected, caller, ": ", name, " must be ", to_string(expected),
+                ", got ", to_string(shape_of(tensor)));
 }
 
 void check_weights(const std::string& caller, const Tensor& trigger, const Tensors& weights) {
-  FASTDNI_CHECK(!weights.empty(), caller,
-                ": weights must hold at least one matrix, got none");
+  FASTDNI_CHECK(!weights.empty(), caller, ": weights must hold at least one matrix, got none");
   FASTDNI_CHECK(trigger.dim() >= 1, caller, ": trigger must be (..., K), got a 0-d tensor");
   int64_t width = trigger.size(-1);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -69,8 +68,8 @@ void check_synthesizer(const std::string& caller, const Tensor& trigger,
   if (!context.has_value()) return;
   check_like(caller, "context", *context, trigger);
   check_like(caller, "context_weight", *context_weight, trigger);
-  FASTDNI_CHECK(context_weight->dim() == 2 && context_weight->size(0) == weights[0].size(0),
-                caller, ": context_weight must be (", weights[0].size(0), ", C), got ",
+  FASTDNI_CHECK(context_weight->dim() == 2 && context_weight->size(0) == weights[0].size(0), caller,
+                ": context_weight must be (", weights[0].size(0), ", C), got ",
                 to_string(shape_of(*context_weight)));
   check_shape(caller, "context", *context, with_last(shape_of(trigger), context_weight->size(1)));
   if (context_bias.has_value()) {
