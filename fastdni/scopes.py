@@ -1,5 +1,5 @@
-"""What interfaces act within: a context, deferral, a compiled graph, a data-parallel forward pass, a
-checkpointed segment.
+"""What interfaces act within: a context, deferral, a compiled graph, a data-parallel forward pass,
+a checkpointed segment.
 
 Contexts and deferral belong to the thread.
 """
@@ -140,9 +140,9 @@ def sends_by_autograd() -> bool:
     return _state.deferred is not None or _in_data_parallel_forward()
 
 
-# torch.utils.checkpoint runs a segment twice: with use_reentrant=False both times under hooks of its
-# own for what autograd saves, and the second graph is thrown away; with use_reentrant=True the first
-# time without gradients, inside an autograd function, and the second run is like any other.
+# torch.utils.checkpoint runs a segment twice. With use_reentrant=False both runs are under hooks of
+# its own for what autograd saves, and the second graph is thrown away. With use_reentrant=True the
+# first is without gradients, inside an autograd function, and the second is like any other.
 
 
 def _checkpoint_hook() -> str:

@@ -25,12 +25,15 @@ CHOSEN = {
     "test_network_repetition.py": "steps_are or mask",
     "test_network_edges.py": "learning_rate_in or same_step or infinite or hundred_stages",
     "test_synthesizer.py": "(zero or opcheck) and not bfloat16",
+    "test_boundary.py": "(optim or many_rows or known or written or empty or group or learning_rate"
+    " or shape or versions) and not bfloat16",
     "test_agreement.py": "kernels_agree",
 }
 # Where torch's library makes every product of a step.
 BY_LIBRARY = {
     "test_network_repetition.py": "steps_are",
     "test_synthesizer.py": "zero and not bfloat16",
+    "test_boundary.py": "optim or added or written",
 }
 # As a graph would take the launches: with Adam's step counts on the CPU it must not.
 CAPTURED = {"test_network_repetition.py": "steps_are and not adam"}

@@ -37,7 +37,9 @@ def found(run, name, number=np.float64, **how):
     params = {"dtype": np.dtype(number).name, "divisor": float(rows)}
     params |= {"rows": rows, "inputs": inputs, "outputs": outputs, "context": context}
     sizes = [rows * outputs] * 2 + [rows * inputs, outputs * inputs, outputs, outputs]
-    sizes += [outputs * context, 1]
+    sizes += [outputs * context, 1, rows * outputs]
+    for size in (outputs * inputs, outputs):  # of the weight and the bias under Adam
+        sizes += [size] * 3 + [1]
     return run(params | how, given(name, number), [(number, size) for size in sizes])
 
 
@@ -48,7 +50,16 @@ def expected(name):
     grad = 2 / len(x) * error
     sums = grad.sum(0)
     loss = (error**2).sum() / len(x)
-    return [prediction, grad, (grad @ w) * (x > 0), grad.T @ x, sums, sums, grad.T @ ctx, loss]
+    results = [prediction, grad, (grad @ w) * (x > 0), grad.T @ x, sums, sums, grad.T @ ctx, loss]
+    return [*results, error, *adam(w, grad.T @ x), *adam(b, sums)]
+
+
+def adam(value, gradient):
+    """torch.optim's third step from averages of 0.5, with a weight decay."""
+    gradient = gradient + 0.01 * value
+    first, second = 0.8 * 0.5 + 0.2 * gradient, 0.9 * 0.5 + 0.1 * gradient**2
+    root = np.sqrt(second) / np.sqrt(1 - 0.9**3) + 1e-8
+    return [value - 0.1 / (1 - 0.8**3) * first / root, first, second, 3.0]
 
 
 def compare(results, name, tolerance=1e-11):
@@ -57,8 +68,9 @@ def compare(results, name, tolerance=1e-11):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_layers_and_gradients(name):
-    compare(found(built("plain"), name), name)
+@pytest.mark.parametrize("ready", [0, 1])
+def test_layers_gradients_and_updates(name, ready):
+    compare(found(built("plain"), name, ready=ready), name)
 
 
 @pytest.mark.parametrize("name", ["odd", "deep"])

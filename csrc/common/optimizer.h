@@ -84,8 +84,8 @@ FASTDNI_HOST_DEVICE T decayed(T grad, T weight_decay, T parameter) {
 }
 
 // Memory of one element: the parameter, and what the rule keeps beside it (null where it does not):
-// p.grad, momentum_buffer or exp_avg in `first`, exp_avg_sq in `second`. T is what lies in memory, A
-// what is computed in: each value is rounded once, when it is stored.
+// p.grad, momentum_buffer or exp_avg in `first`, exp_avg_sq in `second`. T is what lies in memory,
+// A what is computed in: each value is rounded once, when it is stored.
 template <Rule rule, class A, class T>
 FASTDNI_HOST_DEVICE void update_element(const Update<A>& u, A grad, T* parameter, T* first,
                                         T* second) {

@@ -14,8 +14,8 @@ namespace {
 
 template <class T>
 void update_parameter(const ParameterMemory& memory, const Tensor& gradient) {
-  const auto rule = prepared<accumulate_t<T>>(memory.settings, memory.step,
-                                              [](double beta, double n) { return std::pow(beta, n); });
+  const auto rule = prepared<accumulate_t<T>>(
+      memory.settings, memory.step, [](double beta, double n) { return std::pow(beta, n); });
   if (rule.rule == Rule::none) return;
   constexpr int64_t kElementsPerTask = 16384;  // worth waking a thread for
   const T* grad = data<T>(gradient);
@@ -33,11 +33,13 @@ void update_parameter(const ParameterMemory& memory, const Tensor& gradient) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> boundary(
-    const std::string& caller, const Tensor& trigger, const OptionalTensor& context,
-    const Tensor& target, const Tensors& parameters, int64_t layers, bool bias,
-    const Tensors& state, const Integers& groups, const std::vector<double>& settings, double scale,
-    const OptionalTensor& prediction, const Tensors& hidden, const std::string& precision) {
+std::tuple<Tensor, Tensor, Tensor> boundary(const std::string& caller, const Tensor& trigger,
+                                            const OptionalTensor& context, const Tensor& target,
+                                            const Tensors& parameters, int64_t layers, bool bias,
+                                            const Tensors& state, const Integers& groups,
+                                            const std::vector<double>& settings, double scale,
+                                            const OptionalTensor& prediction, const Tensors& hidden,
+                                            const std::string& precision) {
   BoundaryArguments given = check_boundary(caller, trigger, context, target, parameters, layers,
                                            bias, state, groups, settings, prediction, hidden);
   precision_named(caller, precision);  // exact whatever it is
@@ -51,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> boundary(
   }
   const auto& [message, activations] = made;
   const Tensor error = empty_accumulate(trigger, shape_of(message));
-  const auto [loss, gradients] = regress_synthesizer(
-      target, message, activations, trigger, context, given.weights, bias, 2 / scale, error);
+  const auto [loss, gradients] = regress_synthesizer(target, message, activations, trigger, context,
+                                                     given.weights, bias, 2 / scale, error);
   given.optimizer.raise_steps();
   with_dtype(trigger.scalar_type(), [&](auto scalar) {
     for (size_t i = 0; i < parameters.size(); ++i) {

@@ -79,14 +79,13 @@ class Backward {
     std::vector<A> column_sums(chunks.count() * chunks.columns);
     const auto run = [&](auto target_scalar) {
       using Target = decltype(target_scalar);
-      const cpu::SynthesisError<T, Target> args{
-          data<T>(p),
-          data<Target>(t),
-          mutable_data<T>(grad),
-          error ? mutable_data<A>(*error) : nullptr,
-          squared.data(),
-          column_sums.data(),
-          static_cast<A>(2.0 / divisor)};
+      const cpu::SynthesisError<T, Target> args{data<T>(p),
+                                                data<Target>(t),
+                                                mutable_data<T>(grad),
+                                                error ? mutable_data<A>(*error) : nullptr,
+                                                squared.data(),
+                                                column_sums.data(),
+                                                static_cast<A>(2.0 / divisor)};
       cpu::with_isa([&](auto isa) {
         for_chunks(chunks, [&](int64_t first, int64_t last) {
           cpu::synthesis_error<isa.value, T, Target>(args, chunks, first, last);

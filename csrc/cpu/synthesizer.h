@@ -13,8 +13,8 @@ std::tuple<Tensor, Tensors> evaluate_synthesizer(const Tensor& trigger,
                                                  const OptionalTensor& context_weight,
                                                  const OptionalTensor& context_bias);
 
-// The loss, sum(e^2) / divisor, and every parameter's gradient. Where there is an `error` it becomes
-// e = prediction - target.
+// The loss, sum(e^2) / divisor, and every parameter's gradient. Where there is an `error` it
+// becomes e = prediction - target.
 std::tuple<Tensor, Tensors> regress_synthesizer(const Tensor& target, const Tensor& prediction,
                                                 const Tensors& hidden, const Tensor& trigger,
                                                 const OptionalTensor& context,

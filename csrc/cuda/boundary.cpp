@@ -32,11 +32,13 @@ std::vector<SynthesizerParameter<T>> prepare(const BoundaryArguments& given, con
   return parameters;
 }
 
-std::tuple<Tensor, Tensor, Tensor> boundary(
-    const std::string& caller, const Tensor& trigger, const OptionalTensor& context,
-    const Tensor& target, const Tensors& parameters, int64_t layers, bool bias,
-    const Tensors& state, const Integers& groups, const std::vector<double>& settings, double scale,
-    const OptionalTensor& prediction, const Tensors& hidden, const std::string& precision) {
+std::tuple<Tensor, Tensor, Tensor> boundary(const std::string& caller, const Tensor& trigger,
+                                            const OptionalTensor& context, const Tensor& target,
+                                            const Tensors& parameters, int64_t layers, bool bias,
+                                            const Tensors& state, const Integers& groups,
+                                            const std::vector<double>& settings, double scale,
+                                            const OptionalTensor& prediction, const Tensors& hidden,
+                                            const std::string& precision) {
   const OnDevice device(trigger);
   const cudaStream_t stream = device.stream();
   BoundaryArguments given = check_boundary(caller, trigger, context, target, parameters, layers,

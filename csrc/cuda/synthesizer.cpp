@@ -216,12 +216,11 @@ Tensor regress_synthesizer(const Tensor& target, const Tensor& prediction, const
   return loss;
 }
 
-#define INSTANTIATE(T)                                                                             \
-  template Tensor regress_synthesizer(const Tensor&, const Tensor&, const Tensors&, const Tensor&, \
-                                      const OptionalTensor&, const Tensors&, bool, double,         \
-                                      const OptionalTensor&,                                       \
-                                      const std::vector<SynthesizerParameter<T>>&, Precision,      \
-                                      cudaStream_t);
+#define INSTANTIATE(T)                                                                    \
+  template Tensor regress_synthesizer(                                                    \
+      const Tensor&, const Tensor&, const Tensors&, const Tensor&, const OptionalTensor&, \
+      const Tensors&, bool, double, const OptionalTensor&,                                \
+      const std::vector<SynthesizerParameter<T>>&, Precision, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

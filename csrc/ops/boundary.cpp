@@ -47,8 +47,8 @@ BoundaryArguments check_boundary(const std::string& caller, const Tensor& trigge
   std::vector<Shape> shapes;
   for (const Tensor& parameter : parameters) shapes.push_back(shape_of(parameter));
   given.memory.resize(parameters.size());
-  given.optimizer = bind_optimizer(caller, placement_of(trigger, "trigger is"), shapes, state,
-                                   groups, settings, given.memory);
+  given.optimizer = bind_optimizer(caller, placement_of(trigger, "trigger is"), Layout::any, shapes,
+                                   state, groups, settings, given.memory);
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Rule rule = given.memory[i].settings.rule;
     // Others do not touch the parameter itself.

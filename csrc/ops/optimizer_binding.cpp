@@ -38,13 +38,16 @@ double host_number(const Tensor& tensor) {
 }
 
 void check_kept(const std::string& caller, const Tensor& tensor, const Shape& shape,
-                const Placement& placement) {
+                const Placement& placement, Layout layout) {
   constexpr const char* kName = "a parameter's optimizer state (or gradient)";
   const auto sizes = tensor.sizes();
   const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-  FASTDNI_CHECK(same_shape && tensor.scalar_type() == placement.dtype, caller, ": ", kName,
-                " must be a ", to_string(placement.dtype), " tensor of shape ", to_string(shape),
-                ", got ", to_string(tensor.scalar_type()), " ", to_string(shape_of(tensor)));
+  const bool contiguous = layout == Layout::contiguous;
+  FASTDNI_CHECK(same_shape && tensor.scalar_type() == placement.dtype &&
+                    (tensor.is_contiguous() || !contiguous),
+                caller, ": ", kName, " must be a ", contiguous ? "contiguous " : "",
+                to_string(placement.dtype), " tensor of shape ", to_string(shape), ", got ",
+                to_string(tensor.scalar_type()), " ", to_string(shape_of(tensor)));
   check_device(caller, kName, tensor, placement);
 }
 
@@ -89,8 +92,9 @@ void OptimizerBinding::write_back() {
 }
 
 OptimizerBinding bind_optimizer(const std::string& caller, const Placement& placement,
-                                const std::vector<Shape>& shapes, const Tensors& state,
-                                const Integers& groups, const std::vector<double>& settings,
+                                Layout layout, const std::vector<Shape>& shapes,
+                                const Tensors& state, const Integers& groups,
+                                const std::vector<double>& settings,
                                 std::vector<ParameterMemory>& parameters) {
   FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
                 " numbers, got ", groups.size());
@@ -110,7 +114,7 @@ OptimizerBinding bind_optimizer(const std::string& caller, const Placement& plac
     memory.device_step = memory.device_lr = {};
     const auto take_values = [&] {
       const Tensor& tensor = take();
-      check_kept(caller, tensor, shapes[i], placement);
+      check_kept(caller, tensor, shapes[i], placement, layout);
       return binding.memory_of(tensor);
     };
     switch (memory.settings.rule) {

@@ -37,6 +37,10 @@ bool is_placed(const Tensor& tensor, const Placement& placement);
 void check_device(const std::string& caller, const char* name, const Tensor& tensor,
                   const Placement& placement);
 
+// How what an optimizer keeps may lie in memory: anyhow, by way of copies, or one element after the
+// other.
+enum class Layout { any, contiguous };
+
 // What is left to do once everything is checked, and what is held until it is done.
 class OptimizerBinding {
  public:
@@ -59,8 +63,9 @@ class OptimizerBinding {
 // parameter its row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov
 // (common/optimizer.h).
 OptimizerBinding bind_optimizer(const std::string& caller, const Placement& placement,
-                                const std::vector<Shape>& shapes, const Tensors& state,
-                                const Integers& groups, const std::vector<double>& settings,
+                                Layout layout, const std::vector<Shape>& shapes,
+                                const Tensors& state, const Integers& groups,
+                                const std::vector<double>& settings,
                                 std::vector<ParameterMemory>& parameters);
 
 }  // namespace fastdni

@@ -224,8 +224,8 @@ OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Ten
     FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[stages[i]], caller,
                   ": groups must be -1 for the parameters of a masked stage");
   }
-  return bind_optimizer(caller, placement(plan), plan.expected.parameters, state, groups, settings,
-                        plan.memory.parameters);
+  return bind_optimizer(caller, placement(plan), Layout::contiguous, plan.expected.parameters,
+                        state, groups, settings, plan.memory.parameters);
 }
 
 OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,

@@ -1,4 +1,5 @@
-"""boundary: a synthesizer's prediction, its regression on what arrived, and its update, in one call.
+"""boundary: a synthesizer's prediction, its regression on what arrived and its update, in one
+call.
 
 The formula, shapes and letters are those of `fastdni.reference.boundary_`, the updates those of
 `fastdni.reference.optimizer_update`.
@@ -93,10 +94,9 @@ def boundary_(
         given = _flat(caller, parameters, trigger, context, target, how, known)
         torch.ops.fastdni.boundary_check(*given)
         if server == "triton":
+            run = torch.ops.fastdni.triton_boundary_
             with torch.no_grad():
-                loss, made, error = torch.ops.fastdni.triton_boundary_(
-                    *given[1:], precision_of(trigger)
-                )
+                loss, made, error = run(*given[1:], precision_of(trigger))
         else:
             return reference.boundary_(parameters, trigger, context, target, *how, *known)
     return loss, made if prediction is None else prediction, error

@@ -133,7 +133,8 @@ class Reference(Runner):
         done, self._pending = self._pending, None
         gradients, losses = done.gradients, done.synthesis_loss
         if done.regress_top is not None and gradient is not None:
-            loss, of_top = done.regress_top(gradient)
+            with torch.autocast(gradient.device.type, enabled=False):
+                loss, of_top = done.regress_top(gradient)
             above = plan.stages[-1].input_synthesizer  # whose gradients come last
             end = len(gradients) - (0 if above is None else len(above.tensors()))
             gradients = gradients[: end - len(of_top)] + of_top + gradients[end:]

@@ -49,7 +49,9 @@ class Trainer:
         """See `DecoupledSequential.step`; for GRADIENTS as the optimizer its `backward`."""
         given = (x, target, optimizer, criterion, context, update_mask)
         if self.lock._is_owned():
-            raise RuntimeError(f"{caller}: a step of this network is under way, which called this one")
+            raise RuntimeError(
+                f"{caller}: a step of this network is under way, which called this one"
+            )
         with self.lock:
             if self._last is not None and self._last.is_like(*given):
                 return self._last.take(caller, x, target, context)

@@ -54,7 +54,7 @@ def interpreted() -> bool:
 @functools.cache
 def load() -> None:
     """Registers the ops, for which Triton is imported: torch.ops.fastdni.triton_..."""
-    for name in ("regression_loss", "synthesizer", "sweep"):
+    for name in ("regression_loss", "synthesizer", "sweep", "boundary"):
         importlib.import_module(f"fastdni.triton.{name}")
 
 

@@ -137,7 +137,7 @@ class Evaluation:
 _WRITTEN = OptimizerSettings("gradient")
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def matrix(tensor: Tensor) -> Tensor:
     """(..., K) -> (rows, K)"""
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).contiguous()
 
@@ -155,8 +155,8 @@ def synthesizer_fwd(
     """The prediction, then the activations of the hidden layers; see `fastdni.ops`."""
     given = (weights, biases, context_weight, context_bias)
     parameters = SynthesizerParameters(*given).contiguous()
-    beside = None if context is None else _matrix(context)
-    made = Evaluation(parameters, _matrix(trigger), beside, Precision(precision))
+    beside = None if context is None else matrix(context)
+    made = Evaluation(parameters, matrix(trigger), beside, Precision(precision))
     return [made.prediction.reshape(*trigger.shape[:-1], weights[-1].shape[0]), *made.hidden]
 
 
@@ -171,6 +171,7 @@ def synthesizer_bwd(
     bias: bool,
     reduction: str,
     precision: str,
+    scale: float | None,
 ) -> list[Tensor]:
     """The loss, then the gradients of the parameters; see `fastdni.ops`."""
     # The gradients take the parameters' places: what trains a layer names these.
@@ -183,13 +184,14 @@ def synthesizer_bwd(
         of_context = first.new_empty(first.shape[0], context.shape[-1])
         q = first.new_empty(first.shape[0]) if bias else None
         grads = grads._replace(context_weight=of_context, context_bias=q)
-    beside = None if context is None else _matrix(context)
+    beside = None if context is None else matrix(context)
     of_products = Precision(precision)
     made = Evaluation.of(
-        _matrix(prediction), list(map(_matrix, hidden)), grads,
-        [weight.contiguous() for weight in weights], _matrix(trigger), beside, of_products,
+        matrix(prediction), list(map(matrix, hidden)), grads,
+        [weight.contiguous() for weight in weights], matrix(trigger), beside, of_products,
     )  # fmt: skip
-    loss, gradients = made.regress(_matrix(target), divisor=reduction_divisor(target, reduction))
+    divisor = reduction_divisor(target, reduction) if scale is None else 2 / scale
+    loss, gradients = made.regress(matrix(target), divisor=divisor)
     for grad, x, weight, sums, biases in gradients:
         of_biases = [Target(b, [b], _WRITTEN) for b in biases]
         apply(grad, x, Target(weight, [weight], _WRITTEN), sums, of_biases, of_products)

@@ -24,7 +24,7 @@ def update(
     """Updates elements start + at of a parameter and of what its rule keeps.
 
     FLAG: Nesterov's momentum; of the rule "gradient" whether to add. Without DECAYED an infinite
-    parameter must not make the gradient NaN.
+    parameter must not make the gradient NaN. Computed in float32, rounded when it is stored.
     """
     value, first, second, step_at = of
     lr, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b = numbers
@@ -35,7 +35,7 @@ def update(
         tl.store(first + at, cast(grad, first.dtype.element_ty), mask=inside)
     else:
         value += start
-        p = tl.load(value + at, mask=inside, other=0.0)
+        p = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
         if RULE == "adamw":
             p *= 1.0 - lr * weight_decay
         elif DECAYED:
@@ -44,8 +44,9 @@ def update(
             p -= lr * grad
         elif RULE == "sgd_momentum":
             first += start
-            buffer = tl.load(first + at, mask=inside, other=0.0) * a + grad * rest_b
-            tl.store(first + at, buffer, mask=inside)
+            buffer = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+            buffer = buffer * a + grad * rest_b
+            tl.store(first + at, cast(buffer, first.dtype.element_ty), mask=inside)
             p -= lr * (grad + a * buffer if FLAG else buffer)
         else:
             if step_at is not None:
@@ -54,13 +55,14 @@ def update(
                 correction_b = (1.0 / tl.sqrt(1.0 - tl.exp(n * log_b))).to(tl.float32)
             first += start
             second += start
-            average = tl.load(first + at, mask=inside, other=0.0)
+            average = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
             average += rest_a * (grad - average)
-            square = tl.load(second + at, mask=inside, other=0.0) * b + rest_b * (grad * grad)
-            tl.store(first + at, average, mask=inside)
-            tl.store(second + at, square, mask=inside)
+            square = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+            square = square * b + rest_b * (grad * grad)
+            tl.store(first + at, cast(average, first.dtype.element_ty), mask=inside)
+            tl.store(second + at, cast(square, second.dtype.element_ty), mask=inside)
             p -= lr * correction_a * (average / (tl.sqrt(square) * correction_b + eps))
-        tl.store(value + at, p, mask=inside)
+        tl.store(value + at, cast(p, value.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 // A linear synthesizer's prediction and its regression, or one ReLU layer and the way back through
-// it; see tests/test_cuda_synthesizer.py.
+// it, and an update whose numbers are on the GPU; see tests/test_cuda_synthesizer.py.
 #include "cuda/kernels/synthesizer.cu"
 
 #include "case.h"
@@ -8,6 +8,52 @@ namespace {
 
 using namespace fastdni;
 using cuda::Operand;
+
+// A gradient that is handed out.
+template <class T>
+cuda::SynthesizerParameter<T> written_to(T* gradient) {
+  cuda::SynthesizerParameter<T> parameter{};
+  parameter.parameter.first = gradient;
+  parameter.parameter.update.rule = Rule::gradient;
+  return parameter;
+}
+
+// Adam's, with the step count (raised from 2) and the learning rate on the GPU.
+template <class T>
+struct Adam {
+  T* value;
+  T* first;
+  T* second;
+  T* step;
+  T lr = T(0.1);
+  Update<T> update;
+
+  Adam(simt::Case& io, const T* from, int64_t count)
+      : value(io.output<T>(count)),
+        first(io.output<T>(count)),
+        second(io.output<T>(count)),
+        step(io.output<T>(1)) {
+    for (int64_t i = 0; i < count; ++i) {
+      value[i] = from[i];
+      first[i] = second[i] = T(0.5);
+    }
+    *step = 2;
+  }
+
+  cuda::SynthesizerParameter<T> prepared() {
+    constexpr bool wide = sizeof(T) == sizeof(double);
+    cuda::SweepParameter<T> parameter{};
+    parameter.value = value;
+    parameter.first = first;
+    parameter.second = second;
+    parameter.update.rule = Rule::adam;
+    parameter.settings = {Rule::adam, 0, 0.01, 0.8, 0.9, 1e-8, false};
+    parameter.step = {step, wide};
+    parameter.lr = {&lr, wide};
+    cuda::launch_synthesizer_prepare(parameter, &update, nullptr);
+    return {parameter, &update};
+  }
+};
 
 template <class T>
 void run(simt::Case& io) {
@@ -29,6 +75,8 @@ void run(simt::Case& io) {
   T* second_grad = io.output<T>(outputs);
   T* ctx_grad = io.output<T>(outputs * context);
   T* loss = io.output<T>(1);
+  T* difference = io.output<T>(rows * outputs);
+  Adam<T> of_weight(io, weight, outputs * inputs), of_bias(io, bias, outputs);
 
   cuda::SweepStep<T> step{};
   step.batch = rows;
@@ -57,6 +105,7 @@ void run(simt::Case& io) {
   error.a = Operand::address(target);
   error.other = layer.out;
   error.out = Operand::address(grad);
+  error.dz = Operand::address(difference);
   error.partials = 0;
   cuda::launch_synthesizer_layer(step, error, nullptr);
 
@@ -78,18 +127,25 @@ void run(simt::Case& io) {
   args.rows = rows;
   args.outputs = layer.columns;
   args.inputs = layer.depth;
-  args.weight = weight_grad;
-  args.bias = bias_grad;
-  args.second_bias = second_grad;
+  args.weight = written_to(weight_grad);
+  args.bias = written_to(bias_grad);
+  args.second_bias = written_to(second_grad);
   args.loss = loss;
   args.partials = step.workspace;
   args.partial_count = partial_count;
   args.divisor = divisor;
   cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
+  args.weight = of_weight.prepared();
+  args.bias = of_bias.prepared();
+  args.second_bias = {};
+  args.ready = io.integer("ready", 0) ? weight_grad : nullptr;
+  cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
   args.input = ctx;
   args.inputs = layer.context;
-  args.weight = ctx_grad;
-  args.bias = args.second_bias = args.loss = nullptr;
+  args.weight = written_to(ctx_grad);
+  args.bias = {};
+  args.ready = nullptr;
+  args.loss = nullptr;
   cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
 }
 

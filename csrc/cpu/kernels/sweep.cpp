@@ -212,8 +212,9 @@ void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t l
 namespace {
 
 template <Rule rule, class T>
-void update_by(const Update<accumulate_t<T>>& given, const T* __restrict__ grad, T* __restrict__ parameter,
-               T* __restrict__ first, T* __restrict__ second, int64_t count) {
+void update_by(const Update<accumulate_t<T>>& given, const T* __restrict__ grad,
+               T* __restrict__ parameter, T* __restrict__ first, T* __restrict__ second,
+               int64_t count) {
   using A = accumulate_t<T>;
   const Update<A> u = given;
 #pragma omp simd
@@ -261,7 +262,7 @@ void update(const Update<accumulate_t<T>>& rule, const T* grad, T* parameter, T*
 INSTANTIATE(float)
 INSTANTIATE(double)
 
-#define INSTANTIATE_UPDATE(T)                                                                  \
+#define INSTANTIATE_UPDATE(T)                                                                     \
   template void update<Isa::FASTDNI_ISA, T>(const Update<accumulate_t<T>>&, const T*, T*, T*, T*, \
                                             int64_t);
 INSTANTIATE_UPDATE(float)

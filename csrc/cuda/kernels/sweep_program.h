@@ -59,7 +59,7 @@ enum class Finish : int32_t {
   activate,       // out = phi(c + b + q)
   synthesize,     // out = c + b + q, a prediction of the gradient; dz = out phi'(other)
   differentiate,  // out = c phi'(other), from other = phi(..)
-  regress,        // e = other - c; out = scale e, the sum of e^2 to partials; dz = e if it is wanted
+  regress,  // e = other - c; out = scale e, the sum of e^2 to partials; dz = e if it is wanted
 };
 
 struct Instruction {
