@@ -56,17 +56,17 @@ def test_a_fault_is_seen(fault, monkeypatch):
     assert agreement.disagreement(CPU, "cpu").startswith("a synthesizer: an error of ")
 
 
-@pytest.mark.parametrize("products", agreement._TOLERANCES)
-def test_a_fault_of_a_step_is_seen(products, monkeypatch):
-    """In one arithmetic of products, and there in one row of one result."""
+@pytest.mark.parametrize("precision", agreement._TOLERANCES)
+def test_a_fault_of_a_step_is_seen(precision, monkeypatch):
+    """In one precision of products, and there in one row of one result."""
     sweep = agreement.ops.sweep_
 
     def faulty(plan, *arguments):
         results = sweep(plan, *arguments)
-        if plan.backend != "reference" and plan.products == products:
+        if plan.backend != "reference" and plan.precision == precision:
             results[0][-1].neg_()
         return results
 
     monkeypatch.setattr(agreement.ops, "sweep_", faulty)
-    message = f"a step of 70-36-10 with {products} products: an error of "
+    message = f"a step of 70-36-10 with {precision} products: an error of "
     assert agreement.disagreement(CPU, "cpu").startswith(message)

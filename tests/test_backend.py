@@ -209,21 +209,21 @@ def test_kernels_that_fail_do_not_serve(met, monkeypatch):
         backend.why_unserved(GPU)
 
 
-@pytest.mark.parametrize("width, products, expected, dtype", [
+@pytest.mark.parametrize("width, precision, expected, dtype", [
     (4096, "bfloat16", "triton", torch.float32), (2048, "tf32", "triton", torch.float32),
     (256, "bfloat16", "cuda", torch.float32), (4096, "exact", "cuda", torch.float32),
     (4096, "tf32", "cuda", torch.float64),
 ])  # fmt: skip
-def test_auto_takes_triton_for_large_products(met, monkeypatch, width, products, expected, dtype):
+def test_auto_takes_triton_for_large_products(met, monkeypatch, width, precision, expected, dtype):
     monkeypatch.setattr(backend, "server", lambda tensor, devices: "cuda")
     monkeypatch.setattr(backend, "why_unserved", lambda device, name: None)
     monkeypatch.setattr(backend, "_is_known", lambda device, name: True)
     monkeypatch.setattr(backend.triton, "unavailable", lambda: None)
     weight = torch.empty(width, width, device="meta", dtype=dtype)
     stages = [reference.SweepStage(weight, None, None, "relu")]
-    assert ops.sweep_backend(stages, 256, products) == expected
+    assert ops.sweep_backend(stages, 256, precision) == expected
     with fastdni.use_backend("reference"):  # fixed, not "auto": nothing is chosen
-        assert ops.sweep_backend(stages, 256, products) == "cuda"
+        assert ops.sweep_backend(stages, 256, precision) == "cuda"
 
 
 def test_what_was_not_compared_before_a_capture_is_not_taken_in_it(met, monkeypatch):
@@ -324,9 +324,9 @@ def test_products_on_a_gpu_are_as_torchs_settings_say(monkeypatch, asked, torchs
     monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
     fastdni.set_fp32_precision(asked)
     try:
-        assert backend.products(torch.device("cuda"), None) == expected
-        assert backend.products(torch.device("cuda"), torch.bfloat16) == "bfloat16"
-        assert backend.products(torch.device("cpu"), None) == "exact"
+        assert backend.precision(torch.device("cuda"), None) == expected
+        assert backend.precision(torch.device("cuda"), torch.bfloat16) == "bfloat16"
+        assert backend.precision(torch.device("cpu"), None) == "exact"
     finally:
         fastdni.set_fp32_precision("torch")
 

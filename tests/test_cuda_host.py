@@ -16,7 +16,7 @@ DTYPES = {
     "bfloat16": (np.uint16, np.float32),
 }
 
-# The constants of csrc/cuda/regression_loss.h.
+# The constants of csrc/cuda/kernels/regression_loss.h.
 CHUNK, ONE_BLOCK, MAX_BLOCKS = 4096, 4 * 4096, 512
 PER_THREAD = 8
 BLOCKS = {
@@ -137,7 +137,7 @@ def test_regression_loss_has_no_race(dtype, n, seed):
     check(dtype, n, regression_loss(built("thread"), dtype, example(dtype, n)[0], seed=seed))
 
 
-BLOCK_SUM, KERNELS = "cuda/block_reduce.cuh", "cuda/regression_loss.cuh"
+BLOCK_SUM, KERNELS = "cuda/kernels/block_reduce.cuh", "cuda/kernels/regression_loss.cuh"
 BARRIER = "  __syncthreads();\n"
 
 
@@ -169,7 +169,9 @@ BARRIER = "  __syncthreads();\n"
                 "heap-buffer-overflow",
                 33,
                 0,
-                Fault("cuda/vector.cuh", "begin + k < n ? source", "begin + k <= n ? source"),
+                Fault(
+                    "cuda/kernels/vector.cuh", "begin + k < n ? source", "begin + k <= n ? source"
+                ),
             ),
             (
                 "vector_unaligned",

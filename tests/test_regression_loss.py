@@ -14,7 +14,7 @@ from fastdni import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 REDUCTIONS = ["batchmean", "mean"]
-# Elements of one chunk of the CPU kernel, csrc/cpu/regression_loss.h.
+# Elements of one chunk of the CPU kernel, csrc/cpu/kernels/regression_loss.h.
 CHUNK = 4096
 SHAPES = [
     (),

@@ -108,7 +108,7 @@ def _plant(fault: Fault) -> Path:
     if sound.count(fault.old) != 1:
         raise ValueError(f"{fault.header} has {sound.count(fault.old)} times {fault.old!r}")
     csrc = CACHE / f"fault-{hashlib.sha256(repr(fault).encode()).hexdigest()[:16]}"
-    for folder in ("common", "cuda"):
+    for folder in ("common", "cuda/kernels"):
         shutil.copytree(CSRC / folder, csrc / folder, dirs_exist_ok=True)
     (csrc / fault.header).write_text(sound.replace(fault.old, fault.new))
     return csrc
@@ -117,7 +117,11 @@ def _plant(fault: Fault) -> Path:
 def _compile(source: str, csrc: Path, variant_flags: tuple[str, ...]) -> Path:
     flags = [*FLAGS, *variant_flags, f"-I{SIMT}", f"-I{csrc}"]
     text = hashlib.sha256(" ".join([_compiler_version(), *flags]).encode())
-    headers = [*SIMT.glob("*.h"), *(csrc / "common").iterdir(), *(csrc / "cuda").iterdir()]
+    headers = [
+        *SIMT.glob("*.h"),
+        *(csrc / "common").iterdir(),
+        *(csrc / "cuda" / "kernels").iterdir(),
+    ]
     for file in [SIMT / f"{source}.cpp", *sorted(headers)]:
         text.update(file.name.encode() + file.read_bytes())
     target = CACHE / f"{source}-{text.hexdigest()[:16]}.o"
