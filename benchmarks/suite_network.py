@@ -57,7 +57,9 @@ def memory() -> dict[str, object]:
     before = resident_bytes()
     repeat(candidate.step, MEMORY_STEPS)
     growth = resident_bytes() - before
-    ((part,),) = candidate.net._trainer._parts.values()
+    (part,) = candidate.net._trainer.structure(candidate.net, "bench").parts(
+        "cross_entropy", None, case.batch
+    )
     of_plan = part.plan(case.batch).workspace_bytes
     return {"memory": {"steps": MEMORY_STEPS, "growth_bytes": growth, "workspace_bytes": of_plan}}
 

@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "common/names.h"
-#include "cpu/isa.h"
+#include "cpu/kernels/isa.h"
 #include "cpu/product.h"
 #include "ops/sweep_binding.h"
 #include "ops/sweep_plan.h"

@@ -12,6 +12,7 @@ from fastdni.training.arguments import autocast_dtype, criterion_name
 from fastdni.training.parts import FusedPart, LocalPart
 from fastdni.training.stages import layers_of
 from fastdni.training.structure import Structure
+from fastdni.training.updates import Updates
 
 _COLUMNS = ("stage", "fused", "backend", "kernel", "reason")
 
@@ -65,8 +66,7 @@ def explain(
     optimizers = net._trainer.optimizers("explain", optimizer)
     of_updates = optimizers.reason
     if of_updates is None:
-        every = [True] * len(structure.parameters)
-        of_updates = optimizers.updates(structure.parameters, every).reason
+        of_updates = Updates(optimizers, structure.parameters).reason
     name, autocast = criterion_name(criterion)[0], autocast_dtype(x)
     inputs = _inputs(net, x)
     rows = []

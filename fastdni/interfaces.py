@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastdni.training.boundary import Boundary, Prediction, check_shape, mixed
 from fastdni.scopes import (
     backward,
     current_context,
@@ -38,8 +37,9 @@ from fastdni.scopes import (
     sends_in_this_run,
     sends_with_backward_pass,
 )
-from fastdni.training.synthesis import graph_is_kept
 from fastdni.synthesizers import plain_parameters
+from fastdni.training.boundary import Boundary, Prediction, check_shape, mixed
+from fastdni.training.synthesis import graph_is_kept
 
 _STEPS = {"send", "receive", "backward", "make_trigger"}
 

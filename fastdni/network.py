@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.optim import Optimizer

@@ -1,7 +1,7 @@
-"""The bits that twenty steps of twelve networks leave: `python tests/bits.py` prints a hash of each.
+"""The bits that twenty steps of twelve networks leave: `python tests/bits.py` prints their hashes.
 
-To compare two commits, run it in both, `--save FILE` in one and `--against FILE` in the other, which
-prints the largest difference of each network besides. Steps on one thread of the CPU.
+To compare two commits, run it in both, `--save FILE` in one and `--against FILE` in the other,
+which prints the largest difference of each network besides. Steps on one thread of the CPU.
 """
 
 import argparse
@@ -109,9 +109,9 @@ def main() -> None:
             values[key] = row = trained(name, dtype)
             text = hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16]
             if key in before:
-                known = torch.nan_to_num(before[key])
-                off = (torch.nan_to_num(row) - known).abs().max() / known.abs().max()
-                text += "  the same bits" if torch.equal(torch.nan_to_num(row), known) else f"  off by {off:.1e}"
+                now, known = torch.nan_to_num(row), torch.nan_to_num(before[key])
+                off = (now - known).abs().max() / known.abs().max()
+                text += "  the same bits" if torch.equal(now, known) else f"  off by {off:.1e}"
             print(f"{key:24}{text}")
     if arguments.save:
         torch.save(values, arguments.save)

@@ -336,9 +336,7 @@ def wrong(**parts):
         "settings": case.settings, "scale": None, "prediction": None, "hidden": None,
         "caller": "here",
     }  # fmt: skip
-    return {
-        key: parts[key](value) if key in parts else value for key, value in arguments.items()
-    }
+    return {key: parts[key](value) if key in parts else value for key, value in arguments.items()}
 
 
 REFUSED = {

@@ -4,14 +4,23 @@ import copy
 
 import pytest
 import torch
-from interface_cases import BATCH, CONTEXT, WIDTH, Custom, expect, gradients, kinds, make_synthesizer
+from interface_cases import (
+    BATCH,
+    CONTEXT,
+    WIDTH,
+    Custom,
+    expect,
+    gradients,
+    kinds,
+    make_synthesizer,
+)
 from plain_dni import plain_synthesizer
 from torch import nn
 
 import fastdni as dni
 from fastdni import ops, reference
-from fastdni.training.boundary import Boundary, context_for
 from fastdni.reference import OptimizerSettings
+from fastdni.training.boundary import Boundary, context_for
 
 
 def normal(*shape):
@@ -60,7 +69,10 @@ def test_what_is_sent(wrap):
 @kinds
 def test_predictions_are_regressed_in_any_order_with_the_synthesizer_as_it_is_then(wrap):
     synthesizer = make_synthesizer()
-    boundary, optimizer = Boundary(wrap(synthesizer)), torch.optim.SGD(synthesizer.parameters(), 0.1)
+    boundary, optimizer = (
+        Boundary(wrap(synthesizer)),
+        torch.optim.SGD(synthesizer.parameters(), 0.1),
+    )
     triggers, targets = [normal(BATCH, WIDTH) for _ in range(3)], normal(3, BATCH, WIDTH)
     predictions = [boundary.predict(h) for h in triggers]
     messages = [plain_synthesizer(synthesizer, h, None).detach() for h in triggers]
@@ -136,7 +148,9 @@ def test_gradients_are_added_and_frozen_parameters_get_none(wrap):
     p = Boundary(wrap(synthesizer)).predict(h)
     p.regress(g)
     twin = copy.deepcopy(synthesizer).requires_grad_()
-    wanted = dict(zip((n for n, _ in twin.named_parameters()), regressed(twin, h, g)[1], strict=True))
+    wanted = dict(
+        zip((n for n, _ in twin.named_parameters()), regressed(twin, h, g)[1], strict=True)
+    )
     expect(first.grad, start[0] + wanted["input_trigger.weight"])
     expect(second.grad, start[1] + wanted["input_trigger.bias"])
     assert second.grad is kept

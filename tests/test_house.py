@@ -17,9 +17,9 @@ MOST_LINES = 450
 # makes no circle.
 LAYERS = (
     {"fastdni", "__main__", "explain", "bench", "compat", "distributed"},
-    {"network", "interfaces", "recurrent", "graphs", "scopes", "conversion"},
-    {"synthesizers"},
+    {"network", "interfaces", "recurrent", "graphs", "conversion"},
     {"training"},
+    {"synthesizers", "scopes"},
     {"agreement"},
     {"ops"},
     {"backend"},

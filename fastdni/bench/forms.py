@@ -35,7 +35,7 @@ from fastdni.bench.cases import Case
 from fastdni.bench.timing import GRAPH_WARMUP, graphed
 from fastdni.reference import SweepStage
 from fastdni.reference.synthesizer import synthesizer_bwd, synthesizer_fwd
-from fastdni.stages import parse
+from fastdni.training.stages import parse
 
 # The families of baselines; the strongest of each is what fastdni is held against.
 DECOUPLED = ("eager", "eager fused", "compiled", "graphed", "compiled graphed", "easy")
@@ -248,7 +248,7 @@ def _prepare_compiled(form: str, case: Case) -> Candidate:
     synthesizers = [None] * len(net.stages) if of_stages else [*net.synthesizers, None]
     # A graph's replay calls no wrapper.
     options = {"cpp_wrapper": form not in GRAPHED, "max_autotune": case.device == "cuda"}
-    stages = [parse(*pair, None, None) for pair in zip(net.stages, synthesizers, strict=True)]
+    stages = [parse(*pair, None, None).sweep for pair in zip(net.stages, synthesizers, strict=True)]
     parameters = [parameter for stage in stages for parameter in stage.parameters()]
     optimizer = _make_optimizer(form, case, parameters)
     bfloat16 = case.precision == "bf16"

@@ -94,7 +94,9 @@ def boundary_(
         torch.ops.fastdni.boundary_check(*given)
         if server == "triton":
             with torch.no_grad():
-                loss, made, error = torch.ops.fastdni.triton_boundary_(*given[1:], precision_of(trigger))
+                loss, made, error = torch.ops.fastdni.triton_boundary_(
+                    *given[1:], precision_of(trigger)
+                )
         else:
             return reference.boundary_(parameters, trigger, context, target, *how, *known)
     return loss, made if prediction is None else prediction, error

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from torch.nn.parameter import UninitializedTensorMixin
 
 from fastdni import ops
@@ -56,9 +56,9 @@ def criterion_name(criterion) -> tuple[str | None, int]:
         return None, _IGNORED
     if type(criterion) is nn.MSELoss:
         return "mse", _IGNORED
-    if type(criterion) is nn.CrossEntropyLoss:
-        if criterion.weight is None and criterion.label_smoothing == 0:
-            return "cross_entropy", criterion.ignore_index
+    fused = type(criterion) is nn.CrossEntropyLoss and criterion.weight is None
+    if fused and criterion.label_smoothing == 0:
+        return "cross_entropy", criterion.ignore_index
     return None, _IGNORED
 
 

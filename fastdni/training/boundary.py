@@ -128,7 +128,7 @@ class Prediction:
     def gradients(
         self, target: Tensor, scale: float | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss, and its gradients with respect to `learning`, for an autograd node to return."""
+        """The loss, and its gradients with respect to `learning`: for an autograd node."""
         return self._made.gradients(target, scale)
 
 

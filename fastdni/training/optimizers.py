@@ -13,31 +13,24 @@ from inspect import Parameter, signature
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim import optimizer as _torch_optimizer
 
-from fastdni.ops import flat
 from fastdni.reference import RULES, OptimizerSettings
 from fastdni.training.watch import Watch, has_hooks, watch_optimizers
 
-_WIDTH = 7  # of a row of settings: see `fastdni.reference.OptimizerSettings`
-# What a rule keeps of a parameter, in the order of the sweep.
-_KEPT = {
-    "sgd": (),
-    "sgd_momentum": ("momentum_buffer",),
-    "adam": ("exp_avg", "exp_avg_sq", "step"),
-    "adamw": ("exp_avg", "exp_avg_sq", "step"),
-}
+WIDTH = len(OptimizerSettings._fields)  # of a row of settings
 # Options that ask for another update than the fused step makes, and those that say where Adam's
 # step count lives.
 _UNFUSED_OPTIONS = ("amsgrad", "maximize", "differentiable")
-_ON_DEVICE_OPTIONS = ("capturable", "fused")
-_SGD, _SGD_MOMENTUM, _ADAM, _ADAMW = map(float, map(RULES.index, _KEPT))
+ON_DEVICE_OPTIONS = ("capturable", "fused")
+_SGD, _SGD_MOMENTUM, _ADAM, _ADAMW = map(float, range(RULES.index("sgd"), len(RULES)))
 
 
 def _rate(lr) -> float:
     """A learning rate as a number; NaN for one that is in a GPU's memory, handed over as state."""
     if type(lr) is float:
         return lr
+    if isinstance(lr, str):  # of which float() makes a number, and torch makes none
+        raise TypeError
     return math.nan if _is_on_device(lr) else float(lr)
 
 
@@ -121,7 +114,19 @@ def _reason_unfused(optimizer: Optimizer) -> str | None:
             return f"{name} has {next(o for o in _UNFUSED_OPTIONS if group.get(o))}=True"
         if _tensor_numbers(group):
             return f"{name} has a tensor among its numbers"
+        if type(optimizer) is not SGD and _rounds(group):
+            return f"the steps of {name} are rounded to its learning rate's {group['lr'].dtype}"
     return None
+
+
+def _rounds(group: dict) -> bool:
+    """Whether a learning rate is a tensor of a dtype in which Adam's steps, that are worked out in
+    it, lose digits."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor) or lr.dtype == torch.float64:
+        return False
+    exact = lr.dtype == torch.float32 and all(p.dtype != torch.float64 for p in group["params"])
+    return not exact
 
 
 class Optimizers:
@@ -181,17 +186,18 @@ class Optimizers:
         self.group_of = {id(p): number for number, p in held}
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
-        self.owner_of = [ref for ref, o in zip(self._optimizers, every) for _ in o.param_groups]
+        self.owner_of = [weakref.ref(o) for o in every for _ in o.param_groups]
         self._read = [_SETTINGS.get(type(o)) for o in every for _ in o.param_groups]
         self.caller = caller
         self.rates = [g["lr"] if _is_on_device(g["lr"]) else None for g in self.groups]
         self._on_device = [rate is not None for rate in self.rates]
+        self._kinds = [type(group["lr"]) for group in self.groups]
         self._watch: Watch | None = None
         self._check_rates()
         if self.reason is None:
-            options = (*_UNFUSED_OPTIONS, *_ON_DEVICE_OPTIONS)
+            options = (*_UNFUSED_OPTIONS, *ON_DEVICE_OPTIONS)
             self._watch = watch_optimizers(every, options)
-            self.rules = self.settings()[::_WIDTH]
+            self.rules = self.settings()[::WIDTH]
 
     @staticmethod
     def _listed(given: Optimizer | Sequence[Optimizer]) -> list:
@@ -215,8 +221,12 @@ class Optimizers:
         Raises:
             ValueError: a learning rate is not finite.
         """
-        rows = [x for read, group in zip(self._read, self.groups) for x in read(group)]  # noqa: B905
-        for rate in rows[1::_WIDTH]:
+        try:
+            rows = [x for read, group in zip(self._read, self.groups) for x in read(group)]  # noqa: B905
+        except (TypeError, ValueError, RuntimeError):
+            self._check_rates()
+            raise
+        for rate in rows[1::WIDTH]:
             if rate - rate != 0:  # NaN or infinity
                 self._check_rates()
         return rows
@@ -225,7 +235,7 @@ class Optimizers:
         for group in self.groups:
             lr = group["lr"]
             try:
-                finite = _is_on_device(lr) or math.isfinite(lr)
+                finite = _is_on_device(lr) or math.isfinite(_rate(lr))
             except (TypeError, ValueError, RuntimeError):  # no number
                 finite = False
             if not finite:
@@ -234,10 +244,11 @@ class Optimizers:
                 )
 
     def are_alike(self, settings: list[float]) -> bool:
-        """Whether settings ask for the same rules as when this was made, with learning rates on
-        the same side."""
-        on_device = [rate != rate for rate in settings[1::_WIDTH]]
-        return settings[::_WIDTH] == self.rules and on_device == self._on_device
+        """Whether settings, those of now, ask for the same rules as when this was made, with
+        learning rates of the same kinds."""
+        on_device = [rate != rate for rate in settings[1::WIDTH]]
+        alike = settings[::WIDTH] == self.rules and on_device == self._on_device
+        return alike and [type(group["lr"]) for group in self.groups] == self._kinds
 
     def have_tensors(self) -> bool:
         """Whether any of the groups' numbers but the learning rate is a tensor."""
@@ -252,180 +263,3 @@ class Optimizers:
         """What their own steps would leave for schedulers to see."""
         for ref in self._optimizers:
             ref()._opt_called = True
-
-    def updates(self, parameters: list[Tensor], updated: Sequence[bool]) -> "Updates":
-        """Which group updates which parameter of a sweep; `updated`: whether a mask lets it."""
-        groups = [
-            self.group_of.get(id(p), -1) if free and p.requires_grad else -1
-            for p, free in zip(parameters, updated, strict=True)
-        ]
-        return Updates(self, parameters, groups)
-
-
-class Updates:
-    """Which optimizer group updates which parameter, and what the optimizers keep of these.
-
-    Attributes:
-        parameters: those that are updated.
-        state: what is kept of them, in the sweep's order.
-        groups: of every parameter its row of the settings, or -1.
-        reason: why the fused step cannot make these updates; None: it can.
-    """
-
-    def __init__(self, optimizers: Optimizers, parameters: list[Tensor], groups: list[int]):
-        self._optimizers = optimizers
-        self.groups = groups
-        self._chosen = [(p, g) for p, g in zip(parameters, groups, strict=True) if g >= 0]
-        self.parameters = [p for p, _ in self._chosen]
-        self.state: list[Tensor] = []
-        self._made: list[tuple] = []  # (the entry's place, parameter, state made for it)
-        self._fresh: set[int] = set()  # parameters with a new momentum buffer
-        self.reason: str | None = None
-        self._find()
-
-    def _find(self) -> None:
-        optimizers, places = self._optimizers, []
-        for parameter, number in self._chosen:
-            group, owner = optimizers.groups[number], optimizers.owner_of[number]()
-            keys = _KEPT[RULES[int(optimizers.rules[number])]]
-            # `get`: a look into a defaultdict must not leave an entry behind.
-            kept = owner.state.get(parameter) or {}
-            made = self._missing(parameter, group, keys, kept)
-            if made:
-                self._made.append((owner.state, parameter, made))
-            found = made or kept
-            if not all(isinstance(found.get(key), Tensor) for key in keys):
-                raise RuntimeError(
-                    f"{optimizers.caller}: optimizer state must hold {', '.join(keys)}, got "
-                    f"{', '.join(kept) or 'nothing'}"
-                )
-            own = [found[key] for key in keys]
-            self._check(parameter, keys, own)
-            self.state += own
-            places += [tensor.data_ptr() for tensor in own if tensor.numel() > 0]
-            if optimizers.rates[number] is not None:
-                self.state.append(optimizers.rates[number])
-        if len(set(places)) < len(places):
-            self.reason = "parameters have optimizer state in common"
-        # As their own step would add them.
-        self._made.sort(key=lambda entry: optimizers.order[id(entry[1])])
-
-    def _missing(self, parameter: Tensor, group: dict, keys: tuple, kept: dict) -> dict:
-        """What an optimizer's first step would make."""
-        if keys == ("momentum_buffer",) and kept.get("momentum_buffer") is None:
-            self._fresh.add(id(parameter))
-            return {"momentum_buffer": _zeros(parameter)}
-        if keys and not kept:
-            dtype = _torch_optimizer._get_scalar_dtype(group.get("fused"))
-            on_device = any(map(group.get, _ON_DEVICE_OPTIONS))
-            device = parameter.device if on_device else "cpu"
-            made = {"step": torch.zeros((), dtype=dtype, device=device)}
-            return made | {key: _zeros(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        return {}
-
-    def _check(self, parameter: Tensor, keys: tuple, own: list[Tensor]) -> None:
-        for key, tensor in zip(keys, own, strict=True):
-            if key == "step":
-                right = tensor.numel() == 1
-                fits = tensor.dtype in (torch.float32, torch.float64)
-            else:
-                fits = tensor.dtype == parameter.dtype
-                # torch adds a gradient to momentum in another dtype, and nothing to Adam's averages.
-                right = fits or (key == "momentum_buffer" and tensor.is_floating_point())
-                right = right and tensor.shape == parameter.shape
-                fits = fits and tensor.device == parameter.device and tensor.is_contiguous()
-            if not right:
-                raise RuntimeError(
-                    f"{self._optimizers.caller}: a parameter's optimizer state {key} must be "
-                    f"{parameter.dtype} {tuple(parameter.shape)}, got {tensor.dtype} "
-                    f"{tuple(tensor.shape)}"
-                )
-            if not fits:
-                self.reason = f"a parameter's optimizer state {key} is not contiguous in its dtype"
-
-    def watch(self, watch: Watch) -> None:
-        """Adds to a watch that the optimizers keep these tensors."""
-        optimizers = self._optimizers
-        for parameter, number in self._chosen:
-            keys = _KEPT[RULES[int(optimizers.rules[number])]]
-            if not keys:
-                continue
-            entries = optimizers.owner_of[number]().state
-            watch.items(entries, (parameter,))
-            watch.items(entries[parameter], keys)
-
-    def settings(self) -> tuple[list[int], list[float]]:
-        """Groups and settings of this step. A new momentum buffer is the gradient itself, undamped:
-        from rows of their own."""
-        settings = self._optimizers.settings()
-        if not self._fresh:
-            return self.groups, settings
-        rows, chosen = len(self._optimizers.groups), iter(self.parameters)
-        groups = [g + rows if g >= 0 and id(next(chosen)) in self._fresh else g for g in self.groups]
-        undamped = [0.0 if i % _WIDTH == 4 else x for i, x in enumerate(settings)]
-        return groups, settings + undamped
-
-    @property
-    def first(self) -> bool:
-        """Whether some state is made for this step."""
-        return bool(self._made)
-
-    def put_in_place(self) -> None:
-        """Hands the optimizers the state that is made for this step."""
-        for entries, parameter, made in self._made:
-            entries[parameter].update(made)
-
-    def take_back(self) -> None:
-        """Undoes that, for a step that was not taken."""
-        for entries, parameter, made in self._made:
-            kept = entries.get(parameter)
-            for key in made if kept is not None else ():
-                if kept.get(key) is made[key]:
-                    del kept[key]
-            if kept is not None and not kept:
-                del entries[parameter]
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-
-
-class Gradients:
-    """In the place of `Updates`: every parameter's gradient goes to its `p.grad`."""
-
-    _SETTINGS = flat([OptimizerSettings("gradient", a=a) for a in (0.0, 1.0)])  # write, add
-    reason, first = None, False
-
-    def __init__(self, parameters: list[Tensor], updated: Sequence[bool]):
-        self.parameters: list[Tensor] = []  # not changed themselves
-        self.groups, self.state = [], []
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        for parameter, free in zip(parameters, updated, strict=True):
-            if not (free and parameter.requires_grad):
-                self.groups.append(-1)
-                continue
-            grad = parameter.grad
-            if grad is not None and grad.is_contiguous() and grad.dtype == parameter.dtype:
-                self.groups.append(1)
-            else:
-                self.groups.append(0)
-                grad = torch.empty_like(parameter)
-                self._pending.append((parameter, grad))
-            self.state.append(grad)
-
-    def settings(self) -> tuple[list[int], list[float]]:
-        """Groups and settings of this step."""
-        return self.groups, self._SETTINGS
-
-    def put_in_place(self) -> None:
-        """Gradients are put in place when they are made."""
-
-    take_back = put_in_place
-
-    def finish(self) -> None:
-        """Hands over what could not be added where it belongs."""
-        for parameter, grad in self._pending:
-            if parameter.grad is None:
-                parameter.grad = grad
-            else:
-                parameter.grad += grad

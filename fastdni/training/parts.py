@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from fastdni import ops
 from fastdni.reference import SweepStage, accumulate_dtype
 from fastdni.training.boundary import Boundary, Prediction, context_for, learns, mixed
-from fastdni.training.optimizers import Gradients, Optimizers, Updates
+from fastdni.training.optimizers import Optimizers
 from fastdni.training.stages import FusedStage, layers_of
 from fastdni.training.step import Step
+from fastdni.training.updates import Gradients, Updates
 
 _CRITERIA = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 _MAX_PLANS = 8  # of a part, by batch size (an epoch has one or two)
@@ -33,9 +34,7 @@ class FusedPart:
 
     fused = True
 
-    def __init__(
-        self, stages: list[FusedStage], first: int, criterion: str | None, precision: str
-    ):
+    def __init__(self, stages: list[FusedStage], first: int, criterion: str | None, precision: str):
         self.stages: list[SweepStage] = [stage.sweep for stage in stages]
         self.first, self.precision = first, precision
         self._flattens = stages[0].flattens
@@ -76,7 +75,7 @@ class FusedPart:
         updated = [bool(active[s]) for s in plan.parameter_stages]
         if optimizers is None:
             return Gradients(plan.parameters, updated)
-        return optimizers.updates(plan.parameters, updated)
+        return Updates(optimizers, plan.parameters, updated)
 
     def takes(self, x: Tensor, network_input: Tensor) -> bool:
         """Whether a sweep can run on this input."""

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastdni import backend, ops
 from fastdni.reference import accumulate_dtype
 from fastdni.training import arguments
-from fastdni.training.optimizers import Gradients, Updates
 from fastdni.training.parts import FusedPart, count_versions
 from fastdni.training.step import Step
 from fastdni.training.structure import Structure
+from fastdni.training.updates import Gradients, Updates
 from fastdni.training.watch import MODULE_HOOKS, Watch
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss, output, synthesis losses
@@ -216,8 +216,7 @@ def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
 def _fit(structure: Structure, step: Step) -> bool:
     """Whether the fused updates can be made of what the optimizers keep, refused where nobody
     could: before anything is written."""
-    everything = [True] * len(structure.parameters)
-    return step.optimizers.updates(structure.parameters, everything).reason is None
+    return Updates(step.optimizers, structure.parameters).reason is None
 
 
 def _gradients(structure: Structure, parts: list, step: Step) -> list:

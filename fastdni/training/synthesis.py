@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdni import ops, reference
-from fastdni.reference import OptimizerSettings, SynthesizerParameters
+from fastdni.reference import SynthesizerParameters
 from fastdni.scopes import is_checkpointed
 from fastdni.synthesizers import plain_parameters, required_context
+from fastdni.training.updates import Gradients
 
 
 def synthesize(
@@ -277,26 +278,9 @@ def _hand_over(parameters: list[Tensor], gradients, updates) -> None:
 class _IntoGrad:
     """The updates that only add gradients to `p.grad`."""
 
-    _settings = ops.flat([OptimizerSettings("gradient", a=a) for a in (0.0, 1.0)])  # write, add
-
     def state(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[int], list[float]]:
-        state, groups, self._made = [], [], []
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                groups.append(-1)
-                continue
-            grad = parameter.grad
-            adds = grad is not None and grad.layout == torch.strided and grad.is_contiguous()
-            if not adds or grad.dtype != parameter.dtype:
-                grad, adds = torch.empty_like(parameter, memory_format=torch.contiguous_format), 0
-                self._made.append((parameter, grad))
-            groups.append(int(adds))
-            state.append(grad)
-        return state, groups, self._settings
+        self._own = Gradients(parameters)
+        return self._own.state, *self._own.settings()
 
     def commit(self) -> None:
-        for parameter, grad in self._made:
-            if parameter.grad is None:
-                parameter.grad = grad
-            else:
-                parameter.grad = parameter.grad + grad
+        self._own.finish()

@@ -1,5 +1,4 @@
-"""One step of a decoupled network: repeated where it is like the last one, else prepared, then run.
-"""
+"""One step of a decoupled network: repeated where it is like the last one, else prepared and run."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -8,10 +7,11 @@ from functools import partial
 from torch import Tensor
 
 from fastdni.training import arguments
-from fastdni.training.optimizers import Gradients, Optimizers, Updates
+from fastdni.training.optimizers import Optimizers
 from fastdni.training.running import Repetition, Results, run_by_parts, run_whole
 from fastdni.training.step import Step
 from fastdni.training.structure import Network, Structure
+from fastdni.training.updates import Gradients, Updates
 
 GRADIENTS = object()  # in an optimizer's place: no update
 
@@ -104,10 +104,9 @@ class Trainer:
     def optimizers(self, caller: str, given) -> Optimizers:
         """What is given as the optimizer, for the network as it was last looked at."""
         known = self._optimizers
-        if known is not None and known.is_current(given):
-            if known.are_alike(known.settings()) and not known.have_tensors():
-                return known
+        current = known is not None and known.is_current(given)
+        if current and known.are_alike(known.settings()) and not known.have_tensors():
+            return known
         known = Optimizers(caller, given, self._structure.parameters, self.forget)
         self._optimizers = known
         return known
-

@@ -9,7 +9,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "cpu/kernels/isa.h"
 
 namespace fastdni::cpu {
 

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "common/scalar.h"
-#include "cpu/isa.h"
+#include "cpu/kernels/isa.h"
 
 namespace fastdni::cpu {
 

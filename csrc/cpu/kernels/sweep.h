@@ -9,7 +9,7 @@
 #include "common/activation.h"
 #include "common/network.h"
 #include "common/optimizer.h"
-#include "cpu/isa.h"
+#include "cpu/kernels/isa.h"
 
 namespace fastdni::cpu {
 
