@@ -1,6 +1,7 @@
 # make demo    a decoupled network trained on handwritten digits, with a table and a picture
-# make test    the test suite            make test-all   with every combination
-# make bench   the CPU benchmarks        make lint       ruff, clang-format, the README's tables
+# make test    the test suite, a sample of its tables: five minutes on two cores
+# make test-all  every combination of them (TESTS='tests/test_sweep.py ...': of these files)
+# make bench   the CPU benchmarks      make lint   ruff, clang-format, the README's tables
 # make test-triton   Triton's tests with its newest release, beside the one that is installed
 # make test-emulated a CUDA build of torch (6 GB, in build/), and device tests on an emulated GPU
 # make gpu     on a machine with a CUDA GPU: builds for it, tests, measures (GPU=--quick: 8 minutes)
@@ -11,14 +12,18 @@
 
 PYTHON ?= python3
 
+# Tests on as many processors as there are, up to eight.
+WORKERS := --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
 ifeq ($(SYSTEM_TORCH),1)
   RUN := PYTHONPATH='$(CURDIR)' $(PYTHON)
   BUILT := build/.in-place
   READY :=
+  # Spread if PYTHON can.
+  SPREAD = $(if $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo 1),$(WORKERS))
 else
   RUN := .venv/bin/python
-  # Tests on as many processors as there are, up to eight.
-  SPREAD := --numprocesses=auto --maxprocesses=8 --dist=worksteal
+  SPREAD = $(WORKERS)
   BUILT := build/.installed
   READY := .venv/.requirements
   export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -36,7 +41,7 @@ test: build
 	$(RUN) -m pytest $(SPREAD)
 
 test-all: build
-	$(RUN) -m pytest --all $(SPREAD)
+	$(RUN) -m pytest --all $(SPREAD) $(TESTS)
 
 test-triton: build
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \

@@ -7,7 +7,7 @@ import datetime
 import sys
 from pathlib import Path
 
-from benchmarks import dropin, network, scaling, suite
+from benchmarks import suite, suite_dropin, suite_network, suite_scaling
 from fastdni.bench.command import Parser
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu" / today, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    for one in (network.SUITE, dropin.SUITE, scaling.SUITE):
+    for one in (suite_network.SUITE, suite_dropin.SUITE, suite_scaling.SUITE):
         print(f"== {one.name}", flush=True)
         how = ["--output", str(options.output)] + ["--quick"] * options.quick
         suite.main(one, how)

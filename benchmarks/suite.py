@@ -5,7 +5,6 @@ makes a table and a picture of all.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import torch
 from fastdni.bench import hardware, header
 from fastdni.bench.command import Parser, positive
 from fastdni.bench.network import Result
+from fastdni.bench.progress import Line
 
 
 class Suite(NamedTuple):
@@ -42,7 +42,7 @@ class Suite(NamedTuple):
 
 def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
     """Runs a suite from its command line."""
-    parser = Parser(prog=f"python -m benchmarks.{suite.name}", description=suite.doc)
+    parser = Parser(prog=f"python -m benchmarks.suite_{suite.name}", description=suite.doc)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled")
     parser.add_argument("--rounds", type=positive, help="timed rounds a case, not a time limit")
     parser.add_argument("--cases", nargs="+", choices=list(suite.cases), metavar="NAME")
@@ -61,10 +61,10 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
         limits = {"rounds": options.rounds}
     results = []
     try:
-        for name in options.cases or suite.cases:
-            if sys.stderr.isatty():
-                print(f"\r{name:30s}\r", end="", file=sys.stderr, flush=True)
-            results += suite.cases[name](compile=not options.quick, **limits)
+        with Line() as line:
+            for name in options.cases or suite.cases:
+                line.show(name)
+                results += suite.cases[name](compile=not options.quick, **limits)
         info = hardware()
         del info["threads"]  # the cases say theirs
         extra = suite.extra()

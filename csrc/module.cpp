@@ -3,17 +3,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/names.h"
 #include "cpu/isa.h"
-#include "ops/product.h"
+#include "cpu/product.h"
+#include "ops/sweep_binding.h"
 #include "ops/sweep_plan.h"
 #include "watch.h"
 #if defined(FASTDNI_CUDA)
-#include "cuda/regression_loss.h"
+#include "cuda/kernels/regression_loss.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
+
+constexpr const char* kPlan = "sweep";
 
 py::dict build_info() {
   py::dict info;
@@ -30,6 +34,12 @@ py::dict build_info() {
   return info;
 }
 
+fastdni::ScalarType dtype_named(const std::string& name) {
+  using fastdni::ScalarType;
+  return fastdni::named<ScalarType>(
+      kPlan, "dtype", name, {{"float32", ScalarType::Float}, {"float64", ScalarType::Double}});
+}
+
 fastdni::SynthesizerSpec synthesizer_spec(const py::handle& object) {
   fastdni::SynthesizerSpec spec;
   if (object.is_none()) return spec;
@@ -40,21 +50,12 @@ fastdni::SynthesizerSpec synthesizer_spec(const py::handle& object) {
   return spec;
 }
 
-fastdni::Activation activation(const std::string& name) {
-  using fastdni::Activation;
-  if (name == "identity") return Activation::identity;
-  if (name == "relu") return Activation::relu;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "sigmoid") return Activation::sigmoid;
-  throw std::invalid_argument("sweep_plan: no activation " + name);
-}
-
 fastdni::StageSpec stage_spec(const py::dict& given) {
   fastdni::StageSpec spec;
   spec.inputs = py::cast<int64_t>(given["inputs"]);
   spec.outputs = py::cast<int64_t>(given["outputs"]);
   spec.bias = py::cast<bool>(given["bias"]);
-  spec.activation = activation(py::cast<std::string>(given["activation"]));
+  spec.activation = fastdni::activation_named(kPlan, py::cast<std::string>(given["activation"]));
   if (!given["batch_norm"].is_none()) {
     const auto norm = py::cast<py::dict>(given["batch_norm"]);
     spec.batch_norm = true;
@@ -68,29 +69,47 @@ fastdni::StageSpec stage_spec(const py::dict& given) {
   return spec;
 }
 
+py::dict numbers_of(const fastdni::SynthesizerParameters& numbers) {
+  return py::dict(py::arg("weights") = numbers.weights, py::arg("biases") = numbers.biases,
+                  py::arg("context_weight") = numbers.context_weight,
+                  py::arg("context_bias") = numbers.context_bias);
+}
+
+py::dict numbers_of(const fastdni::StageParameters& numbers) {
+  return py::dict(py::arg("weight") = numbers.weight, py::arg("bias") = numbers.bias,
+                  py::arg("norm_weight") = numbers.norm_weight,
+                  py::arg("norm_bias") = numbers.norm_bias, py::arg("running") = numbers.running,
+                  py::arg("synthesizer") = numbers_of(numbers.synthesizer),
+                  py::arg("input_synthesizer") = numbers_of(numbers.input_synthesizer));
+}
+
 // Owns a registered plan.
 struct PlanHandle {
+  std::shared_ptr<fastdni::Plan> plan;
   int64_t handle;
-  int64_t workspace_bytes;
+  int64_t workspace_bytes = 0;
   std::string launches;
+  std::vector<int64_t> parameter_stages;
+  py::list numbers;
 
   PlanHandle(const std::vector<py::dict>& stages, int64_t batch, const std::string& dtype,
              std::optional<int32_t> gpu, const std::string& criterion, bool input_gradient,
-             const std::string& products, bool separate_input) {
+             const std::string& precision, bool separate_input, bool runs) {
     fastdni::NetworkSpec spec;
     for (const py::dict& stage : stages) spec.stages.push_back(stage_spec(stage));
     spec.batch = batch;
-    spec.criterion = criterion == "mse"             ? fastdni::Criterion::mse
-                     : criterion == "cross_entropy" ? fastdni::Criterion::cross_entropy
-                                                    : fastdni::Criterion::none;
+    spec.criterion = fastdni::criterion_named(kPlan, criterion);
     spec.input_gradient = input_gradient;
-    spec.products = fastdni::products_named(products);
+    spec.precision = fastdni::precision_named(kPlan, precision);
     spec.separate_input = separate_input;
-    const auto type = dtype == "float64" ? fastdni::ScalarType::Double : fastdni::ScalarType::Float;
-    auto plan = fastdni::make_plan(std::move(spec), type, gpu);
-    workspace_bytes = plan->sweep->workspace_bytes();
-    launches = plan->sweep->launches();
-    handle = fastdni::register_plan(std::move(plan));
+    plan = fastdni::make_plan(std::move(spec), dtype_named(dtype), gpu, runs);
+    if (runs) {
+      workspace_bytes = plan->sweep->workspace_bytes();
+      launches = plan->sweep->launches();
+    }
+    parameter_stages = plan->expected.parameter_stages;
+    for (const auto& stage : plan->expected.stages) numbers.append(numbers_of(stage));
+    handle = fastdni::register_plan(plan);
   }
   PlanHandle(const PlanHandle&) = delete;
   ~PlanHandle() { fastdni::forget_plan(handle); }
@@ -119,23 +138,32 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("columns"), py::arg("depth"),
       "The library that a float32 (rows, depth) x (depth, columns) product goes to.");
-  py::class_<fastdni::Watch>(m, "Watch", "Notices that dicts and lists hold something else.")
-      .def(py::init<const py::list&, const py::list&>(), py::arg("items"), py::arg("sizes"))
-      .def("unchanged", &fastdni::Watch::unchanged, "Whether all of them hold what they held.");
+  py::class_<fastdni::Watch>(m, "Watch", "Notices that facts no longer hold.")
+      .def(py::init<const py::list&>(), py::arg("facts"))
+      .def("unchanged", &fastdni::Watch::unchanged, "Whether all facts hold.");
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&,
-                    std::optional<int32_t>, const std::string&, bool, const std::string&, bool>(),
+                    std::optional<int32_t>, const std::string&, bool, const std::string&, bool,
+                    bool>(),
            py::kw_only(), py::arg("stages"), py::arg("batch"), py::arg("dtype"), py::arg("gpu"),
-           py::arg("criterion"), py::arg("input_gradient"), py::arg("products"),
-           py::arg("separate_input"))
+           py::arg("criterion"), py::arg("input_gradient"), py::arg("precision"),
+           py::arg("separate_input"), py::arg("runs"))
       .def_readonly("handle", &PlanHandle::handle, "What the ops are given.")
       .def(
-          "forget", [](const PlanHandle& plan) { fastdni::find_plan(plan.handle)->last = {}; },
-          "Lets go of the tensors that a repeated step would take.")
+          "can_be_repeated",
+          [](const PlanHandle& plan) { return fastdni::can_be_repeated(*plan.plan); },
+          "Whether the last step's tensors are such as they were.")
       .def_property_readonly(
-          "begun", [](const PlanHandle& plan) { return fastdni::find_plan(plan.handle)->begun; },
-          "Whether the last step had begun to write when it failed.")
+          "steps", [](const PlanHandle& plan) { return plan.plan->steps; },
+          "Whole steps that were taken.")
+      .def_readonly("parameter_stages", &PlanHandle::parameter_stages,
+                    "For each parameter the stage whose mask it shares; a synthesizer shares that "
+                    "above it.")
+      .def_readonly(
+          "numbers", &PlanHandle::numbers,
+          "Of each stage the numbers of its parameters, and of its running mean among the "
+          "statistics; -1 where there is none.")
       .def_readonly("launches", &PlanHandle::launches, "How a GPU's launches divide the step.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
 #if defined(FASTDNI_CUDA)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdni as dni
-from fastdni.reference.interfaces import EagerBackwardInterface, EagerSynthesizer
+from fastdni.bench.eager import EagerBackwardInterface, EagerSynthesizer
 from fastdni.synthesizers import start_at_zero
 
 CLASSES = 10

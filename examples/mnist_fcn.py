@@ -21,6 +21,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,11 @@ import torch
 from methods import RECIPES, interface_step, make_network, make_optimizer, masks, train_step
 
 from fastdni import bench
+from fastdni.bench.progress import Line, bar
 
 try:
     import plots
     import sklearn  # noqa: F401  (digits needs it)
-    from tqdm import tqdm
 except ImportError as error:
     print(f"{error}: pip install fastdni[examples]", file=sys.stderr)
     sys.exit(2)
@@ -62,21 +63,24 @@ def train(
     )
     chosen = masks(layers, 1.0 if method == "backprop" else options.update_probability, seed)
     errors = []
-    label = f"{RECIPES[method].name}, {layers} layers, seed {seed}"
-    with tqdm(total=steps, desc=label, unit="step") as bar:
-        for _ in range(options.epochs):
+    width = max(len(recipe.name) for recipe in RECIPES.values())
+    label = f"{RECIPES[method].name:{width}s}  {layers} layers, seed {seed}"
+    begin = time.monotonic()
+    with Line(keep=True) as line:
+        line.show(bar(label, 0))
+        for epoch in range(1, options.epochs + 1):
             network.train()
             order = torch.randperm(len(data.train_x), generator=shuffle)
             for batch in order.split(options.batch_size)[:batches]:
                 x, y = data.train_x[batch], data.train_y[batch]
                 train_step(network, optimizer, x, y, next(chosen))
                 decay.step()
-                bar.update()
             network.eval()
             with torch.no_grad():
                 wrong = network(data.test_x).argmax(1) != data.test_y
             errors.append(100 * wrong.float().mean().item())
-            bar.set_postfix_str(f"test error {errors[-1]:.2f} %")
+            note = f"test error {errors[-1]:.2f} %, {time.monotonic() - begin:.0f} s"
+            line.show(bar(label, epoch / options.epochs, note))
     return errors
 
 
@@ -106,9 +110,9 @@ def report(errors: dict[str, list[float]], timings: dict[str, bench.Timing]) -> 
     for method, curve in errors.items():
         own = timings[method].median
         others = [timings.get(f"{kind} {method}") for kind in ("drop-in", "plain")]
-        times = [f"{1e3 * other.median:.2f}" if other else "-" for other in others]
+        times = [f"{1e3 * other.median:.3f}" if other else "-" for other in others]
         speed = f"{others[1].median / own:.2f}x" if others[1] else "-"
-        cells = [RECIPES[method].name, f"{curve[-1]:.2f}", f"{1e3 * own:.2f}"]
+        cells = [RECIPES[method].name, f"{curve[-1]:.2f}", f"{1e3 * own:.3f}"]
         rows.append([*cells, *times, speed])
     headers = ["method", "test error %", "net.step ms", "drop-in ms", "plain PyTorch ms", "speed"]
     return bench.table(rows, headers)
@@ -271,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = bench.header(bench.hardware())
     print(f"{subject}\n{machine}", flush=True)
     (table if options.table else compare)(data, options, f"{subject}\n{machine}")
-    print(f"\n{options.out}")
+    print(f"\nwrote {options.out}")
     return 0
 
 

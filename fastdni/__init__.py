@@ -14,7 +14,9 @@ except ImportError as error:
         f"`pip install --no-build-isolation -e .` ({error})"
     ) from error
 
+from fastdni import agreement  # noqa: F401  has `backend` compare a GPU's kernels by it
 from fastdni.backend import backends, set_backend, set_fp32_precision, use_backend
+from fastdni.conversion import decouple
 from fastdni.explain import explain
 from fastdni.graphs import make_graphed_step
 from fastdni.interfaces import (
@@ -23,10 +25,10 @@ from fastdni.interfaces import (
     ForwardInterface,
     UnidirectionalInterface,
 )
-from fastdni.network import DecoupledSequential, StepResult, decouple
+from fastdni.network import DecoupledSequential, StepResult
 from fastdni.ops import regression_loss
 from fastdni.scopes import backward, defer_backward, synthesizer_context
-from fastdni.synthesizers import BasicSynthesizer
+from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 
 __version__ = _C.build_info()["version"]
 
@@ -47,6 +49,7 @@ __all__ = [
     "regression_loss",
     "set_backend",
     "set_fp32_precision",
+    "start_at_zero",
     "synthesizer_context",
     "use_backend",
 ]

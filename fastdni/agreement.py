@@ -68,7 +68,7 @@ def _comparisons(
 ) -> Iterator[tuple[str, float, list[Tensor], list[Tensor]]]:
     """Of each computation what it is, what it may be off by, the device's results, the truth."""
     random = torch.Generator().manual_seed(0)
-    own = backend.products(device, None)
+    own = backend.precision(device, None)
     every, asked = list(_TOLERANCES), [own, "bfloat16"]
     small, large = _OF_CUDA, _LARGE_OF_CUDA
     if name == "triton":  # where each kernel is compiled when it is first launched
@@ -76,13 +76,13 @@ def _comparisons(
     networks = [(network, every) for network in small]
     if device.type != "cpu":  # in tests a large one takes too long
         networks += [(network, asked) for network in large]
-    for (rows, widths, norm, hidden), arithmetics in networks:
+    for (rows, widths, norm, hidden), precisions in networks:
         given = _step(random, rows, widths, norm, hidden)
         truth = _sweep(given, device, "reference", "exact", torch.float64)
-        for products in arithmetics:
-            what = f"a step of {'-'.join(map(str, widths))} with {products} products"
-            found = _sweep(given, device, name, products, torch.float32)
-            yield what, _TOLERANCES[products], found, truth
+        for precision in precisions:
+            what = f"a step of {'-'.join(map(str, widths))} with {precision} products"
+            found = _sweep(given, device, name, precision, torch.float32)
+            yield what, _TOLERANCES[precision], found, truth
     parameters = _synthesizer(random, 70, 36, 1)
     given = (
         _normal(random, _ROWS, 70), _normal(random, _ROWS, _CONTEXT), parameters,
@@ -140,12 +140,12 @@ def _on(device: torch.device, value, floating: torch.dtype):
 
 
 def _sweep(
-    given: tuple, device: torch.device, name: str, products: str, floating: torch.dtype
+    given: tuple, device: torch.device, name: str, precision: str, floating: torch.dtype
 ) -> list[Tensor]:
     """Output, losses, every gradient and running statistic of a step."""
     stages, x, target = _on(device, given, floating)
     with backend.use_backend(name):
-        plan = ops.SweepPlan(stages, len(x), "cross_entropy", products=products)
+        plan = ops.SweepPlan(stages, len(x), "cross_entropy", precision=precision)
     gradients = [torch.zeros_like(p) for p in plan.parameters]
     settings = ops.flat([OptimizerSettings("gradient")])
     groups, active = [0] * len(gradients), [1] * (len(stages) + 1)
@@ -163,3 +163,6 @@ def _regress(given: tuple, device: torch.device, name: str, floating: torch.dtyp
         )
         alone, error = ops.regression_loss(prediction, target)
     return [prediction, loss, *gradients, alone, error]
+
+
+backend.compare_by(disagreement)

@@ -7,7 +7,7 @@ PyTorch of `fastdni.reference` everywhere else. `set_backend` and `use_backend` 
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from fastdni.traced import constant
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-# The schema of oneDNN's product, a private op of torch, that csrc/ops/product.cpp was written for.
+# The schema of oneDNN's product, a private op of torch, that csrc/cpu/product.cpp was written for.
 _ONEDNN_SCHEMA = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, "
     "Scalar?[] scalars, str? algorithm) -> Tensor Y"
@@ -69,12 +69,21 @@ _unserved: dict[tuple[str, int], str | None] = {}
 _looking = threading.Lock()
 
 
-def _look(device: torch.device, name: str) -> str | None:
-    from fastdni import agreement  # which calls the ops, and they ask here
+# Of a GPU and a backend, what its kernels compute there that plain PyTorch does not, or None.
+# `agreement` gives it: it calls the ops, which ask here.
+_disagreement: Callable[[torch.device, str], str | None]
 
+
+def compare_by(disagreement: Callable[[torch.device, str], str | None]) -> None:
+    """Has a GPU's kernels compared with plain PyTorch by this function before they serve."""
+    global _disagreement
+    _disagreement = disagreement
+
+
+def _look(device: torch.device, name: str) -> str | None:
     try:
         reason = triton.unavailable() if name == "triton" else _unfit(device)
-        reason = reason or agreement.disagreement(device, name)
+        reason = reason or _disagreement(device, name)
     except Exception as error:  # whatever a compiler or a driver raises
         reason = f"its kernels fail: {(str(error) or repr(error)).splitlines()[0]}"
     if reason is not None:
@@ -115,24 +124,24 @@ def why_unserved(device: torch.device, name: str = "cuda") -> str | None:
 
 
 # From so many multiply-adds of a stage's product on, B N K, `auto` takes Triton's tiles on tensor
-# cores before the CUDA backend, by the arithmetic of products. Estimated from the sizes at which
+# cores before the CUDA backend, by the precision of products. Estimated from the sizes at which
 # tiles of 128 x 128 fill a GPU, not measured.
 TRITON_FROM = {"bfloat16": 2e9, "tf32": 1e9}
 
 
-def takes_triton(device: torch.device, work: int, products: str) -> bool:
+def takes_triton(device: torch.device, work: int, precision: str) -> bool:
     """Whether `auto` gives stages whose largest product has so many multiply-adds to Triton, on a
     GPU that the CUDA kernels serve."""
-    if work < TRITON_FROM.get(products, math.inf) or triton.unavailable() is not None:
+    if work < TRITON_FROM.get(precision, math.inf) or triton.unavailable() is not None:
         return False
     return _is_known(device, "triton") and why_unserved(device, "triton") is None
 
 
-def why_triton(products: str) -> str:
+def why_triton(precision: str) -> str:
     """Why `auto` has chosen Triton, in words."""
-    if products not in TRITON_FROM:
+    if precision not in TRITON_FROM:
         return "auto: the CUDA backend does not serve here"
-    return f"auto: a product of {TRITON_FROM[products]:.0e} multiply-adds or more (an estimate)"
+    return f"auto: a product of {TRITON_FROM[precision]:.0e} multiply-adds or more (an estimate)"
 
 
 def _runs(architecture: str, of_gpu: int) -> bool:
@@ -221,8 +230,8 @@ def _precision_of_torch() -> str:
     return torch.backends.cuda.matmul.fp32_precision
 
 
-def products(device: torch.device, autocast: torch.dtype | None) -> str:
-    """The arithmetic of a step's products (see `ops.SweepPlan`) as torch's settings ask for it."""
+def precision(device: torch.device, autocast: torch.dtype | None) -> str:
+    """The precision of a step's products (see `ops.SweepPlan`) as torch's settings ask for it."""
     if autocast == torch.bfloat16:
         return "bfloat16"
     if device.type != "cuda":

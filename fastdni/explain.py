@@ -2,10 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastdni import backend
 from fastdni.network import Criterion, DecoupledSequential
+from fastdni.training.arguments import autocast_dtype, criterion_name
+from fastdni.training.parts import FusedPart, LocalPart
+from fastdni.training.stages import layers_of
+from fastdni.training.structure import Structure
 
 _COLUMNS = ("stage", "fused", "backend", "kernel", "reason")
 
@@ -55,4 +61,67 @@ def explain(
     Example:
         >>> print(fastdni.explain(net, x, optimizer))
     """
-    return Explanation(net._trainer.explain(x, optimizer, criterion))
+    structure = net._trainer.structure(net, "explain")
+    optimizers = net._trainer.optimizers("explain", optimizer)
+    of_updates = optimizers.reason
+    if of_updates is None:
+        every = [True] * len(structure.parameters)
+        of_updates = optimizers.updates(structure.parameters, every).reason
+    name, autocast = criterion_name(criterion)[0], autocast_dtype(x)
+    inputs = _inputs(net, x)
+    rows = []
+    for part in structure.parts(name, autocast, len(x)):
+        taken = part.fused and part.takes(inputs[part.first], x)
+        for number in part.numbers:
+            row = {"stage": " -> ".join(type(m).__name__ for m in layers_of(net.stages[number]))}
+            if taken:
+                row |= _of_sweep(part, structure, number, len(x), of_updates)
+            else:
+                row |= _of_autograd(part, structure, number, autocast)
+            rows.append(row)
+    return Explanation(rows)
+
+
+def _inputs(net: DecoupledSequential, x: Tensor) -> list[Tensor]:
+    """Each stage's input."""
+    modes = [(module, module.training) for module in net.modules()]
+    inputs = []
+    try:
+        net.eval()
+        with torch.no_grad():
+            for stage in net.stages:
+                inputs.append(x)
+                x = stage(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return inputs
+
+
+def _of_sweep(
+    part: FusedPart, structure: Structure, number: int, batch: int, of_updates: str | None
+) -> dict:
+    served_by, reason = part.backend(batch), ""
+    kernel = f"sweep: {part.plan(batch).launches}" if served_by in ("cuda", "triton") else "sweep"
+    if served_by == "triton" and backend.choice() == "auto":
+        reason = backend.why_triton(part.precision)
+    elif served_by == "reference":
+        reason = backend.why_reference(structure.parsed[number].sweep.weight)
+    elif of_updates is not None:
+        reason = f"its gradients; the update is the optimizer's own: {of_updates}"
+    fused = served_by != "reference"
+    return {"fused": fused, "backend": served_by, "kernel": kernel, "reason": reason}
+
+
+def _of_autograd(
+    part: FusedPart | LocalPart, structure: Structure, number: int, autocast: torch.dtype | None
+) -> dict:
+    reason = structure.reasons[number]
+    if reason is None and part.fused:
+        reason = "the input of these stages is not (B, K)"
+    elif reason is None and autocast not in (None, torch.bfloat16):
+        reason = f"autocast to {autocast}"
+    elif reason is None:
+        reason = "the criterion is a callable"
+    kernel = "autograd of the stage"
+    return {"fused": False, "backend": "torch", "kernel": kernel, "reason": reason}

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdni.network import Criterion, DecoupledSequential, StepResult
-from fastdni.training import Trainer
+from fastdni.training.trainer import Trainer
 
 
 def make_graphed_step(
@@ -72,7 +72,7 @@ class _GraphedStep:
 
     def __init__(self, net, how: tuple, rates: "list[_Rate]", data: tuple[Tensor, Tensor], warmup):
         # Plans of its own: ordinary steps of the network leave what the graph reads as it is.
-        self._trainer = Trainer(net)
+        self._net, self._trainer = net, Trainer()
         self._how, self._rates, self._data = how, rates, data
         for rate in rates:
             rate.take()
@@ -90,7 +90,7 @@ class _GraphedStep:
                 rate.give_back()
 
     def _run(self) -> StepResult:
-        return StepResult(*self._trainer.step(*self._data, *self._how))
+        return StepResult(*self._trainer.step(self._net, "net.step", *self._data, *self._how))
 
     def _warm_up(self, steps: int, stream: torch.cuda.Stream) -> None:
         current = torch.cuda.current_stream()

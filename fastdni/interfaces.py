@@ -9,9 +9,13 @@ Where they differ from dni-pytorch, on purpose: `make_trigger` lets no gradient 
 leak into its trigger; `synthesizer_context` is left properly when an exception passes through; the
 state of contexts and deferral is the thread's own; a `BasicSynthesizer` is evaluated once a step
 instead of twice (so an optimizer that steps inside the backward pass of `send` changes what is
-received from the next step on) and gives its context no gradient; a message must have the
-prediction's shape instead of being broadcast to it; frozen synthesizers and disabled gradients are
-refused before anything is written.
+received from the next step on) and gives its context no gradient; a synthesizer whose optimizer has
+stepped before the true gradient comes is evaluated again; a message must have the prediction's
+shape instead of being broadcast to it; frozen synthesizers and disabled gradients are refused
+before anything is written.
+
+In a segment under `torch.utils.checkpoint`, which is run twice, every gradient is sent once. A
+context must be entered inside the segment: its second run comes when those around are left.
 
 Source: Jaderberg et al. 2016, "Decoupled Neural Interfaces using Synthetic Gradients" (arXiv
 1608.05343), sections 2 and 3.
@@ -19,18 +23,86 @@ Source: Jaderberg et al. 2016, "Decoupled Neural Interfaces using Synthetic Grad
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from fastdni.training.boundary import Boundary, Prediction, check_shape, mixed
 from fastdni.scopes import (
     backward,
     current_context,
     is_deferred,
+    is_first_run,
+    is_second_run,
     outside_compiled_graphs,
     send_gradient,
+    sends_by_autograd,
+    sends_in_this_run,
     sends_with_backward_pass,
 )
-from fastdni.synthesizers import check_prediction, evaluate
+from fastdni.training.synthesis import graph_is_kept
+from fastdni.synthesizers import plain_parameters
 
 _STEPS = {"send", "receive", "backward", "make_trigger"}
+
+
+class _Catch(torch.autograd.Function):
+    """A copy of a tensor, where the gradient that arrives is the target of a prediction. `learning`
+    are the tensors that get the loss's gradients."""
+
+    @staticmethod
+    def forward(ctx, carrier, prediction, scale, send, *learning):
+        ctx.prediction, ctx.scale, ctx.send = prediction, scale, send
+        ctx.set_materialize_grads(False)
+        return carrier.clone()  # what comes next may well change it in place
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # only under create_graph; the decorator is not for nothing
+            return _regress_once_differentiable(ctx, gradient)
+        return _regress(ctx, gradient)
+
+
+def _regress(ctx, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    prediction = ctx.prediction
+    if prediction is None:
+        raise RuntimeError(
+            "Trying to backward through an interface a second time; specify retain_graph=True the "
+            "first time"
+        )
+    if gradient is None:  # something downstream says that there is none: it is zero
+        gradient = torch.zeros_like(prediction.message)
+    grads = ()
+    if len(ctx.needs_input_grad) > 4:
+        _, grads = prediction.gradients(gradient, ctx.scale)
+    if not graph_is_kept():
+        ctx.prediction = None
+    return mixed(ctx.send, gradient, prediction.message), None, None, None, *grads
+
+
+_regress_once_differentiable = once_differentiable(_regress)
+
+
+def _catch(
+    carrier: Tensor,
+    prediction: Prediction,
+    scale: float | None = None,
+    send: tuple[float, float] = (1.0, 0.0),
+) -> Tensor:
+    """A copy of carrier that makes the gradient arriving at it the prediction's target, and sends
+    on what `Prediction.regress` does."""
+    prediction.check(carrier)
+    return _Catch.apply(carrier, prediction, scale, send, *prediction.learning)
+
+
+def _train(prediction: Prediction, message: Tensor) -> None:
+    """Regresses a prediction on a true message, by the mean over all elements."""
+    if not sends_in_this_run():
+        return
+    scale = 2 / max(message.numel(), 1)
+    if sends_by_autograd():
+        # A copy of the message, which is then handed the message as the gradient that arrives.
+        backward(_catch(message, prediction, scale), message)
+    else:
+        prediction.regress(message, scale)
 
 
 class _Interface(nn.Module):
@@ -54,11 +126,16 @@ class UnidirectionalInterface(_Interface):
         super().__init__()
         self.synthesizer = synthesizer
 
-    def _evaluate(self, trigger: Tensor):
-        return evaluate(self.synthesizer, trigger, current_context())
+    def _predict(self, trigger: Tensor, learn: bool = True) -> Prediction:
+        return Boundary(self.synthesizer).predict(trigger, current_context(), learn)
+
+    def _again(self, prediction: Prediction, trigger: Tensor, learn: bool = True) -> Prediction:
+        """Another prediction at a trigger. A module that draws random numbers draws them anew, as
+        in dni-pytorch; a BasicSynthesizer has none to draw."""
+        return prediction if prediction.is_fused else self._predict(trigger, learn)
 
     def _check_gradients_enabled(self, method: str) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not is_first_run():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: training needs gradients, which are disabled "
                 "here (torch.no_grad or torch.inference_mode); call eval() to pass messages through"
@@ -76,7 +153,7 @@ class UnidirectionalInterface(_Interface):
         Raises:
             RuntimeError: a shape, dtype or device does not fit, or the context is missing.
         """
-        return self._evaluate(trigger).predict()
+        return self._predict(trigger, learn=False).message
 
     @outside_compiled_graphs
     def send(self, message: Tensor, trigger: Tensor) -> None:
@@ -94,9 +171,7 @@ class UnidirectionalInterface(_Interface):
             RuntimeError: gradients are disabled, or the message's shape is not the prediction's.
         """
         self._check_gradients_enabled("send")
-        message = message.detach()
-        # A copy of the message, which is then handed the message as the gradient that arrives.
-        backward(self._evaluate(trigger).regress(message, "mean"), message)
+        _train(self._predict(trigger), message.detach())
 
 
 class ForwardInterface(UnidirectionalInterface):
@@ -125,13 +200,12 @@ class ForwardInterface(UnidirectionalInterface):
         if self._by_steps:
             self.send(message, trigger)
             return self.receive(trigger)
-        message = message.detach()
-        # The evaluation serves both: the synthesizer's parameters do not change in between.
-        evaluation = self._evaluate(trigger)
-        backward(evaluation.regress(message, "mean"), message)
+        # It serves both: the synthesizer's parameters do not change in between.
+        prediction = self._predict(trigger)
+        _train(prediction, message.detach())
+        received = self._again(prediction, trigger, learn=False).message
         # A deferred regression still needs the prediction, which the caller may change in place.
-        prediction = evaluation.predict()
-        return prediction.clone() if is_deferred() else prediction
+        return received.clone() if is_deferred() else received
 
 
 class BackwardInterface(UnidirectionalInterface):
@@ -145,15 +219,27 @@ class BackwardInterface(UnidirectionalInterface):
 
     so for a hidden state (layers, B, H) the sum over batch and units is divided by the layers.
 
+    Args:
+        synthesizer: any module taking (trigger, context); a `BasicSynthesizer` runs fused.
+        learn: False for one that is trained already, and may be frozen: its gradients are sent, the
+            true ones change nothing.
+
     Note:
-        In a graph compiled with `torch.compile`, and in the forward pass of a network wrapped in
-        `DistributedDataParallel` (outside `defer_backward`), the synthetic gradient takes the true
-        one's place in the backward pass: every gradient has the same value, but those before the
-        interface come with `loss.backward()` too, twice if that is called twice, not at all if it
-        is not. In a compiled graph the errors below arrive inside the compiler's own. While one
-        thread is in a DistributedDataParallel forward, the interfaces of other threads do the same.
+        In a graph compiled with `torch.compile`, in a segment under `torch.utils.checkpoint`, and
+        in the forward pass of a network wrapped in `DistributedDataParallel` (outside
+        `defer_backward`), the synthetic gradient takes the true one's place in the backward pass:
+        every gradient has the same value, but those before the interface come with
+        `loss.backward()` too, twice if that is called twice, not at all if it is not. In a compiled
+        graph the errors below arrive inside the compiler's own. While one thread is in a
+        DistributedDataParallel forward, the interfaces of other threads do the same.
         (torch.compile goes around the other interfaces, and around `backward`: no whole graph.)
     """
+
+    learn = True
+
+    def __init__(self, synthesizer: nn.Module, learn: bool = True):
+        super().__init__(synthesizer)
+        self.learn = learn
 
     def forward(self, trigger: Tensor, factor: float = 1) -> Tensor:
         """Sends the synthetic gradient back from the trigger and catches the true one there.
@@ -177,12 +263,13 @@ class BackwardInterface(UnidirectionalInterface):
         if self._by_steps:
             self.backward(trigger, factor)
             return self.make_trigger(trigger.detach())
-        evaluation = self._evaluate(trigger)
         if sends_with_backward_pass():
-            return evaluation.regress(trigger, "batchmean", factor)
+            return self._caught(trigger, (0.0, factor))
+        sent = self._predict(trigger, self.learn)
         # The copy first: it refuses a frozen synthesizer while no gradient has been written.
-        triggered, prediction = evaluation.regress_and_predict(evaluation.trigger, "batchmean")
-        send_gradient(trigger, self._scaled(prediction, trigger, factor))
+        triggered = self._caught(trigger.detach(), before=sent)
+        if sends_in_this_run():
+            send_gradient(trigger, mixed((0.0, factor), trigger, sent.message))
         return triggered
 
     @outside_compiled_graphs
@@ -199,7 +286,9 @@ class BackwardInterface(UnidirectionalInterface):
         """
         if not self.training:
             return
-        backward(trigger, self._synthetic_gradient(trigger, factor))
+        gradient = self._synthetic_gradient(trigger, factor)
+        if sends_in_this_run():
+            backward(trigger, gradient)
 
     def make_trigger(self, trigger: Tensor) -> Tensor:
         """A copy of the trigger where the true gradient trains the synthesizer as it passes.
@@ -219,11 +308,33 @@ class BackwardInterface(UnidirectionalInterface):
         if not self.training:
             return trigger
         self._check_gradients_enabled("make_trigger")
-        return self._evaluate(trigger).regress(trigger, "batchmean")
+        return self._caught(trigger)
+
+    def _caught(
+        self,
+        trigger: Tensor,
+        send: tuple[float, float] = (1.0, 0.0),
+        before: Prediction | None = None,
+    ) -> Tensor:
+        """A copy of the trigger, where the synthesizer learns from the gradient that arrives; after
+        an evaluation there, if there has been one."""
+        if is_second_run() and plain_parameters(self.synthesizer) is not None:
+            # For what autograd saves, alone, and maybe with the context left.
+            return trigger.detach().requires_grad_().clone()
+        if before is None:
+            prediction = self._predict(trigger, self.learn)
+        else:
+            prediction = self._again(before, trigger, self.learn)
+        if self.learn:
+            return _catch(trigger, prediction, send=send)
+        check_shape(prediction.message, trigger)
+        if not trigger.requires_grad:
+            trigger = trigger.detach().requires_grad_()
+        return _Catch.apply(trigger, prediction, None, send)
 
     def _check_trigger(self, trigger: Tensor, method: str) -> None:
         self._check_gradients_enabled(method)
-        if not trigger.requires_grad:
+        if not trigger.requires_grad and not is_first_run():
             raise RuntimeError(
                 f"{type(self).__name__}.{method}: trigger must require grad, or nothing before the "
                 "interface could receive the synthetic gradient"
@@ -231,15 +342,9 @@ class BackwardInterface(UnidirectionalInterface):
 
     def _synthetic_gradient(self, trigger: Tensor, factor: float = 1) -> Tensor:
         self._check_trigger(trigger, "backward")
-        prediction = self._evaluate(trigger).predict()
-        check_prediction(prediction, trigger)
-        return self._scaled(prediction, trigger, factor)
-
-    @staticmethod
-    def _scaled(prediction: Tensor, trigger: Tensor, factor: float) -> Tensor:
-        if not (isinstance(factor, int | float) and factor == 1):
-            prediction = prediction * factor
-        return prediction if prediction.dtype == trigger.dtype else prediction.to(trigger.dtype)
+        prediction = self._predict(trigger, learn=False).message
+        check_shape(prediction, trigger)
+        return mixed((0.0, factor), trigger, prediction)
 
 
 class BidirectionalInterface(_Interface):
@@ -278,12 +383,13 @@ class BidirectionalInterface(_Interface):
         there, back = self.forward_interface, self.backward_interface
         back._check_gradients_enabled("forward")
         # In the order of send and receive, but nothing is written before all of it is known to fit.
-        evaluation = there._evaluate(trigger)
-        regression = evaluation.regress(message.detach(), "mean")
+        prediction = there._predict(trigger)
+        prediction.check(message)
         gradient = back._synthetic_gradient(message) if back.training else None
-        synthetic = back.make_trigger(evaluation.predict())
-        backward(regression, message.detach())
-        if gradient is not None:
+        received = there._again(prediction, trigger, learn=False)
+        synthetic = back.make_trigger(received.message)
+        _train(prediction, message.detach())
+        if gradient is not None and sends_in_this_run():
             backward(message, gradient)
         return synthetic
 
@@ -317,5 +423,5 @@ class BidirectionalInterface(_Interface):
         back = self.backward_interface
         gradient = back._synthetic_gradient(message) if back.training else None
         self.forward_interface.send(message, trigger)
-        if gradient is not None:
+        if gradient is not None and sends_in_this_run():
             backward(message, gradient)

@@ -5,17 +5,24 @@ sections 2 and 3; the equations of a step are in `fastdni.reference.sweep`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from fastdni.stages import layers_of
-from fastdni.synthesizers import BasicSynthesizer, start_at_zero
-from fastdni.training import GRADIENTS, Trainer
+from fastdni.scopes import outside_compiled_graphs
+from fastdni.training.trainer import GRADIENTS, Trainer
 
 Criterion = str | Callable[[Tensor, Tensor], Tensor]
+
+
+@cache
+def _outside(method: Callable) -> Callable:
+    # A compiler would hand the step copies of the parameters, for it to update.
+    return outside_compiled_graphs(method)
 
 
 class StepResult(NamedTuple):
@@ -95,24 +102,17 @@ class DecoupledSequential(nn.Module):
         self.synthesizers = nn.ModuleList(synthesizers)
         self.input_synthesizers = nn.ModuleList(input_synthesizers) if input_synthesizers else None
         self.bp_lambda = bp_lambda
-        self._trainer = Trainer(self)
+        self._trainer = Trainer()
 
     def __getstate__(self) -> dict:
         # Plans and what was found out about optimizers stay behind: they are made again.
-        return {k: v for k, v in self.__dict__.items() if k != "_trainer"}
+        state = super().__getstate__()
+        del state["_trainer"]
+        return state
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._trainer = Trainer(self)
-
-    # Plans hold parameters; what changes these may want to be their only owner.
-    def _apply(self, *arguments, **how):
-        self._trainer = Trainer(self)
-        return super()._apply(*arguments, **how)
-
-    def load_state_dict(self, *arguments, **how):
-        self._trainer = Trainer(self)
-        return super().load_state_dict(*arguments, **how)
+        self._trainer = Trainer()
 
     def forward(self, x: Tensor) -> Tensor:
         """The stages one after the other; an ordinary differentiable call, in any mode."""
@@ -151,9 +151,11 @@ class DecoupledSequential(nn.Module):
                 that none holds are not updated). Its `param_groups` are read at every step, its
                 `state` is written as its own `step()` would write it.
             criterion: "cross_entropy" (mean over the batch), "mse" (mean over all elements), or a
-                callable (output, target) -> loss, which takes local autograd for the last stage.
+                callable (output, target) -> loss. `F.cross_entropy`, `F.mse_loss` and torch's
+                modules of them are these two (in their mean, without weights and label smoothing);
+                any other callable takes local autograd for the last stage.
             context: ctx, (B, C), for the synthesizers that take one; None: one-hot labels of the
-                width that each of them takes.
+                width that each of them names as its `context_dim`.
             update_mask: S + 1 booleans. A masked stage runs its forward pass, running statistics
                 included, and no more: neither it nor the synthesizers of the boundary below it are
                 updated. None updates all.
@@ -171,8 +173,14 @@ class DecoupledSequential(nn.Module):
             losses, parameters and optimizer state stay float32. What runs fused does not depend on
             the number of threads.
         """
-        return StepResult(
-            *self._trainer.step(x, target, optimizer, criterion, context, update_mask)
+        if is_compiling():
+            return _outside(DecoupledSequential.step)(
+                self, x, target, optimizer, criterion, context, update_mask
+            )
+        return StepResult._make(
+            self._trainer.step(
+                self, "net.step", x, target, optimizer, criterion, context, update_mask
+            )
         )
 
     def backward(
@@ -191,139 +199,20 @@ class DecoupledSequential(nn.Module):
 
         Returns:
             As `step`. Parameters that are masked or frozen keep their `p.grad`.
+
+        Note:
+            In several processes each has the gradients of its own rows: nothing is averaged, also
+            inside DistributedDataParallel, whose forward this is not. Before the optimizer's step:
+
+                for p in net.parameters():
+                    torch.distributed.all_reduce(p.grad.div_(torch.distributed.get_world_size()))
         """
-        return StepResult(
-            *self._trainer.step(x, target, GRADIENTS, criterion, context, update_mask)
-        )
-
-
-def decouple(
-    model: nn.Sequential,
-    synthesizer: str | Callable[[torch.Size], nn.Module] = "linear",
-    context_dim: int | None = None,
-    example_input: Tensor | None = None,
-) -> DecoupledSequential:
-    """A decoupled network of the layers of `model`, which it shares.
-
-    A stage begins at each layer with parameters that is no normalisation; what follows it (norms,
-    activations, pooling) belongs to it.
-
-    Args:
-        model: an `nn.Sequential`; Sequentials within it are opened.
-        synthesizer: "linear"; "mlp", two hidden layers of 1024 units, as in the paper; or a
-            callable that is given the shape of one sample at a boundary, such as torch.Size([256]),
-            and returns the boundary's module.
-        context_dim: width of the context of "linear" and "mlp": the number of classes for labels.
-        example_input: (B, ...), needed where a stage's output shape cannot be read off a Linear.
-
-    Returns:
-        The network. Synthesizers made here start at zero: the last layer's weight and bias.
-
-    Raises:
-        ValueError: the model has fewer than two stages, or a shape is not known.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
-        >>> net = fastdni.decouple(model, context_dim=10)
-    """
-    if not isinstance(model, nn.Sequential):
-        raise ValueError(f"decouple: model must be an nn.Sequential, got {type(model).__name__}")
-    stages = _split(model)
-    if len(stages) < 2:
-        raise ValueError(
-            f"decouple: model must have at least two layers with parameters, got {len(stages)}"
-        )
-    make = _synthesizer_factory(synthesizer, context_dim)
-    synthesizers = [make(shape) for shape in _boundary_shapes(stages, example_input)]
-    return DecoupledSequential(*stages, synthesizers=synthesizers)
-
-
-# Layers with parameters that belong to the stage before them.
-_WITHIN_A_STAGE = (
-    nn.PReLU,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
-
-
-# Layers whose output has the shape of their input.
-_KEEP_SHAPES = (
-    *_WITHIN_A_STAGE,
-    nn.modules.dropout._DropoutNd,
-    *(nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.Mish),
-    *(nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Softplus, nn.Softsign, nn.CELU),
-)
-
-
-def _split(model: nn.Sequential) -> list[nn.Module]:
-    layers = _opened(model)
-    groups: list[list[nn.Module]] = [[]]
-    begun = False
-    for layer in layers:
-        begins = any(True for _ in layer.parameters()) and not isinstance(layer, _WITHIN_A_STAGE)
-        if begins and begun:
-            groups.append([])
-        begun = begun or begins
-        groups[-1].append(layer)
-    return [group[0] if len(group) == 1 else nn.Sequential(*group) for group in groups if group]
-
-
-def _opened(module: nn.Module) -> list[nn.Module]:
-    if type(module) is not nn.Sequential:
-        return [module]
-    return [layer for child in module for layer in _opened(child)]
-
-
-def _boundary_shapes(stages: list[nn.Module], example: Tensor | None) -> list[torch.Size]:
-    if example is not None:
-        shapes = []
-        modes = [(m, m.training) for stage in stages for m in stage.modules()]
-        try:
-            for stage in stages:
-                stage.eval()  # a look must not move running statistics
-            with torch.no_grad():
-                for stage in stages[:-1]:
-                    example = stage(example)
-                    shapes.append(example.shape[1:])
-        finally:
-            for module, training in modes:
-                module.training = training
-        return shapes
-    shapes = []
-    for number, stage in enumerate(stages[:-1]):
-        layers = layers_of(stage)
-        linear = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
-        features = [layers[i].out_features for i in linear]
-        if len(linear) != 1 or not all(
-            isinstance(m, _KEEP_SHAPES) for m in layers[linear[0] + 1 :]
-        ):
-            raise ValueError(
-                f"decouple: example_input must be given, because the shape of stage {number}'s "
-                "output cannot be read off a Linear layer"
+        if is_compiling():
+            return _outside(DecoupledSequential.backward)(
+                self, x, target, criterion, context, update_mask
             )
-        shapes.append(torch.Size(features))
-    return shapes
-
-
-def _synthesizer_factory(
-    synthesizer: str | Callable[[torch.Size], nn.Module], context_dim: int | None
-) -> Callable[[torch.Size], nn.Module]:
-    if callable(synthesizer):
-        return synthesizer
-    if synthesizer not in ("linear", "mlp"):
-        raise ValueError(
-            f'decouple: synthesizer must be "linear", "mlp" or a callable, got {synthesizer!r}'
-        )
-    hidden = {"n_hidden": 2, "hidden_dim": 1024} if synthesizer == "mlp" else {}
-
-    def make(shape: torch.Size) -> nn.Module:
-        if len(shape) != 1:
-            raise ValueError(
-                f'decouple: synthesizer "{synthesizer}" is for boundaries of shape (features,), '
-                f"got {tuple(shape)}; give a callable that makes one for it"
+        return StepResult._make(
+            self._trainer.step(
+                self, "net.backward", x, target, GRADIENTS, criterion, context, update_mask
             )
-        return start_at_zero(BasicSynthesizer(shape[0], context_dim=context_dim, **hidden))
-
-    return make
+        )

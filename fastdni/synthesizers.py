@@ -1,19 +1,16 @@
-"""Synthesizers, and how an interface evaluates and trains one.
+"""Synthesizers: modules that predict a message from a trigger and a context.
 
-Any `nn.Module` taking `(trigger, context)` is a synthesizer. `BasicSynthesizer` is evaluated by the
-fused op, once a step; another module is called as it is, once for the prediction and once for the
-regression, because it may hold dropout or batch statistics.
+Any `nn.Module` taking `(trigger, context)` is a synthesizer. It may say `context_dim`, the width of
+the context it takes (None: it takes none); where labels serve as context, one that names a width
+gets them as one-hot vectors.
 """
 
 from numbers import Integral
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastdni import ops, reference
 from fastdni.ops import SynthesizerParameters
 
 
@@ -33,6 +30,9 @@ class BasicSynthesizer(nn.Module):
         trigger_dim: size K of the trigger's last dimension; `output_dim` by default.
         context_dim: size C of the context's last dimension; None for no context.
         bias: whether the layers have biases.
+
+    Attributes:
+        context_dim: as given.
 
     Raises:
         ValueError: a size is not a positive integer, or n_hidden is negative.
@@ -87,6 +87,11 @@ class BasicSynthesizer(nn.Module):
         if n_hidden == 0 and self.input_context is not None:
             nn.init.zeros_(self.input_context.weight)
 
+    @property
+    def context_dim(self) -> int | None:
+        """The width of the context that it takes; None: it takes none."""
+        return None if self.input_context is None else self.input_context.in_features
+
     def forward(self, trigger: Tensor, context: Tensor | None = None) -> Tensor:
         """Predicts the message.
 
@@ -103,7 +108,7 @@ class BasicSynthesizer(nn.Module):
         """
         a = self.input_trigger(trigger)
         if self.input_context is not None:
-            a = a + self.input_context(_required(context, self.input_context.weight))
+            a = a + self.input_context(required_context(context, self.input_context.weight))
         for layer in self.layers:
             a = layer(F.relu(a))
         return a
@@ -127,11 +132,13 @@ def start_at_zero(synthesizer: BasicSynthesizer) -> BasicSynthesizer:
     return synthesizer
 
 
-def _required(context: Tensor | None, context_weight: Tensor) -> Tensor:
+def required_context(context: Tensor | None, context_weight: Tensor) -> Tensor:
+    """The context, which must be there."""
     if context is None:
         raise RuntimeError(
             f"BasicSynthesizer: context must be (..., {context_weight.shape[1]}), got None; "
-            "wrap the call in synthesizer_context(context)"
+            "wrap the call in synthesizer_context(context), in the thread that makes it: contexts "
+            "and deferral belong to the thread that entered them"
         )
     return context
 
@@ -147,19 +154,21 @@ def is_changed(module: nn.Module) -> bool:
     )
 
 
+# What the classes compute, as long as nobody patches them.
+_FORWARDS = (BasicSynthesizer.forward, nn.Linear.forward)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _PLAIN_BIASES = (*_PLAIN_TENSORS, type(None))
 
 
 def plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
     """A BasicSynthesizer's parameters, if calling it is no more than its formula: no hook, no other
-    class, no parametrization. Otherwise None.
+    class, no parametrization, no tensor in a parameter's place. Otherwise None.
 
     Runs at every step, so it looks straight into the modules' dictionaries.
     """
     if type(synthesizer) is not BasicSynthesizer or _has_any_global_hook():
         return None
-    if is_changed(synthesizer):
+    if is_changed(synthesizer) or (BasicSynthesizer.forward, nn.Linear.forward) != _FORWARDS:
         return None
     modules = synthesizer._modules
     linears = [modules["input_trigger"], *modules["layers"]._modules.values()]
@@ -169,11 +178,16 @@ def plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
     for linear in linears:
         if type(linear) is not nn.Linear or is_changed(linear):
             return None
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        own = linear._parameters
+        if "weight" not in own or "bias" not in own:
+            return None
+        weight, bias = own["weight"], own["bias"]
         if type(weight) not in _PLAIN_TENSORS or type(bias) not in _PLAIN_BIASES:
             return None
         weights.append(weight)
         if bias is not None:
+            if bias.dim() != 1:
+                return None
             biases.append(bias)
     if biases and len(biases) != len(weights):
         return None
@@ -181,130 +195,3 @@ def plain_parameters(synthesizer: nn.Module) -> SynthesizerParameters | None:
         return SynthesizerParameters(weights, biases)
     context_weight, context_bias = weights.pop(), biases.pop() if biases else None
     return SynthesizerParameters(weights, biases, context_weight, context_bias)
-
-
-def check_prediction(prediction: Tensor, like: Tensor) -> None:
-    """Refuses a prediction that cannot stand for the message, or the trigger's gradient, `like`."""
-    if prediction.shape != like.shape:
-        raise RuntimeError(
-            f"synthesizer: the prediction must have the shape {tuple(like.shape)} of the message "
-            f"(or of the trigger, whose gradient it is), got {tuple(prediction.shape)}"
-        )
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast would cast the tensor to for a product; None for nothing."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
-
-
-class _FusedEvaluation:
-    """A BasicSynthesizer on one trigger: one forward op, whatever is asked of it."""
-
-    def __init__(self, parameters: SynthesizerParameters, trigger: Tensor, context: Tensor | None):
-        if parameters.context_weight is None:
-            context = None
-        else:
-            context = self._fitted(_required(context, parameters.context_weight), trigger)
-        self.parameters, self.trigger, self.context = parameters, trigger, context
-        self.dtype = _autocast_dtype(trigger)
-        self.prediction = None
-
-    @staticmethod
-    def _fitted(context: Tensor, trigger: Tensor) -> Tensor:
-        """The context with the trigger's leading dimensions, as addition would broadcast it."""
-        shape = (*trigger.shape[:-1], *context.shape[-1:])
-        if context.shape != shape and context.dim() <= trigger.dim():
-            sizes = zip(reversed(context.shape[:-1]), reversed(shape[:-1]), strict=False)
-            if all(size in (1, wanted) for size, wanted in sizes):
-                context = context.expand(shape)
-        return context.detach()
-
-    def predict(self) -> Tensor:
-        if self.prediction is None:
-            arguments = (self.trigger, self.context, self.parameters)
-            with torch.no_grad():
-                if self.dtype is not None:
-                    arguments = ops.cast(*arguments, self.dtype)
-                self.prediction, _ = ops.synthesizer_fwd(*arguments)
-        return self.prediction
-
-    def regress(
-        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
-    ) -> Tensor:
-        copy, self.prediction = ops.regress_when_gradient_arrives(
-            carrier, self.trigger, self.context, self.parameters, reduction, factor, self.dtype
-        )
-        check_prediction(self.prediction, carrier)
-        return copy
-
-    def regress_and_predict(
-        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.regress(carrier, reduction, factor), self.prediction
-
-
-class _RegressModule(torch.autograd.Function):
-    """A copy of carrier; the gradient that comes back to it is the prediction's target."""
-
-    @staticmethod
-    def forward(ctx, carrier, prediction, reduction, factor):
-        ctx.save_for_backward(prediction)
-        ctx.reduction, ctx.factor = reduction, factor
-        return carrier.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (prediction,) = ctx.saved_tensors
-        error = prediction - gradient
-        scale = 2 / reference.reduction_divisor(error, ctx.reduction)
-        if ctx.factor is not None:
-            gradient = (prediction * ctx.factor).to(gradient.dtype)
-        return gradient, scale * error, None, None
-
-
-class _ModuleEvaluation:
-    """Any module on one trigger: a call for each thing that is asked of it."""
-
-    def __init__(self, synthesizer: nn.Module, trigger: Tensor, context: Tensor | None):
-        self.synthesizer, self.trigger, self.context = synthesizer, trigger, context
-
-    def predict(self) -> Tensor:
-        return self.synthesizer(self.trigger, self.context).detach()
-
-    def regress(
-        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
-    ) -> Tensor:
-        prediction = self.synthesizer(self.trigger, self.context)
-        if not prediction.requires_grad:
-            raise ValueError(ops.FROZEN)
-        check_prediction(prediction, carrier)
-        return _RegressModule.apply(carrier, prediction, reduction, factor)
-
-    def regress_and_predict(
-        self, carrier: Tensor, reduction: str, factor: float | Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        # In dni-pytorch's order: a module that draws random numbers draws the same ones.
-        prediction = self.predict()
-        return self.regress(carrier, reduction, factor), prediction
-
-
-def evaluate(
-    synthesizer: nn.Module, trigger: Tensor, context: Tensor | None
-) -> _FusedEvaluation | _ModuleEvaluation:
-    """A synthesizer on one trigger (no gradient goes to it), by the fused op where that serves.
-
-    Returns:
-        An evaluation. `predict()` gives the detached prediction. `regress(carrier, reduction)`
-        gives a copy of carrier that makes the gradient arriving at it the prediction's target and
-        passes it on; with a factor, it passes on that many times the prediction instead.
-        `regress_and_predict` does both.
-    """
-    trigger = trigger.detach()
-    parameters = plain_parameters(synthesizer)
-    if parameters is None:
-        return _ModuleEvaluation(synthesizer, trigger, context)
-    return _FusedEvaluation(parameters, trigger, context)

@@ -41,14 +41,23 @@ def pytest_configure(config):
     _fill_malloc()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that no process waits for another's at the end; last the modules that
+    need BUILDS, which are made meanwhile."""
+    items.sort(
+        key=lambda item: hasattr(item.module, "BUILDS") - getattr(item.module, "LONG", False)
+    )
+
+
 def pytest_collection_finish(session):
     """In a run of the whole suite, compiles what later tests need while earlier ones run."""
     first = getattr(session.config, "workerinput", {}).get("workerid", "gw0") == "gw0"
-    if len(session.items) < 2000 or not first:
-        return
     modules = dict.fromkeys(item.module for item in session.items)
-    needed = [build for module in modules for build in getattr(module, "BUILDS", [])]
-    threading.Thread(target=_build_all, args=(needed,), daemon=True).start()
+    builds = [module.BUILDS for module in modules if hasattr(module, "BUILDS")]
+    if len(modules) - len(builds) > 20 and first:
+        needed = [build for of_module in builds for build in of_module]
+        threading.Thread(target=_build_all, args=(needed,), daemon=True).start()
 
 
 def _build_all(needed: Iterable[Callable]) -> None:
@@ -71,13 +80,34 @@ def _fill_malloc() -> None:
     mallopt(m_perturb, 0x40)
 
 
-def sample(cases: Iterable, every: int = 7) -> list:
-    """A fixed sample of a table of cases for `parametrize`: each n-th one, or all under --all.
+def values(case) -> tuple:
+    """The kinds of a case: each value in each place of a tuple."""
+    return tuple(enumerate(map(str, case))) if isinstance(case, tuple) else ()
 
-    `every` must share no factor with the sizes of the table's axes, or values would never be met.
+
+def sample(cases: Iterable, every: int = 7, kinds: Callable[..., Iterable] = values) -> list:
+    """A fixed sample of a table of cases for `parametrize`, or all of it under --all.
+
+    The sample is each n-th case, and of every kind that none of those has the first one: no dtype,
+    backend, device, feature or message of the table is left out, only combinations are.
+
+    Args:
+        cases: the table, best with its axes' product in the order of `itertools.product`, and
+            `every` without a common factor with the axes' sizes.
+        every: n.
+        kinds: of a case what a sample must not lack.
     """
     cases = list(cases)
-    return cases if _take_all else cases[::every]
+    if _take_all:
+        return cases
+    met = {kind for case in cases[::every] for kind in kinds(case)}
+    chosen = []
+    for number, case in enumerate(cases):
+        lacking = set(kinds(case)) - met
+        if number % every == 0 or lacking:
+            chosen.append(case)
+            met |= lacking
+    return chosen
 
 
 @pytest.fixture(params=DEVICES)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 FUNCTION = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # csrc/common/network.h
-PRODUCTS = ["exact", "tf32", "tf32x3", "bfloat16"]
+PRECISION = ["exact", "tf32", "tf32x3", "bfloat16"]
 
 
 class Kernel(NamedTuple):
     name: str  # "regression_loss_kernel"
     dtype: str  # of its template arguments the type: "float"
-    products: str  # and the arithmetic, where it is one of them: "tf32"
+    precision: str  # and the precision of products, where it is one of them: "tf32"
 
 
 class Usage(NamedTuple):
@@ -64,17 +64,17 @@ def instructions(file: str, architecture: str) -> dict[Kernel, str]:
 
 @functools.cache
 def kernel(symbol: str) -> Kernel:
-    """Of a mangled symbol the name, the type and the arithmetic, without their namespaces."""
+    """Of a mangled symbol the name, the type and the precision, without their namespaces."""
     signature = subprocess.run(
         ["c++filt", symbol], capture_output=True, text=True, check=True
     ).stdout
     template = re.search(r"(\w+)<([^>]*)>", signature)
     name, arguments = (template or re.search(r"(\w+)()\(", signature)).groups()
-    dtype = products = ""
+    dtype = precision = ""
     for argument in arguments.split(", "):
-        of_products = re.fullmatch(r"\(fastdni::Products\)(\d)", argument)
-        if of_products is not None:
-            products = PRODUCTS[int(of_products.group(1))]
+        of_precision = re.fullmatch(r"\(fastdni::Precision\)(\d)", argument)
+        if of_precision is not None:
+            precision = PRECISION[int(of_precision.group(1))]
         else:
             dtype = argument.split("::")[-1]
-    return Kernel(name, dtype, products)
+    return Kernel(name, dtype, precision)

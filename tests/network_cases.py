@@ -126,3 +126,8 @@ def train(net, optimizer, steps=20, backend="auto", masks=None, **how) -> list[T
 def snapshot(net, optimizer) -> list[Tensor]:
     """Everything that a step may change, copied."""
     return [t.clone() for t in (*net.state_dict().values(), *state_of(optimizer))]
+
+
+def structure(net: DecoupledSequential):
+    """What the engine knows of the network: `.reasons` why stages are not fused, `.parts`."""
+    return net._trainer.structure(net, "test")

@@ -4,13 +4,17 @@ import pytest
 import torch
 
 import fastdni
-from fastdni import agreement
+from fastdni import agreement, backend
 
 CPU = torch.device("cpu")
 
 
 def test_kernels_agree_with_plain_pytorch():
     assert agreement.disagreement(CPU, "cpu") is None
+
+
+def test_it_is_asked_before_a_gpu_is_served():
+    assert backend._disagreement is agreement.disagreement
 
 
 def test_nothing_around_it_matters_or_is_changed():
@@ -52,17 +56,17 @@ def test_a_fault_is_seen(fault, monkeypatch):
     assert agreement.disagreement(CPU, "cpu").startswith("a synthesizer: an error of ")
 
 
-@pytest.mark.parametrize("products", agreement._TOLERANCES)
-def test_a_fault_of_a_step_is_seen(products, monkeypatch):
-    """In one arithmetic of products, and there in one row of one result."""
+@pytest.mark.parametrize("precision", agreement._TOLERANCES)
+def test_a_fault_of_a_step_is_seen(precision, monkeypatch):
+    """In one precision of products, and there in one row of one result."""
     sweep = agreement.ops.sweep_
 
     def faulty(plan, *arguments):
         results = sweep(plan, *arguments)
-        if plan.backend != "reference" and plan.products == products:
+        if plan.backend != "reference" and plan.precision == precision:
             results[0][-1].neg_()
         return results
 
     monkeypatch.setattr(agreement.ops, "sweep_", faulty)
-    message = f"a step of 70-36-10 with {products} products: an error of "
+    message = f"a step of 70-36-10 with {precision} products: an error of "
     assert agreement.disagreement(CPU, "cpu").startswith(message)

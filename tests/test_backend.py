@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdni
-from fastdni import agreement, backend, ops, reference
+from fastdni import backend, ops, reference
 from fastdni.ops import SynthesizerParameters
 
 NAMES = ["cpu", "cuda", "triton", "reference"]
@@ -177,7 +177,7 @@ def met(monkeypatch):
 
     monkeypatch.setattr(backend, "_unserved", {})
     monkeypatch.setattr(backend, "_unfit", lambda device: None)
-    monkeypatch.setattr(agreement, "disagreement", look)
+    monkeypatch.setattr(backend, "_disagreement", look)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return looks
 
@@ -190,12 +190,10 @@ def test_a_gpus_kernels_are_looked_at_once(met):
     assert met == [(GPU, "cuda")]
 
 
-@pytest.mark.parametrize("looked", [True, False])
-def test_a_gpu_that_is_not_served_is_one_warning(met, monkeypatch, looked):
+@pytest.mark.parametrize("name", ["_disagreement", "_unfit"])
+def test_a_gpu_that_is_not_served_is_one_warning(met, monkeypatch, name):
     """Too old, say, or computing something else."""
-    found = agreement if looked else backend
-    name = "disagreement" if looked else "_unfit"
-    monkeypatch.setattr(found, name, lambda *given: "the reason")
+    monkeypatch.setattr(backend, name, lambda *given: "the reason")
     with pytest.warns(UserWarning, match="fastdni: cuda does not serve cuda:3: the reason"):
         assert backend.why_unserved(GPU) == "the reason"
     assert backend.why_unserved(GPU) == "the reason"
@@ -206,26 +204,26 @@ def test_kernels_that_fail_do_not_serve(met, monkeypatch):
     def fail(device, name):
         raise RuntimeError("CUDA error: an illegal instruction\nand much more")
 
-    monkeypatch.setattr(agreement, "disagreement", fail)
+    monkeypatch.setattr(backend, "_disagreement", fail)
     with pytest.warns(UserWarning, match="its kernels fail: CUDA error: an illegal instruction$"):
         backend.why_unserved(GPU)
 
 
-@pytest.mark.parametrize("width, products, expected, dtype", [
+@pytest.mark.parametrize("width, precision, expected, dtype", [
     (4096, "bfloat16", "triton", torch.float32), (2048, "tf32", "triton", torch.float32),
     (256, "bfloat16", "cuda", torch.float32), (4096, "exact", "cuda", torch.float32),
     (4096, "tf32", "cuda", torch.float64),
 ])  # fmt: skip
-def test_auto_takes_triton_for_large_products(met, monkeypatch, width, products, expected, dtype):
+def test_auto_takes_triton_for_large_products(met, monkeypatch, width, precision, expected, dtype):
     monkeypatch.setattr(backend, "server", lambda tensor, devices: "cuda")
     monkeypatch.setattr(backend, "why_unserved", lambda device, name: None)
     monkeypatch.setattr(backend, "_is_known", lambda device, name: True)
     monkeypatch.setattr(backend.triton, "unavailable", lambda: None)
     weight = torch.empty(width, width, device="meta", dtype=dtype)
     stages = [reference.SweepStage(weight, None, None, "relu")]
-    assert ops.sweep_backend(stages, 256, products) == expected
+    assert ops.sweep_backend(stages, 256, precision) == expected
     with fastdni.use_backend("reference"):  # fixed, not "auto": nothing is chosen
-        assert ops.sweep_backend(stages, 256, products) == "cuda"
+        assert ops.sweep_backend(stages, 256, precision) == "cuda"
 
 
 def test_what_was_not_compared_before_a_capture_is_not_taken_in_it(met, monkeypatch):
@@ -326,9 +324,9 @@ def test_products_on_a_gpu_are_as_torchs_settings_say(monkeypatch, asked, torchs
     monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
     fastdni.set_fp32_precision(asked)
     try:
-        assert backend.products(torch.device("cuda"), None) == expected
-        assert backend.products(torch.device("cuda"), torch.bfloat16) == "bfloat16"
-        assert backend.products(torch.device("cpu"), None) == "exact"
+        assert backend.precision(torch.device("cuda"), None) == expected
+        assert backend.precision(torch.device("cuda"), torch.bfloat16) == "bfloat16"
+        assert backend.precision(torch.device("cpu"), None) == "exact"
     finally:
         fastdni.set_fp32_precision("torch")
 

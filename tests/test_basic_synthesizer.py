@@ -80,6 +80,13 @@ def test_widths_default_to_the_outputs():
     assert [tuple(p.shape) for p in synthesizer.parameters()] == [(8, 8), (8,), (8, 8), (8,)]
 
 
+@pytest.mark.parametrize("n_hidden", [0, 2])
+def test_start_at_zero_predicts_nothing_at_first(n_hidden):
+    synthesizer = BasicSynthesizer(**ALL | dict(n_hidden=n_hidden))
+    assert fastdni.start_at_zero(synthesizer) is synthesizer
+    assert not synthesizer(torch.randn(7, 5), torch.randn(7, 4)).any()
+
+
 # ---- the state dict ----
 
 

@@ -116,15 +116,6 @@ def test_interleave_takes_at_least_so_many_rounds(clock):
     assert bench.interleave({"a": clock.step(1.0)}, rounds=1, **how)["a"].count == 1
 
 
-def test_interleave_shows_progress_when_asked(capsys):
-    bench.interleave({"step": lambda: None}, rounds=2)
-    assert capsys.readouterr().err == ""
-    bench.interleave({"step": lambda: None}, rounds=2, progress=True)
-    captured = capsys.readouterr()
-    assert " 50 %" in captured.err and "100 %" in captured.err
-    assert captured.out == ""
-
-
 @pytest.mark.parametrize(
     "limits, message",
     [
@@ -219,7 +210,7 @@ def test_dropin_measures_under_both_optimizers():
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["both", "without oneDNN"])
 def test_products_reports(benchmark_module, monkeypatch, capsys, onednn):
-    products = benchmark_module("products")
+    products = benchmark_module("suite_products")
     monkeypatch.setattr(products, "SHAPES", ((4, 3, 2),))
     if not onednn:
         for module in (products, fastdni.bench.products):

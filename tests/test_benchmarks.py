@@ -12,6 +12,7 @@ import torch
 from fastdni.bench.cases import Case
 
 ROOT = Path(__file__).parents[1]
+SUITES = ("network", "dropin", "scaling")
 TINY = Case((7, 9, 6, 5), 8)
 
 
@@ -20,7 +21,7 @@ def benchmark(monkeypatch):
     """Imports `benchmarks.<name>` from the checkout, with tiny cases, nothing compiled."""
     monkeypatch.syspath_prepend(ROOT)
     network, dropin, scaling = (
-        importlib.import_module(f"benchmarks.{name}") for name in ("network", "dropin", "scaling")
+        importlib.import_module(f"benchmarks.suite_{name}") for name in SUITES
     )
     cases = {"talk": TINY, "paper3": TINY._replace(norm=True)}
     monkeypatch.setattr(network, "CASES", cases)
@@ -53,15 +54,15 @@ def results(benchmark, tmp_path, tmp_path_factory):
     """A folder of results of all suites: copies of what is measured once."""
     if not _made:
         folder, run = tmp_path_factory.mktemp("results"), benchmark("suite").main
-        for name in ("network", "dropin", "scaling"):
+        for name in SUITES:
             how = ["--quick", "--rounds", "2", "--output", str(folder)]
-            assert run(benchmark(name).SUITE, how) == 0
+            assert run(benchmark(f"suite_{name}").SUITE, how) == 0
         _made.append(folder)
     return shutil.copytree(_made[0], tmp_path / "a")
 
 
 def test_suites_write_results_tables_and_pictures(results, capsys):
-    for name in ("network", "dropin", "scaling"):
+    for name in SUITES:
         stored = json.loads((results / f"{name}.json").read_text())
         assert stored["hardware"]["torch"] == torch.__version__
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -78,7 +79,9 @@ def test_suites_write_results_tables_and_pictures(results, capsys):
 
 def test_a_suite_gives_torch_its_threads_back(benchmark, capsys):
     threads = torch.get_num_threads()
-    benchmark("suite").main(benchmark("scaling").SUITE, ["--rounds", "1", "--cases", "width-7"])
+    benchmark("suite").main(
+        benchmark("suite_scaling").SUITE, ["--rounds", "1", "--cases", "width-7"]
+    )
     assert torch.get_num_threads() == threads
 
 
@@ -91,7 +94,7 @@ def test_a_suite_gives_torch_its_threads_back(benchmark, capsys):
 )
 def test_suites_refuse(benchmark, capsys, arguments, message):
     with pytest.raises(SystemExit) as refused:
-        benchmark("suite").main(benchmark("network").SUITE, arguments)
+        benchmark("suite").main(benchmark("suite_network").SUITE, arguments)
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -88,7 +88,7 @@ def test_products_are_made_on_the_units_they_are_meant_for(architecture):
     seen = 0
     for kernel, text in cuobjdump.instructions(_C.__file__, architecture).items():
         found = set(re.findall(r"\bHMMA[.\w]*", text))
-        wanted = TENSOR_CORES.get((kernel.dtype, kernel.products))
+        wanted = TENSOR_CORES.get((kernel.dtype, kernel.precision))
         assert found == ({wanted} if wanted else set()), kernel
         if kernel.name in MULTIPLYING:
             seen += 1

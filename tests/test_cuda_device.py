@@ -3,6 +3,8 @@ what is shown of the same kernels without a GPU is in test_cuda_sweep.py."""
 
 import copy
 import gc
+import os
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -162,10 +164,7 @@ def test_a_device_that_is_not_the_current_one():
 
 
 @pytest.mark.parametrize("precision", ["exact", "tf32", "tf32x3", "bf16"])
-@pytest.mark.parametrize("library", [False, True], ids=["own products", "the library's"])
-def test_every_precision_is_as_near_as_torchs(monkeypatch, precision, library):
-    if library:
-        monkeypatch.setenv("FASTDNI_LIBRARY_FROM", "1")
+def test_every_precision_is_as_near_as_torchs(precision):
     net = network((70, 130, 65, 10), n_hidden=1, context=True)
     given = on_gpu(batch(net, rows=50))
     exact = [t.cpu() for t in trained_once(copy.deepcopy(net).cuda(), "reference", given)]
@@ -193,13 +192,23 @@ def trained_once(net, backend, given):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("n_hidden", [0, 2])
-@pytest.mark.parametrize("library", [False, True], ids=["own products", "the library's"])
-def test_a_synthesizers_ops_equal_the_reference(monkeypatch, dtype, n_hidden, library):
-    if library:
-        monkeypatch.setenv("FASTDNI_LIBRARY_FROM", "1")
+def test_a_synthesizers_ops_equal_the_reference(dtype, n_hidden):
     p = problem((37,), Sizes(70, 65, 10), n_hidden, dtype=dtype, device="cuda")
     with fastdni.use_backend("cuda"):
         assert_right(p)
+
+
+def test_both_hold_where_torchs_library_makes_the_products():
+    """In a process of their own: from which size on it does is asked once."""
+    plugins = ["-p", "emulated.plugin"] if "emulated.plugin" in sys.modules else []
+    chosen = "every_precision or synthesizers_ops"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", *plugins, __file__, "-k", chosen],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"FASTDNI_LIBRARY_FROM": "1"},
+    )
+    assert done.returncode == 0 and " PASSED" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "auto", "reference"])

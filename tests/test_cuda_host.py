@@ -1,9 +1,12 @@
 """CUDA kernels and their launchers, run on the host (tests/simt) without a GPU."""
 
+import functools
+import itertools
 import math
 
 import numpy as np
 import pytest
+from conftest import sample
 from simt.build import Fault, HostRunError, Unavailable, build
 
 # dtype -> (as stored, accumulate_t). bfloat16 travels as the upper halves of float32 words.
@@ -13,7 +16,7 @@ DTYPES = {
     "bfloat16": (np.uint16, np.float32),
 }
 
-# The constants of csrc/cuda/regression_loss.h.
+# The constants of csrc/cuda/kernels/regression_loss.h.
 CHUNK, ONE_BLOCK, MAX_BLOCKS = 4096, 4 * 4096, 512
 PER_THREAD = 8
 BLOCKS = {
@@ -23,6 +26,10 @@ BLOCKS = {
     MAX_BLOCKS * CHUNK + 5: MAX_BLOCKS,
 }
 UP_TO_FIVE_BLOCKS = [n for n in BLOCKS if n <= ONE_BLOCK + 1]
+
+
+TWO_PASSES = ("float32", ONE_BLOCK + 1)
+BUILDS = [functools.partial(build, "regression_loss", v) for v in ("plain", "address", "thread")]
 
 
 def built(variant, fault=None):
@@ -81,8 +88,12 @@ def test_regression_loss(dtype, n):
     check(dtype, n, regression_loss(built("plain"), dtype, example(dtype, n)[0]))
 
 
-@pytest.mark.parametrize("n", [7, CHUNK + 1, ONE_BLOCK, ONE_BLOCK + 1, MAX_BLOCKS * CHUNK + 5])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "n, dtype",
+    sample(
+        itertools.product([7, CHUNK + 1, ONE_BLOCK, ONE_BLOCK + 1, MAX_BLOCKS * CHUNK + 5], DTYPES)
+    ),
+)
 def test_regression_loss_has_the_same_bits_in_any_order_of_threads(dtype, n):
     run = built("plain")
     arrays = example(dtype, n)[0]
@@ -110,21 +121,23 @@ def test_regression_loss_propagates(n, value):
     np.testing.assert_array_equal(loss, np.float32(value))
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("n", UP_TO_FIVE_BLOCKS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "offset, n, dtype", sample(itertools.product([0, 1], UP_TO_FIVE_BLOCKS, DTYPES))
+)
 def test_regression_loss_stays_in_bounds(dtype, n, offset):
     arrays = example(dtype, n)[0]
     check(dtype, n, regression_loss(built("address"), dtype, arrays, offset=offset))
 
 
-@pytest.mark.parametrize("dtype, n", [(d, 33) for d in DTYPES] + [("float32", ONE_BLOCK + 1)])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    "seed, dtype, n",
+    sample([(s, *each) for s in (1, 2) for each in [*((d, 33) for d in DTYPES), TWO_PASSES]], 5),
+)
 def test_regression_loss_has_no_race(dtype, n, seed):
     check(dtype, n, regression_loss(built("thread"), dtype, example(dtype, n)[0], seed=seed))
 
 
-BLOCK_SUM, KERNELS = "cuda/block_reduce.cuh", "cuda/regression_loss.cuh"
+BLOCK_SUM, KERNELS = "cuda/kernels/block_reduce.cuh", "cuda/kernels/regression_loss.cuh"
 BARRIER = "  __syncthreads();\n"
 
 
@@ -156,7 +169,9 @@ BARRIER = "  __syncthreads();\n"
                 "heap-buffer-overflow",
                 33,
                 0,
-                Fault("cuda/vector.cuh", "begin + k < n ? source", "begin + k <= n ? source"),
+                Fault(
+                    "cuda/kernels/vector.cuh", "begin + k < n ? source", "begin + k <= n ? source"
+                ),
             ),
             (
                 "vector_unaligned",

@@ -82,7 +82,7 @@ def test_has_no_race(name):
 
 
 FAULT = Fault(
-    "cuda/synthesizer.cuh",
+    "cuda/kernels/synthesizer.cuh",
     "if (output < args.outputs && column < args.inputs)",
     "if (output < args.outputs)",
 )

@@ -76,6 +76,55 @@ def test_gradients_are_averaged(tmp_path):
             torch.testing.assert_close(each, wanted, rtol=1e-9, atol=1e-12)
 
 
+# ---- net.backward ----
+
+
+def decoupled():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(784, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+    return dni.decouple(torch.nn.Sequential(*layers), context_dim=10).double()
+
+
+def of_network(rank, average):
+    """Two steps by `net.backward`, with the two lines of its docstring or without them."""
+    net = decoupled()
+    optimizer = optimizer_of(net)
+    for images, labels in data(rank)[:2]:
+        optimizer.zero_grad()
+        net.backward(images, labels)
+        if average:
+            for p in net.parameters():
+                dist.all_reduce(p.grad.div_(dist.get_world_size()))
+        optimizer.step()
+    return {n: p.detach() for n, p in net.named_parameters()}
+
+
+def backward_process(rank, address, results):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    torch.save([of_network(rank, average) for average in (True, False)], f"{results}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def test_net_backward_is_averaged_by_two_lines_and_not_without_them(tmp_path):
+    mp.spawn(backward_process, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=RANKS)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    net = decoupled()
+    optimizer = optimizer_of(net)
+    for step in list(zip(*(data(rank) for rank in range(RANKS)), strict=True))[:2]:
+        optimizer.zero_grad()
+        for images, labels in step:
+            net.backward(images, labels)
+        for p in net.parameters():
+            p.grad /= RANKS
+        optimizer.step()
+    wanted = {n: p.detach() for n, p in net.named_parameters()}
+    for together, alone in of_ranks:
+        torch.testing.assert_close(together, wanted, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(alone["stages.0.0.weight"], wanted["stages.0.0.weight"])
+
+
 def test_undeferred_gradients_inside_the_forward_are_refused(tmp_path):
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1

@@ -15,7 +15,7 @@ import pytest
 
 import fastdni
 
-for module in ("sklearn", "matplotlib", "tqdm"):
+for module in ("sklearn", "matplotlib"):
     pytest.importorskip(module, reason="the examples need fastdni[examples]")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -76,6 +76,11 @@ def test_trains_reports_and_draws(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "scikit-learn digits, 1437 training and 360 test images" in done.stdout
+    # Of every bar its last line, and nothing that a terminal would draw over.
+    assert "\r" not in done.stderr
+    bars = [line.partition("  ")[0] for line in done.stderr.splitlines() if "] 100 % test" in line]
+    assert bars == ["backprop", "DNI", "cDNI (labels)", "complete unlock"]
+    assert len(done.stderr.splitlines()) == 4
     row = r"^{} +([\d.]+) +([\d.]+) +(-|[\d.]+) +(-|[\d.]+) +(-|[\d.]+x)$"
     names = {"backprop": "backprop", "dni": "DNI", "cdni": r"cDNI \(labels\)"}
     names["unlocked"] = "complete unlock"
@@ -90,7 +95,7 @@ def test_trains_reports_and_draws(tmp_path):
         if method in ("backprop", "unlocked"):
             assert drop_in == plain == speed == "-"
         else:
-            # The three printed figures are rounded to 0.005 each.
+            # The three printed figures are rounded to 0.0005 each.
             assert float(speed[:-1]) == pytest.approx(float(plain) / float(own), rel=0.05)
 
     image = matplotlib.image.imread(png)
@@ -234,7 +239,7 @@ def test_refuses_malformed_data(example, tmp_path, monkeypatch, capsys, name, co
 
 
 def test_names_the_extra_when_a_package_is_missing(tmp_path):
-    (tmp_path / "tqdm.py").write_text("raise ImportError('No module named tqdm')\n")
+    (tmp_path / "sklearn.py").write_text("raise ImportError('No module named sklearn')\n")
     done = run(path=[tmp_path])
     assert done.returncode == 2
     assert "pip install fastdni[examples]" in done.stderr and done.stderr.count("\n") == 1

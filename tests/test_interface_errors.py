@@ -1,11 +1,15 @@
 """What the drop-in modules refuse: each with one clear error, before anything is written."""
 
+import threading
+
 import pytest
 import torch
 from interface_cases import (
     BATCH,
     CONTEXT,
     WIDTH,
+    expect,
+    gradients,
     kinds,
     make_synthesizer,
     upstream,
@@ -38,6 +42,44 @@ def test_frozen_synthesizer(wrap):
     assert_refused(lambda: sender.send(trigger, trigger), ValueError, message)
     both = dni.BidirectionalInterface(wrap(make_synthesizer()), wrap(frozen()))
     assert_refused(lambda: both(trigger, trigger), ValueError, message, leaf, *both.parameters())
+
+
+@kinds
+def test_a_frozen_synthesizer_may_send_without_learning(wrap):
+    trained, synthesizer = make_synthesizer(), frozen()
+    synthesizer.load_state_dict(trained.state_dict())
+    interface = dni.BackwardInterface(wrap(synthesizer), learn=False)
+    trigger, leaf = upstream(BATCH, WIDTH)
+    out = interface(trigger, factor=0.5)
+    sent = 0.5 * trained(trigger.detach()).detach() * (1 - trigger.detach() ** 2)
+    expect(leaf.grad, sent)
+    torch.relu_(out).sum().backward()  # the true gradient goes nowhere
+    expect(leaf.grad, sent)
+    true_gradient = torch.ones_like(trigger)
+    interface.make_trigger(torch.tanh(leaf)).backward(true_gradient)
+    expect(leaf.grad - sent, true_gradient * (1 - trigger.detach() ** 2))
+    assert interface.make_trigger(trigger.detach()).requires_grad
+    unfrozen = dni.BackwardInterface(wrap(trained), learn=False)
+    unfrozen(torch.tanh(leaf)).sum().backward()
+    assert all(grad is None for grad in gradients(unfrozen))
+
+
+def test_a_context_of_another_thread_is_named():
+    """Contexts and deferral are the thread's own."""
+    interface = dni.UnidirectionalInterface(make_synthesizer(context_dim=CONTEXT))
+    trigger, errors = torch.randn(BATCH, WIDTH, dtype=torch.float64), []
+
+    def receive():
+        try:
+            interface.receive(trigger)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with dni.synthesizer_context(torch.zeros(BATCH, CONTEXT, dtype=torch.float64)):
+        thread = threading.Thread(target=receive)
+        thread.start()
+        thread.join()
+    assert "contexts and deferral belong to the thread that entered them" in errors[0]
 
 
 def test_gradients_disabled():

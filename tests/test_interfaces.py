@@ -178,25 +178,32 @@ def test_partly_frozen_synthesizer():
     assert synthesizer.input_trigger.weight.grad is not None
 
 
-def test_linear_synthesizer_may_be_stepped_between_forward_and_backward():
-    synthesizer = make_synthesizer(n_hidden=0)
+@kinds
+@pytest.mark.parametrize("n_hidden", [0, 1])
+def test_a_synthesizer_stepped_between_forward_and_backward_learns_as_it_is_then(wrap, n_hidden):
+    """What was sent is what was predicted; what arrives is compared with what it says now."""
+    synthesizer = make_synthesizer(n_hidden)
     twin = copy.deepcopy(synthesizer)
     trigger, leaf = upstream(BATCH, WIDTH)
-    twin_leaf = leaf.detach().clone().requires_grad_()
-    out = dni.BackwardInterface(synthesizer)(trigger)
-    twin_out = plain_backward_interface(twin, torch.tanh(twin_leaf), None)
+    out = dni.BackwardInterface(wrap(synthesizer))(trigger)
+    sent = plain_synthesizer(twin, trigger.detach(), None).detach()
+    expect(leaf.grad, sent * (1 - trigger.detach() ** 2))
     with torch.no_grad():
-        synthesizer.input_trigger.weight.add_(1)
+        for p in (*synthesizer.parameters(), *twin.parameters()):
+            p.add_(0.5)
     (out**2).sum().backward()
-    (twin_out**2).sum().backward()
+    error = plain_synthesizer(twin, trigger.detach(), None) - 2 * trigger.detach()
+    (error.square().sum() / BATCH).backward()
     expect(gradients(synthesizer), gradients(twin))
 
 
-def test_parameter_changed_in_place_between_forward_and_backward_is_an_error():
-    synthesizer = make_synthesizer()
-    out = dni.BackwardInterface(synthesizer)(upstream(BATCH, WIDTH)[0])
+@kinds
+def test_a_trigger_changed_in_place_before_the_gradient_comes_is_an_error(wrap):
+    interface = dni.BackwardInterface(wrap(make_synthesizer()))
+    trigger = upstream(BATCH, WIDTH)[0].detach().requires_grad_()
+    out = interface(trigger)
     with torch.no_grad():
-        synthesizer.layers[0].weight.add_(1)
+        trigger.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

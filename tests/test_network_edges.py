@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from network_cases import OPTIMIZERS, batch, local, network, train
+from network_cases import OPTIMIZERS, batch, local, network, structure, train
 from torch import nn
 
 import fastdni
@@ -259,22 +259,22 @@ def test_state_that_lacks_something():
         net.step(optimizer=optimizer, **batch(net))
 
 
-def test_bindings_do_not_pile_up():
+def test_masks_make_no_plans():
     net = network((5,) * 18)
     optimizer = sgd(net)
     generator = torch.Generator().manual_seed(0)
     for seed in range(200):
         mask = torch.rand(17, generator=generator) < 0.5
         net.step(optimizer=optimizer, update_mask=mask.tolist(), **batch(net, seed=seed))
-    (part,) = net._trainer._parts_for("cross_entropy", None, 32)
-    assert len(part._bindings) <= 64
+    (part,) = structure(net).parts("cross_entropy", None, 32)
+    assert len(part._plans) == 1
 
 
 def test_three_hundred_stages():
     net = network((4,) * 300 + (5,))
     twin = copy.deepcopy(net)
     found = train(net, sgd(net), 2)
-    assert net._trainer.reasons == [None] * 300
+    assert structure(net).reasons == [None] * 300
     same(found, train(twin, sgd(twin), 2, backend="reference"), 1e-9)
 
 

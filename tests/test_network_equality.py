@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
-from network_cases import OPTIMIZERS, batch, local, network, train
+from conftest import sample
+from network_cases import OPTIMIZERS, batch, local, network, structure, train
 
-COMBINATIONS = list(
+COMBINATIONS = sample(
     itertools.product(
         ["sgd", "nesterov", "adam", "adamw"],
         [False, True],  # norm
@@ -44,8 +45,8 @@ def test_twenty_steps_in_float64(case):
         backend = "reference" if how == "reference" else "auto"
         optimizer = OPTIMIZERS[case[0]](twin.parameters())
         found[how] = train(twin, optimizer, criterion=case[-1], backend=backend)
-    assert twins["fused"]._trainer.reasons == [None] * 3
-    assert None not in twins["local"]._trainer.reasons
+    assert structure(twins["fused"]).reasons == [None] * 3
+    assert None not in structure(twins["local"]).reasons
     for how in ("reference", "local"):
         for a, b in zip(found["fused"], found[how], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -117,7 +118,7 @@ def test_twenty_one_layers(norm):
     for twin in (local(net), net):
         optimizer = OPTIMIZERS["nesterov"](twin.parameters())
         values.append(train(twin, optimizer, steps=5))
-    assert len(net.stages) == 21 and net._trainer.reasons == [None] * 21
+    assert len(net.stages) == 21 and structure(net).reasons == [None] * 21
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -144,7 +145,7 @@ def test_plain_averages_and_unlike_norms():
     values = []
     for twin in (local(net), net):
         values.append(train(twin, OPTIMIZERS["nesterov"](twin.parameters())))
-    assert net._trainer.reasons == [None] * 4
+    assert structure(net).reasons == [None] * 4
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 

@@ -2,10 +2,12 @@
 be."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from conftest import sample
+from sweep_problem import CASES as PROBLEMS
 from sweep_problem import CONTEXT, OPTIMIZERS, Problem, cast, stages
 
 from fastdni import _C, ops, use_backend
@@ -23,7 +25,7 @@ CASES = sample(
         [3, 30, 61],  # rows: one block, two, three
         [(), (1,), (0, 2)],  # masked
     ),
-    every=37,
+    every=101,
 )
 
 
@@ -91,8 +93,8 @@ def test_bfloat16_products_are_right(unlocked):
     one = Problem(
         stages((7, 9, 33, 5), n_hidden=1, context=True, unlocked=unlocked), 30, dtype=torch.float32
     )
-    found = one.run("cpu", torch.float32, products="bfloat16")
-    oracle = one.run("reference", torch.float32, products="bfloat16")
+    found = one.run("cpu", torch.float32, precision="bfloat16")
+    oracle = one.run("reference", torch.float32, precision="bfloat16")
     exact = one.run("reference", torch.float32)
     assert_equal(found, oracle, 2e-3)
     rounded = max((a - b).abs().max().item() for a, b in zip(oracle, exact, strict=True))
@@ -162,6 +164,45 @@ def test_plans_of_widths_that_do_not_fit():
             ops.SweepPlan(given, 4, "mse")
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"criterion": "mae"},
+            'criterion must be one of "none", "cross_entropy", "mse", got "mae"',
+        ),
+        (
+            {"precision": "bf16"},
+            'precision must be one of "exact", "tf32", "tf32x3", "bfloat16", got "bf16"',
+        ),
+        (
+            {"activation": "gelu"},
+            'activation must be one of "identity", "relu", "tanh", "sigmoid", got "gelu"',
+        ),
+    ],
+)
+def test_no_unknown_name_becomes_a_default(how, message):
+    below, top = stages((7, 9, 5))
+    how = {"criterion": "mse"} | how
+    below = below._replace(activation=how.pop("activation", "relu"))
+    with use_backend("cpu"), pytest.raises(ValueError, match=re.escape(f"sweep: {message}")):
+        ops.SweepPlan([below, top], 4, **how)
+
+
+def test_a_plan_of_another_dtype():
+    how = {"stages": [], "batch": 4, "gpu": None, "criterion": "mse", "input_gradient": False}
+    message = 'sweep: dtype must be one of "float32", "float64", got "float16"'
+    with pytest.raises(ValueError, match=message):
+        _C.SweepPlan(dtype="float16", precision="exact", separate_input=False, runs=True, **how)
+
+
+@pytest.mark.parametrize("criterion", ["mae", "none"])
+def test_a_target_is_checked_for_a_known_criterion(criterion):
+    message = f'net.step: criterion must be one of "cross_entropy", "mse", got "{criterion}"'
+    with pytest.raises(ValueError, match=message):
+        ops.sweep_check_target("net.step", torch.zeros(4, dtype=torch.int64), 4, 5, criterion)
+
+
 def bits(threads: int, dtype=torch.float32) -> list[torch.Tensor]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -194,9 +235,10 @@ def test_rows_that_are_ignored():
     assert_equal(found, one.run("reference"), 1e-11)
 
 
-def arguments(**how):
+def arguments(backend="cpu", **how):
     one = Problem(stages(context=True, norm=True), 6, settings="adam", **how)
-    plan = ops.SweepPlan(one.given, 6, one.criterion)
+    with use_backend(backend):
+        plan = ops.SweepPlan(one.given, 6, one.criterion)
     state = [
         t for p in plan.parameters for t in (p.clone(), p.square(), torch.tensor(1.0))
     ]  # fmt: skip
@@ -322,6 +364,95 @@ def test_raw_ops_refuse_what_does_not_fit(change, message):
     with pytest.raises(RuntimeError, match=f"sweep: {message}"):
         torch.ops.fastdni.sweep_(**given)
     assert all(map(torch.equal, before, changed))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(x=torch.ones(6, 2)), r"x must be \(B, K\) = \(6, 7\), got \(6, 2\)"),
+        (lambda a: a.update(x=a["x"].float()), "x must have the parameters' dtype"),
+        (lambda a: a.update(target=None), "target must be given, got None"),
+        (lambda a: a.update(target=a["target"] + 9), "target must hold labels from 0 to 4"),
+        (lambda a: a.update(context=torch.ones(6, 2)), r"context must be \(B, C\) = \(6, 5\)"),
+        (lambda a: a.update(groups=[0]), r"groups must hold \d+ numbers, got 1"),
+        (lambda a: a.update(active=[1]), "active must hold 4 values, got 1"),
+        (lambda a: a["state"].pop(), "state holds too few tensors"),
+        (lambda a: a["state"].__setitem__(0, torch.ones(2)), "a parameter.s optimizer state"),
+        (lambda a: a["state"].__setitem__(2, torch.ones(2)), "an optimizer.s step must be one"),
+    ],
+)
+def test_every_backend_has_the_same_rules(backend, change, message):
+    one, plan, state, groups, settings = arguments(backend)
+    given = {"plan": plan, "x": one.x, "target": one.target, "context": None, "state": state}
+    given |= {"groups": groups, "settings": settings, "active": [1] * 4, "caller": "net.step"}
+    before = [t.clone() for t in plan.parameters]
+    change(given)
+    with pytest.raises(RuntimeError, match=f"net.step: {message}"):
+        ops.sweep_(**given)
+    assert all(map(torch.equal, before, plan.parameters))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_update_follows_a_forward_part(backend):
+    one, plan, state, groups, settings = arguments(backend)
+    with pytest.raises(RuntimeError, match="net.step: plan has no forward pass to go on from"):
+        ops.sweep_update_(plan, None, state, groups, settings, [1] * 4, "net.step")
+    ops.sweep_forward_(plan, one.x, one.target, None, [1] * 4, "net.step")
+    ops.sweep_update_(plan, None, state, groups, settings, [1] * 4, "net.step")
+
+
+def test_plans_of_rules_alone_run_nothing():
+    one, plan, state, groups, settings = arguments("reference")
+    lists = (plan.parameters, plan.statistics)
+    with pytest.raises(RuntimeError, match="plan must be one that runs steps, got rules alone"):
+        torch.ops.fastdni.sweep_forward_(
+            plan.handle, "sweep", one.x, one.target, None, None, *lists, [1] * 4
+        )
+    running = arguments()[1]
+    with pytest.raises(RuntimeError, match="plan must be one of rules alone, got one that runs"):
+        torch.ops.fastdni.sweep_check_forward(
+            running.handle, "sweep", one.x, one.target, None, None, *lists, [1] * 4
+        )
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_parameters_have_one_order(name):
+    """That of the plan, which the kernels go by, is that of Python's lists."""
+    torch.manual_seed(0)
+    given, _ = PROBLEMS[name]
+    plan = ops.SweepPlan(stages(**given), 4, "cross_entropy")
+    numbered = 0
+
+    def has(number: int, tensor: torch.Tensor | None, tensors=plan.parameters) -> None:
+        nonlocal numbered
+        numbered += number >= 0
+        assert tensor is None if number < 0 else tensors[number] is tensor
+
+    def check(numbers: dict, synthesizer, above: int) -> None:
+        if synthesizer is None:
+            assert numbers["weights"] == []
+            return
+        biases = synthesizer.biases or [None] * len(synthesizer.weights)
+        for kind, tensors in (("weights", synthesizer.weights), ("biases", biases)):
+            for number, tensor in zip(numbers[kind], tensors, strict=True):
+                has(number, tensor)
+                assert number < 0 or plan.parameter_stages[number] == above
+        has(numbers["context_weight"], synthesizer.context_weight)
+        has(numbers["context_bias"], synthesizer.context_bias)
+
+    for index, (stage, numbers) in enumerate(zip(plan.stages, plan.numbers, strict=True)):
+        norm = stage.norm
+        has(numbers["weight"], stage.weight)
+        has(numbers["bias"], stage.bias)
+        has(numbers["norm_weight"], None if norm is None else norm.weight)
+        has(numbers["norm_bias"], None if norm is None else norm.bias)
+        assert plan.parameter_stages[numbers["weight"]] == index
+        check(numbers["synthesizer"], stage.synthesizer, index + 1)
+        check(numbers["input_synthesizer"], stage.input_synthesizer, index + 1)
+    assert numbered == len(plan.parameters)
+    for stage, numbers in zip(plan.stages, plan.numbers, strict=True):
+        has(numbers["running"], next(iter(stage.statistics()), None), plan.statistics)
 
 
 @pytest.mark.skipif(

@@ -51,7 +51,7 @@ def name(value):
 
 @pytest.mark.parametrize(
     ("leading", "sizes", "n_hidden", "context", "bias", "dtype", "reduction"),
-    sample(CASES, every=11),
+    sample(CASES, every=37),
     ids=name,
 )
 def test_results_are_right(leading, sizes, n_hidden, context, bias, dtype, reduction, device):
@@ -97,7 +97,7 @@ def test_large_products_are_right_in_both_libraries(context, layout, library):
 
 
 def test_many_rows():
-    """More rows than 64 chunks of 16: csrc/cpu/synthesizer.h gives each chunk more of them."""
+    """More rows than 64 chunks of 16: csrc/cpu/kernels/synthesizer.h gives a chunk more."""
     assert_right(problem((64 * 16 * 2 + 7,), Sizes(7, 9, 5), 2))
 
 
@@ -203,7 +203,7 @@ def test_gradcheck(n_hidden, context, bias, reduction):
     ids=name,
 )
 def test_opcheck(leading, dtype, layout):
-    # The second's trigger is narrow: csrc/ops/product.cpp takes such a weight's gradient apart.
+    # The second's trigger is narrow: csrc/cpu/product.cpp takes such a weight's gradient apart.
     for sizes, n_hidden, extras in ((Sizes(5, 6, 3), 0, False), (Sizes(2, 16, 3), 2, True)):
         p = problem(leading, sizes, n_hidden, context=extras, bias=extras, dtype=dtype)
         weights = [LAYOUTS[layout](w) for w in p.parameters.weights]

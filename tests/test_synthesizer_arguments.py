@@ -194,3 +194,15 @@ def test_wrong_backward_arguments(case, backend):
     }
     with fastdni.use_backend(backend), pytest.raises(RuntimeError, match=re.escape(message)):
         ops.synthesizer_bwd(*(arguments | parts).values())
+
+
+def test_no_unknown_precision_becomes_a_default():
+    p = problem()
+    message = 'synthesizer: precision must be one of "exact", "tf32", "tf32x3", "bfloat16", got "x"'
+    arguments = (p.trigger, p.context, *p.parameters)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RAW.synthesizer_fwd(*arguments, "x")
+    prediction, hidden = RAW.synthesizer_fwd(*arguments)
+    backward = (prediction, prediction, hidden, p.trigger, p.context, p.parameters.weights)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RAW.synthesizer_bwd(*backward, True, "batchmean", "x")

@@ -54,11 +54,16 @@ def test_a_step(name):
     compare(run(one), one.run("reference"), 2e-4)
 
 
-@pytest.mark.parametrize("settings", ["gradient", "sgd", "nesterov", "momentum", "adam", "adamw"])
 @pytest.mark.parametrize(
-    "norm, activation, n_hidden, context",
-    sample(itertools.product([False, True], ["relu", "tanh", "sigmoid"], [0, 1], [False, True])),
-)
+    "settings, norm, activation, n_hidden, context",
+    sample(
+        itertools.product(
+            ["gradient", "sgd", "nesterov", "momentum", "adam", "adamw"],
+            [False, True], ["relu", "tanh", "sigmoid"], [0, 1], [False, True],
+        ),
+        every=17,
+    ),
+)  # fmt: skip
 def test_combinations(settings, norm, activation, n_hidden, context):
     torch.manual_seed(0)
     given = {"norm": norm, "activation": activation, "n_hidden": n_hidden, "context": context}
@@ -91,9 +96,9 @@ def test_a_part_of_a_network(norm, unlocked):
 
 def test_operands_are_rounded_to_bfloat16():
     one, _ = problem("mlp")
-    found = run(one, products="bfloat16")
+    found = run(one, precision="bfloat16")
     # Half a unit of an operand, where another order of a sum before moved it across.
-    compare(found, one.run("reference", products="bfloat16"), 4 * 2**-8)
+    compare(found, one.run("reference", precision="bfloat16"), 4 * 2**-8)
     with pytest.raises(AssertionError):  # they were rounded at all
         compare(found, one.run("reference"), 1e-4)
 
@@ -125,11 +130,11 @@ def test_operands_by_descriptors(monkeypatch, name):
     given = stages((48, 80, 16), context=True, **kind.get(name, {"unlocked": True}))
     given = [s._replace(synthesizer=_multiples_of_sixteen(s.synthesizer)) for s in given]
     one = Problem(given, 80, settings="gradient")
-    found = run(one, products="bfloat16")
+    found = run(one, precision="bfloat16")
     assert described
     # Sums before were in another order: some operands lie on the other side of a rounding.
     assert len(found) > 10
-    for a, b in zip(found, one.run("reference", products="bfloat16"), strict=True):
+    for a, b in zip(found, one.run("reference", precision="bfloat16"), strict=True):
         assert (a.cpu().double() - b).norm() <= 2e-3 * (b.double().norm() + 1)
 
 
@@ -169,7 +174,7 @@ def test_an_update_by_numbers_on_the_host(settings, apart):
     """As Adam's are on a GPU without capturable=True; steps above find them on the device."""
     from sweep_problem import OPTIMIZERS
 
-    from fastdni.triton.tile import Arithmetic
+    from fastdni.triton.tile import Precision
     from fastdni.triton.update import Target, apply
 
     row = OPTIMIZERS[settings]
@@ -190,7 +195,7 @@ def test_an_update_by_numbers_on_the_host(settings, apart):
         reference.optimizer_update(own, wide[0], gradient.double(), [*wide[1:], *steps])
         expected += wide
     grad = grad.to(DEVICE)
-    apply(grad, x.to(DEVICE), targets[0], grad, targets[1:], Arithmetic("exact"))
+    apply(grad, x.to(DEVICE), targets[0], grad, targets[1:], Precision("exact"))
     compare([t for target in targets for t in (target.value, *target.kept)], expected, 1e-5)
 
 
@@ -238,7 +243,7 @@ def test_auto_divides_a_network_by_the_size_of_its_stages(monkeypatch, name, how
     """Each run of large stages goes to Triton, what lies between to compiled kernels; other
     batches, another division."""
 
-    def by_size(stages, batch, products):
+    def by_size(stages, batch, precision):
         if fastdni.backend.choice() != "auto":
             return fastdni.backend.choice()
         width = max(stage.weight.shape[0] for stage in stages)
@@ -274,9 +279,15 @@ def test_auto_divides_a_network_by_the_size_of_its_stages(monkeypatch, name, how
     compare(*values, 1e-3 if name == "adam" else 2e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_hidden", [0, 2])
-@pytest.mark.parametrize("shape", [(37,), (3, 5), (1,), (0,)])
+@pytest.mark.parametrize(
+    "dtype, n_hidden, shape",
+    sample(
+        itertools.product(
+            [torch.float32, torch.float16, torch.bfloat16], [0, 2], [(37,), (3, 5), (1,), (0,)]
+        ),
+        every=5,
+    ),
+)
 def test_a_synthesizers_ops_equal_the_reference(dtype, n_hidden, shape):
     one = of_synthesizer(shape, Sizes(33, 40, 5), n_hidden, dtype=dtype, device=DEVICE)
     found = []
@@ -290,9 +301,16 @@ def test_a_synthesizers_ops_equal_the_reference(dtype, n_hidden, shape):
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
-@pytest.mark.parametrize("shape", [(0, 3), (1,), (), (5, 7, 3), (1030, 5)])
+@pytest.mark.parametrize(
+    "shape, reduction, dtype",
+    sample(
+        itertools.product(
+            [(0, 3), (1,), (), (5, 7, 3), (1030, 5)],
+            ["batchmean", "mean"],
+            [torch.float32, torch.float16, torch.bfloat16],
+        )
+    ),
+)
 def test_regression_loss(shape, reduction, dtype):
     given = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
     if len(shape) == 2:
@@ -331,7 +349,7 @@ def test_the_ops_schemas_say_what_they_write():
     state = on_device(fresh_state(one.settings, plan.parameters))
     count = len(plan.parameters)
     arguments = (
-        plan.structure.number, x, target, None, plan.parameters, plan.statistics, state,
+        plan.runner.structure.number, x, target, None, plan.parameters, plan.statistics, state,
         [0] * count, ops.flat([one.settings]), one.active,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdni.triton_sweep_, arguments, test_utils="test_schema")

@@ -21,8 +21,8 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {
     # The oracle is float64 too: no error to measure against. The longest chain of additions is a
-    # chunk of 4096 terms (csrc/cpu/regression_loss.h); where all are equal, as with an expanded
-    # tensor, its roundings of half a unit add up and do not cancel.
+    # chunk of 4096 terms (csrc/cpu/kernels/regression_loss.h); where all are equal, as with an
+    # expanded tensor, its roundings of half a unit add up and do not cancel.
     torch.float64: Tolerance(times=0, units=4096 / 2),
     # 3 is the promise made for training, too. The units are for short sums, where plain PyTorch may
     # happen to make no error at all and ours a few roundings.

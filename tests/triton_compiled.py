@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 
 from fastdni.reference import KEPT, OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
 from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, tile, update
-from fastdni.triton.tile import Arithmetic, Tile
+from fastdni.triton.tile import Precision, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 META = torch.device("meta")
@@ -58,7 +58,7 @@ def made_synthesizer(n: int, hidden: int, context: int) -> SynthesizerParameters
 
 
 def step(
-    batch, width, products, rule="adam", normed=False, hidden=0, activation="relu", classes=0,
+    batch, width, precision, rule="adam", normed=False, hidden=0, activation="relu", classes=0,
     context=0, on_the_device=False,
 ) -> None:  # fmt: skip
     """Writes down the launches of a step of stages of that width; with a head and labels for it, or
@@ -76,7 +76,7 @@ def step(
                 None if top else made_synthesizer(n, hidden, classes or context),
             )
         )  # fmt: skip
-    structure = sweep.Structure(stages, "cross_entropy" if classes else "mse", products)
+    structure = sweep.Structure(stages, "cross_entropy" if classes else "mse", precision)
     parameters = [p for stage in stages for p in stage.parameters()]
     target = tensor(batch, dtype=torch.int64) if classes else tensor(batch, width)
     given = tensor(batch, context) if context else None
@@ -94,18 +94,18 @@ def step(
     }  # fmt: skip
     for grad, x, weight, sums, biases in done.gradients:
         of_biases = [targets[id(bias)] for bias in biases]
-        update.apply(grad, x, targets.get(id(weight)), sums, of_biases, done.products)
+        update.apply(grad, x, targets.get(id(weight)), sums, of_biases, done.precision)
 
 
-def ops(dtype: torch.dtype, products: str) -> None:
+def ops(dtype: torch.dtype, precision: str) -> None:
     """Writes down the launches of the drop-in modules' ops."""
     x, target = tensor(1024, 256, dtype=dtype), tensor(1024, 256, dtype=dtype)
     weights = [tensor(512, 256, dtype=dtype), tensor(256, 512, dtype=dtype)]
     biases = [tensor(512, dtype=dtype), tensor(256, dtype=dtype)]
     forward = synthesizer.synthesizer_fwd._init_fn
-    prediction, *hidden = forward(x, None, weights, biases, None, None, products)
+    prediction, *hidden = forward(x, None, weights, biases, None, None, precision)
     backward = synthesizer.synthesizer_bwd._init_fn
-    backward(target, prediction, hidden, x, None, weights, True, "batchmean", products)
+    backward(target, prediction, hidden, x, None, weights, True, "batchmean", precision)
     regression_loss.regression_loss._init_fn(prediction, target, "batchmean")
 
 
@@ -131,7 +131,7 @@ CASES = {
 
 def too_large() -> None:
     """A layer whose tile does not fit its threads' registers; of no use but to be seen."""
-    exact = Arithmetic("exact")
+    exact = Precision("exact")
     exact.tile = lambda *of: Tile(64, 64, 16, 1, 2)
     layer.layer(tensor(256, 256), tensor(256, 256), exact)
 

@@ -31,21 +31,17 @@ struct StageSpec {
 
 enum class Criterion { none, cross_entropy, mse };
 
-// The arithmetic of products of float32; sums and all else are float32 whatever it is. The CPU
-// has tensor cores for none of it: there tf32 and tf32x3 are exact.
-enum class Products {
+// A label of rows that cross_entropy leaves out.
+constexpr int64_t kIgnoreIndex = -100;
+
+// The precision of products of float32; sums and all else are float32 whatever it is. The CPU has
+// tensor cores for none of it: there tf32 and tf32x3 are exact.
+enum class Precision {
   exact,
   tf32,      // operands rounded to 10 bits of mantissa
   tf32x3,    // three of those products, of the operands' upper and lower parts: nearly float32
   bfloat16,  // operands rounded to bfloat16
 };
-
-inline Products products_named(const std::string& name) {
-  return name == "tf32"       ? Products::tf32
-         : name == "tf32x3"   ? Products::tf32x3
-         : name == "bfloat16" ? Products::bfloat16
-                              : Products::exact;
-}
 
 // Consecutive stages of a network.
 struct NetworkSpec {
@@ -53,7 +49,7 @@ struct NetworkSpec {
   int64_t batch = 0;
   Criterion criterion = Criterion::none;  // none: the network goes on above the last stage
   bool input_gradient = false;            // delta of the first stage's input is wanted
-  Products products = Products::exact;
+  Precision precision = Precision::exact;
 
   bool separate_input = false;  // I predicts from another tensor than the first stage's x
 

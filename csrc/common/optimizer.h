@@ -84,34 +84,37 @@ FASTDNI_HOST_DEVICE T decayed(T grad, T weight_decay, T parameter) {
 }
 
 // Memory of one element: the parameter, and what the rule keeps beside it (null where it does not):
-// p.grad, momentum_buffer or exp_avg in `first`, exp_avg_sq in `second`.
-template <Rule rule, class T>
-FASTDNI_HOST_DEVICE void update_element(const Update<T>& u, T grad, T* parameter, T* first,
+// p.grad, momentum_buffer or exp_avg in `first`, exp_avg_sq in `second`. T is what lies in memory, A
+// what is computed in: each value is rounded once, when it is stored.
+template <Rule rule, class A, class T>
+FASTDNI_HOST_DEVICE void update_element(const Update<A>& u, A grad, T* parameter, T* first,
                                         T* second) {
   if constexpr (rule == Rule::gradient) {
-    *first = u.a == 0 ? grad : *first + grad;  // what is written first may be uninitialised
+    // What is written first may be uninitialised.
+    *first = static_cast<T>(u.a == 0 ? grad : static_cast<A>(*first) + grad);
   } else if constexpr (rule == Rule::sgd || rule == Rule::sgd_momentum) {
-    const T p = *parameter;
-    T d = decayed(grad, u.weight_decay, p);
+    const A p = static_cast<A>(*parameter);
+    A d = decayed(grad, u.weight_decay, p);
     if constexpr (rule == Rule::sgd_momentum) {
-      const T buffer = *first * u.a + d * u.b;
-      *first = buffer;
+      const A buffer = static_cast<A>(*first) * u.a + d * u.b;
+      *first = static_cast<T>(buffer);
       d = u.nesterov ? d + u.a * buffer : buffer;
     }
-    *parameter = p - u.lr * d;
+    *parameter = static_cast<T>(p - u.lr * d);
   } else if constexpr (rule == Rule::adam || rule == Rule::adamw) {
-    T p = *parameter;
+    A p = static_cast<A>(*parameter);
     if constexpr (rule == Rule::adamw) {
       p *= u.weight_decay;
     } else {
       grad = decayed(grad, u.weight_decay, p);
     }
-    const T average = *first + u.a * (grad - *first);
-    const T square = *second * u.b + u.one_minus_b * (grad * grad);
-    *first = average;
-    *second = square;
-    const T denominator = square_root(square) * u.root_correction + u.eps;
-    *parameter = p - u.lr * (average / denominator);
+    const A before = static_cast<A>(*first);
+    const A average = before + u.a * (grad - before);
+    const A square = static_cast<A>(*second) * u.b + u.one_minus_b * (grad * grad);
+    *first = static_cast<T>(average);
+    *second = static_cast<T>(square);
+    const A denominator = square_root(square) * u.root_correction + u.eps;
+    *parameter = static_cast<T>(p - u.lr * (average / denominator));
   }
 }
 

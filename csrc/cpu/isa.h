@@ -1,9 +1,9 @@
 // CPU kernels are compiled once per instruction set, from one source, and picked at run time.
 //
-// A kernel is a function template over Isa, declared in csrc/cpu/<op>.h and instantiated in
-// csrc/cpu/<op>.cpp for FASTDNI_ISA, the set that file is being compiled for. No torch header is
-// included there: an inline function of torch compiled for AVX-512 could be linked into code that
-// must run without it.
+// A kernel is a function template over Isa, declared in csrc/cpu/kernels/<op>.h and instantiated in
+// csrc/cpu/kernels/<op>.cpp for FASTDNI_ISA, the set that file is being compiled for. No torch
+// header is included there: an inline function of torch compiled for AVX-512 could be linked into
+// code that must run without it.
 #pragma once
 
 namespace fastdni::cpu {

@@ -1,73 +1,24 @@
-// What a synthesizer does between its matrix products, fused into one pass over each matrix.
-//
-// Rows are cut into chunks that depend on the shape alone, and column sums are formed per chunk and
-// then over the chunks in order: results do not depend on the number of threads.
+// The passes of a synthesizer on the CPU, for the ops that need one; arguments are checked.
 #pragma once
-#include <cstdint>
+#include <tuple>
 
-#include "common/scalar.h"
-#include "cpu/isa.h"
+#include "ops/tensor.h"
 
 namespace fastdni::cpu {
 
-struct RowChunks {
-  int64_t rows, columns;
-  int64_t rows_per_chunk;
+// The prediction and the activations of the hidden layers.
+std::tuple<Tensor, Tensors> evaluate_synthesizer(const Tensor& trigger,
+                                                 const OptionalTensor& context,
+                                                 const Tensors& weights, const Tensors& biases,
+                                                 const OptionalTensor& context_weight,
+                                                 const OptionalTensor& context_bias);
 
-  // At most 64 chunks, so that the column sums of the chunks stay small beside the matrix.
-  RowChunks(int64_t rows, int64_t columns)
-      : rows(rows), columns(columns), rows_per_chunk(rows <= 16 * 64 ? 16 : (rows + 63) / 64) {}
-
-  int64_t count() const { return (rows + rows_per_chunk - 1) / rows_per_chunk; }
-  int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
-  int64_t end(int64_t chunk) const {
-    const int64_t next = begin(chunk) + rows_per_chunk;
-    return next < rows ? next : rows;
-  }
-};
-
-// y = phi(y + bias + context_bias), in place; phi is ReLU or the identity.
-template <class T>
-struct FinishLayer {
-  T* y;                   // (rows, columns)
-  const T* bias;          // (columns,) or null
-  const T* context_bias;  // (columns,) or null
-  bool relu;
-};
-
-// e = prediction - target; error = scale e; also the sum of e^2 and the column sums of scale e.
-// Target is T or accumulate_t<T>: a float32 gradient meets a bfloat16 prediction without rounding.
-template <class T, class Target>
-struct SynthesisError {
-  const T* prediction;           // (rows, columns)
-  const Target* target;          // (rows, columns)
-  T* error;                      // (rows, columns)
-  double* squared;               // (chunks,)
-  accumulate_t<T>* column_sums;  // (chunks, columns)
-  accumulate_t<T> scale;
-};
-
-// grad = grad * (hidden > 0), in place; also its column sums.
-template <class T>
-struct ReluBackward {
-  T* grad;                       // (rows, columns)
-  const T* hidden;               // (rows, columns) after the ReLU
-  accumulate_t<T>* column_sums;  // (chunks, columns)
-};
-
-template <Isa isa, class T>
-void finish_layer(const FinishLayer<T>& args, const RowChunks& chunks, int64_t first, int64_t last);
-
-template <Isa isa, class T, class Target>
-void synthesis_error(const SynthesisError<T, Target>& args, const RowChunks& chunks, int64_t first,
-                     int64_t last);
-
-template <Isa isa, class T>
-void relu_backward(const ReluBackward<T>& args, const RowChunks& chunks, int64_t first,
-                   int64_t last);
-
-// sum[c] = the sum of column_sums[chunk, c] over the chunks, in their order.
-template <Isa isa, class T>
-void add_chunks(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chunks);
+// The loss, sum(e^2) / divisor, and every parameter's gradient. Where there is an `error` it becomes
+// e = prediction - target.
+std::tuple<Tensor, Tensors> regress_synthesizer(const Tensor& target, const Tensor& prediction,
+                                                const Tensors& hidden, const Tensor& trigger,
+                                                const OptionalTensor& context,
+                                                const Tensors& weights, bool bias, double divisor,
+                                                const OptionalTensor& error);
 
 }  // namespace fastdni::cpu

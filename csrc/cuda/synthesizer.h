@@ -1,34 +1,40 @@
-// The passes of a synthesizer M(h, ctx) on its own, beside a network of any kind: the instructions
-// and jobs of the sweep (csrc/cuda/sweep_program.h), one a launch, on matrices at given addresses.
+// The passes of a synthesizer on a GPU, for the ops that need one; arguments are checked.
 #pragma once
-#include "cuda/sweep.h"
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/kernels/synthesizer.h"
+#include "ops/tensor.h"
 
 namespace fastdni::cuda {
 
-// A layer's weight gradient grad^T input and its bias gradients, the columns' sums of grad.
-template <class T>
-struct SynthesizerGradient {
-  const T* grad;   // (rows, outputs)
-  const T* input;  // (rows, inputs)
-  int64_t rows;
-  int32_t outputs, inputs;
-  T* weight;       // (outputs, inputs), null where there is none to be made
-  T* bias;         // (outputs,) or null
-  T* second_bias;  // (outputs,) or null
-  // Also the sum of `partial_count` partial sums over `divisor`, where `loss` is not null.
-  T* loss;
-  const T* partials;
-  int64_t partial_count;
-  double divisor;
-};
+// The kernels are for float32 and float64 in memory.
+void check_cuda_dtype(const std::string& caller, const Tensor& tensor);
 
-// A product of `step.batch` rows, in blocks of kSweepRows rows and kSweepColumns columns.
-template <class T>
-cudaError_t launch_synthesizer_layer(const SweepStep<T>& step, const Instruction& op,
-                                     cudaStream_t stream);
+template <class Body>
+void with_cuda_dtype(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::Double) return body(double{});
+  body(float{});
+}
 
+// The prediction and the activations of the hidden layers.
+std::tuple<Tensor, Tensors> evaluate_synthesizer(const Tensor& trigger,
+                                                 const OptionalTensor& context,
+                                                 const Tensors& weights, const Tensors& biases,
+                                                 const OptionalTensor& context_weight,
+                                                 const OptionalTensor& context_bias,
+                                                 Precision precision, cudaStream_t stream);
+
+// The loss, sum(e^2) / divisor, and every parameter's update by its gradient. Where there is a
+// `difference` it becomes e = prediction - target. `parameters`: those of weights, biases, the
+// context's weight and bias, as far as there are any.
 template <class T>
-cudaError_t launch_synthesizer_gradient(const SynthesizerGradient<T>& args, Products products,
-                                        cudaStream_t stream);
+Tensor regress_synthesizer(const Tensor& target, const Tensor& prediction, const Tensors& hidden,
+                           const Tensor& trigger, const OptionalTensor& context,
+                           const Tensors& weights, bool bias, double divisor,
+                           const OptionalTensor& difference,
+                           const std::vector<SynthesizerParameter<T>>& parameters,
+                           Precision precision, cudaStream_t stream);
 
 }  // namespace fastdni::cuda

@@ -2,39 +2,30 @@
 // with their synthesizers. The equations are in fastdni/reference/sweep.py.
 //
 //   sweep_           the whole step of a whole network
-//   sweep_repeat_    the same step as the last one with other data: the same parameters, statistics
-//                    and state are taken, and written, without being passed again; `written` stands
-//                    for them, so that nobody takes the op for one that only reads
+//   sweep_repeat_    the same step as the last one with other data and other numbers: the same
+//                    parameters, statistics and state are taken, and written, without being passed
+//                    again. Its schema does not name them: not for those who trace
 //   sweep_forward_   F, S and D of a part of a network: what comes before the gradient from above
 //   sweep_update_    the rest: the topmost synthesizer's regression, and every update
+//   sweep_check_...  what the two parts may be given: the same rules for every backend
+#include "ops/sweep.h"
+
 #include <optional>
 
 #include "ops/range.h"
 #include "ops/sweep_binding.h"
 #include "ops/sweep_plan.h"
-#if defined(FASTDNI_CUDA)
-#include "ops/cuda.h"
-#endif
 
 namespace fastdni {
 namespace {
 
-// The device to work on, for the length of an op, and its stream.
-class OnDevice {
- public:
-  OnDevice(Plan& plan, const Tensor& like) {
-    plan.memory.like = &like;
-#if defined(FASTDNI_CUDA)
-    device_.emplace(like);
-    plan.memory.stream = device_->stream();
-#endif
-  }
-
- private:
-#if defined(FASTDNI_CUDA)
-  std::optional<cuda::OnDevice> device_;
-#endif
-};
+// `runs`: whether the plan is one that runs steps, or of rules alone.
+std::shared_ptr<Plan> find_plan(const std::string& caller, int64_t handle, bool runs) {
+  std::shared_ptr<Plan> plan = fastdni::find_plan(handle);
+  FASTDNI_CHECK((plan->sweep != nullptr) == runs, caller, ": plan must be one ",
+                runs ? "that runs steps, got rules alone" : "of rules alone, got one that runs");
+  return plan;
+}
 
 // The results of a step, fresh.
 Tensor make_output(Plan& plan, const Tensor& like) {
@@ -62,37 +53,45 @@ void run_forward(Plan& plan) {
   plan.sweep->forward(plan.memory);
 }
 
-void run_update(Plan& plan, const std::vector<const Tensor*>& steps) {
+void run_update(Plan& plan, OptimizerBinding& optimizer) {
   const Range range("fastdni::sweep weight gradients and updates");
-  raise_steps(steps);
+  optimizer.raise_steps();
   plan.sweep->update(plan.memory);
+  optimizer.write_back();
 }
+
+// What a step of a whole network is given besides its data.
+struct StepArguments {
+  const Tensors& parameters;
+  const Tensors& statistics;
+  const Tensors& state;
+  const Integers& groups;
+  const std::vector<double>& settings;
+  const Integers& active;
+};
 
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
                                               const Tensor& x, const OptionalTensor& target,
                                               const OptionalTensor& context,
-                                              const Binding& binding) {
+                                              const StepArguments& given) {
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
-  plan.begun = false;
-  const OnDevice device(plan, x);
-  const SweepInputs inputs = check_inputs(caller, plan, x, target, context);
-  bind_inputs(plan, inputs);
-  bind_parameters(caller, plan, binding.parameters, binding.active);
-  bind_statistics(caller, plan, binding.statistics);
-  std::vector<const Tensor*> steps;
-  bind_optimizer(caller, plan, binding.state, binding.groups, binding.settings, steps);
+  plan.goes_on = false;
+  plan.memory.like = &x;
+  SweepInputs inputs = bind_forward(caller, plan, x, target, context, {}, given.parameters,
+                                    given.statistics, given.active);
+  OptimizerBinding optimizer =
+      bind_optimizer(caller, plan, given.state, given.groups, given.settings);
+  keep_apart(plan, inputs);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
 
   plan.memory.apart = false;
-  plan.begun = true;
   run_forward(plan);
-  run_update(plan, steps);
-  plan.begun = false;
-  plan.memory.x = nullptr;  // there is nothing left for `sweep_update_`
+  run_update(plan, optimizer);
+  ++plan.steps;
   return {output, loss, synthesis_loss};
 }
 
@@ -103,45 +102,47 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
                                               const Tensors& state, const Integers& groups,
                                               const std::vector<double>& settings,
                                               const Integers& active, bool repeatable) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  plan->last = {};
-  Binding binding{parameters, statistics, state, groups, settings, active};
-  auto results = whole_step(caller, *plan, x, target, context, binding);
-  if (repeatable) plan->last = std::move(binding);
+  LastStep& last = plan->last;
+  last.known = false;
+  auto results = whole_step(caller, *plan, x, target, context,
+                            {parameters, statistics, state, groups, settings, active});
+  if (repeatable) {
+    last.parameters.borrow(parameters);
+    last.statistics.borrow(statistics);
+    last.state.borrow(state);
+    last.groups = groups;
+    last.active = active;
+    last.known = true;
+  }
   return results;
 }
 
 // The tensors are looked at again: a parameter's `data` may be another one by now.
 std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::string& caller,
-                                                const Tensor& /*written*/, const Tensor& x,
-                                                const OptionalTensor& target,
-                                                const OptionalTensor& context) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+                                                const Tensor& x, const OptionalTensor& target,
+                                                const OptionalTensor& context,
+                                                const std::vector<double>& settings) {
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  FASTDNI_CHECK(!plan->last.parameters.empty(), caller, ": plan has no step to repeat");
-  return whole_step(caller, *plan, x, target, context, plan->last);
+  const LastStep& last = plan->last;
+  FASTDNI_CHECK(last.known, caller, ": plan has no step to repeat");
+  return whole_step(caller, *plan, x, target, context,
+                    {last.parameters.tensors(), last.statistics.tensors(), last.state.tensors(),
+                     last.groups, settings, last.active});
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep_forward(
     int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
     const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& parameters,
     const Tensors& statistics, const Integers& active) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  const OnDevice device(*plan, x);
-  SweepInputs inputs = check_inputs(caller, *plan, x, target, context);
-  FASTDNI_CHECK(network_input.has_value() == plan->spec.separate_input, caller,
-                ": network_input must be given to plans with a separate input, and to no others");
-  if (network_input.has_value()) {
-    inputs.network_input = as_contiguous(*network_input);
-    check_values(caller, "network_input", *inputs.network_input,
-                 {plan->spec.batch, plan->spec.stages[0].input_synthesizer.widths.front()},
-                 plan->dtype, *plan);
-  }
-  bind_inputs(*plan, inputs);
-  bind_parameters(caller, *plan, parameters, active);
-  bind_statistics(caller, *plan, statistics);
+  plan->goes_on = false;
+  const SweepInputs inputs = bind_forward(caller, *plan, x, target, context, network_input,
+                                          parameters, statistics, active);
+  plan->memory.like = &x;
   Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
   Tensor input_gradient = empty(x, plan->spec.input_gradient ? shape_of(x) : Shape{0});
   plan->memory.input_gradient = input_gradient.data_ptr();
@@ -151,34 +152,45 @@ std::tuple<Tensor, Tensor, Tensor> sweep_forward(
   }
   plan->memory.apart = true;
   run_forward(*plan);
+  plan->goes_on = true;
   return {output, loss, input_gradient};
 }
 
 Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
                     const Tensors& parameters, const Tensors& state, const Integers& groups,
                     const std::vector<double>& settings, const Integers& active) {
-  const std::shared_ptr<Plan> plan = find_plan(handle);
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
-  FASTDNI_CHECK(plan->memory.x != nullptr, caller, ": plan has no forward pass to go on from");
-  const OnDevice device(*plan, parameters[0]);
-  bind_parameters(caller, *plan, parameters, active);
-  std::vector<const Tensor*> steps;
-  bind_optimizer(caller, *plan, state, groups, settings, steps);
-  plan->memory.gradient = nullptr;
-  const bool wanted = plan->spec.criterion == Criterion::none && plan->memory.active.back();
-  FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
-                ": gradient must be given for the topmost synthesizer, got None");
-  std::optional<Tensor> arrived;
-  if (gradient.has_value()) {
-    arrived = as_contiguous(*gradient);
-    check_values(caller, "gradient", *arrived, {plan->spec.batch, plan->spec.stages.back().outputs},
-                 plan->dtype, *plan);
-    plan->memory.gradient = arrived->data_ptr();
-  }
+  OptionalTensor arrived;
+  OptimizerBinding optimizer =
+      bind_update(caller, *plan, gradient, parameters, state, groups, settings, active, arrived);
+  plan->memory.like = &parameters[0];
   Tensor synthesis_loss = make_synthesis_loss(*plan, parameters[0]);
-  run_update(*plan, steps);
+  run_update(*plan, optimizer);
+  plan->held.clear();
   return synthesis_loss;
+}
+
+// The rules of both parts, for those who run a plan's steps themselves.
+void check_forward(int64_t handle, const std::string& caller, const Tensor& x,
+                   const OptionalTensor& target, const OptionalTensor& context,
+                   const OptionalTensor& network_input, const Tensors& parameters,
+                   const Tensors& statistics, const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, false);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
+  plan->goes_on = false;
+  bind_forward(caller, *plan, x, target, context, network_input, parameters, statistics, active);
+  plan->goes_on = true;
+}
+
+void check_update(int64_t handle, const std::string& caller, const OptionalTensor& gradient,
+                  const Tensors& parameters, const Tensors& state, const Integers& groups,
+                  const std::vector<double>& settings, const Integers& active) {
+  const std::shared_ptr<Plan> plan = find_plan(caller, handle, false);
+  const std::lock_guard<std::mutex> lock(plan->in_use);
+  OptionalTensor arrived;
+  bind_update(caller, *plan, gradient, parameters, state, groups, settings, active, arrived);
+  plan->goes_on = false;  // whoever asks lets go of what his forward part made
 }
 
 }  // namespace
@@ -190,8 +202,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "float[] settings, int[] active, bool repeatable) -> "
       "(Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
-      "sweep_repeat_(int plan, str caller, Tensor(a!) written, Tensor x, Tensor? target, "
-      "Tensor? context) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
+      "sweep_repeat_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "float[] settings) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
       "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
       "Tensor? network_input, Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "
@@ -200,27 +212,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "sweep_update_(int plan, str caller, Tensor? gradient, Tensor(a!)[] parameters, "
       "Tensor(b!)[] state, int[] groups, float[] settings, int[] active) -> Tensor synthesis_loss");
   m.def(
+      "sweep_check_forward(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "Tensor? network_input, Tensor[] parameters, Tensor[] statistics, int[] active) -> ()");
+  m.def(
+      "sweep_check_update(int plan, str caller, Tensor? gradient, Tensor[] parameters, "
+      "Tensor[] state, int[] groups, float[] settings, int[] active) -> ()");
+  m.def(
       "sweep_check_target(str caller, Tensor target, int batch, int outputs, str criterion) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
-  m.impl("sweep_", TORCH_BOX(&sweep_step));
-  m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
-  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
-  m.impl("sweep_update_", TORCH_BOX(&sweep_update));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
+  m.impl("sweep_check_forward", TORCH_BOX(&check_forward));
+  m.impl("sweep_check_update", TORCH_BOX(&check_update));
   m.impl("sweep_check_target", TORCH_BOX(&check_target));
 }
 
-#if defined(FASTDNI_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastdni, CUDA, m) {
+void implement_sweep(torch::stable::detail::StableLibrary& m) {
   m.impl("sweep_", TORCH_BOX(&sweep_step));
   m.impl("sweep_repeat_", TORCH_BOX(&sweep_repeat));
   m.impl("sweep_forward_", TORCH_BOX(&sweep_forward));
   m.impl("sweep_update_", TORCH_BOX(&sweep_update));
 }
-#endif
 
 }  // namespace fastdni

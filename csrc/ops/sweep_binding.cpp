@@ -1,23 +1,13 @@
 #include "ops/sweep_binding.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "cpu/sweep.h"
+#include "common/names.h"
 
 namespace fastdni {
 namespace {
 
-// A row of `settings`: rule, lr, weight_decay, a, b, eps, nesterov (sweep_plan.h).
-constexpr size_t kSettings = 7;
-
-void check_device(const std::string& caller, const std::string& name, const Tensor& tensor,
-                  const Plan& plan) {
-  const bool fits =
-      plan.gpu ? !tensor.is_cpu() && tensor.get_device_index() == *plan.gpu : tensor.is_cpu();
-  FASTDNI_CHECK(fits, caller, ": ", name, " must be on ",
-                plan.gpu ? "cuda:" + std::to_string(*plan.gpu) : "the CPU", ", as the plan is");
-}
+Placement placement(const Plan& plan) { return {plan.dtype, plan.gpu, "the plan is"}; }
 
 // The context's width, where all of the plan's synthesizers that take one agree.
 void check_context(const std::string& caller, const Plan& plan, const OptionalTensor& context,
@@ -52,81 +42,28 @@ void check_context(const std::string& caller, const Plan& plan, const OptionalTe
   }
 }
 
-OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group) {
-  OptimizerSettings result;
-  if (group < 0) return result;
-  const double* row = settings.data() + group * kSettings;
-  result.rule = static_cast<Rule>(static_cast<int>(row[0]));
-  result.lr = row[1];
-  result.weight_decay = row[2];
-  result.a = row[3];
-  result.b = row[4];
-  result.eps = row[5];
-  result.nesterov = row[6] != 0;
-  return result;
-}
-
-// Null where the number is on the CPU.
-DeviceNumber device_number(const std::string& caller, const char* name, const Tensor& tensor,
-                           const Plan& plan) {
-  const ScalarType dtype = tensor.scalar_type();
-  FASTDNI_CHECK(tensor.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                caller, ": an optimizer's ", name, " must be one float32 or float64 number, got ",
-                to_string(dtype), " ", to_string(shape_of(tensor)));
-  if (tensor.is_cpu()) return {};
-  check_device(caller, std::string("an optimizer's ") + name, tensor, plan);
-  return {tensor.data_ptr(), dtype == ScalarType::Double};
-}
-
-double host_number(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? *data<float>(tensor) : *data<double>(tensor);
-}
-
-}  // namespace
-
-void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
-                  const std::string& criterion) {
-  const std::string rows = std::to_string(batch);
-  if (criterion == "mse") {
-    const Shape wanted{batch, outputs};
-    FASTDNI_CHECK(shape_of(target) == wanted, caller,
-                  ": target must be (B, N) = ", to_string(wanted), ", got ",
-                  to_string(shape_of(target)));
-    return;
-  }
-  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
-                ": target must be int64 labels for cross_entropy, got ",
-                to_string(target.scalar_type()));
-  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
-                ",), got ", to_string(shape_of(target)));
-  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
-  const Tensor contiguous = as_contiguous(target);
-  const auto* labels = data<int64_t>(contiguous);
-  for (int64_t r = 0; r < batch; ++r) {
-    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == cpu::kIgnoreIndex, caller,
-                  ": target must hold labels from 0 to ", outputs - 1, " (or ", cpu::kIgnoreIndex,
-                  " for rows to ignore), got ", labels[r], " in row ", r);
-  }
-}
-
-void check_values(const std::string& caller, const char* name, const Tensor& tensor,
-                  const Shape& shape, ScalarType dtype, const Plan& plan) {
+bool has_values(const Tensor& tensor, const Shape& shape, ScalarType dtype) {
   const auto sizes = tensor.sizes();
   const bool same_shape = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-  FASTDNI_CHECK(same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous(), caller, ": ",
-                name, " must be a contiguous ", to_string(dtype), " tensor of shape ",
-                to_string(shape), ", got ", to_string(tensor.scalar_type()), " ",
-                to_string(shape_of(tensor)));
-  check_device(caller, name, tensor, plan);
+  return same_shape && tensor.scalar_type() == dtype && tensor.is_contiguous();
+}
+
+// Called for every parameter and state tensor of a step: no allocation unless it fails.
+void check_values(const std::string& caller, const char* name, const Tensor& tensor,
+                  const Shape& shape, ScalarType dtype, const Plan& plan) {
+  FASTDNI_CHECK(has_values(tensor, shape, dtype), caller, ": ", name, " must be a contiguous ",
+                to_string(dtype), " tensor of shape ", to_string(shape), ", got ",
+                to_string(tensor.scalar_type()), " ", to_string(shape_of(tensor)));
+  check_device(caller, name, tensor, placement(plan));
 }
 
 SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
                          const OptionalTensor& target, const OptionalTensor& context) {
   const NetworkSpec& spec = plan.spec;
   const Shape wanted{spec.batch, spec.stages[0].inputs};
-  check_device(caller, "x", x, plan);
-  if (target.has_value()) check_device(caller, "target", *target, plan);
-  if (context.has_value()) check_device(caller, "context", *context, plan);
+  check_device(caller, "x", x, placement(plan));
+  if (target.has_value()) check_device(caller, "target", *target, placement(plan));
+  if (context.has_value()) check_device(caller, "context", *context, placement(plan));
   FASTDNI_CHECK(shape_of(x) == wanted, caller, ": x must be (B, K) = ", to_string(wanted), ", got ",
                 to_string(shape_of(x)));
   FASTDNI_CHECK(x.scalar_type() == plan.dtype, caller, ": x must have the parameters' dtype ",
@@ -184,73 +121,132 @@ void bind_statistics(const std::string& caller, Plan& plan, const Tensors& stati
   }
 }
 
-void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
-                    const Integers& groups, const std::vector<double>& settings,
-                    std::vector<const Tensor*>& steps) {
-  const auto& shapes = plan.expected.parameters;
-  FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
-                " numbers, got ", groups.size());
-  FASTDNI_CHECK(settings.size() % kSettings == 0, caller, ": settings must be rows of ", kSettings);
-  const int64_t rows = settings.size() / kSettings;
-  size_t next = 0;
-  const auto take = [&]() -> const Tensor& {
-    FASTDNI_CHECK(next < state.size(), caller, ": state holds too few tensors: ", state.size());
-    return state[next++];
-  };
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    FASTDNI_CHECK(groups[i] < rows, caller, ": groups must be below ", rows, ", got ", groups[i]);
-    FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[plan.expected.parameter_stages[i]], caller,
-                  ": groups must be -1 for the parameters of a masked stage");
-    ParameterMemory& memory = plan.memory.parameters[i];
-    memory.settings = settings_of(settings, groups[i]);
-    memory.first = memory.second = nullptr;
-    memory.device_step = memory.device_lr = {};
-    const auto take_values = [&] {
-      const Tensor& tensor = take();
-      check_values(caller, "a parameter's optimizer state (or gradient)", tensor, shapes[i],
-                   plan.dtype, plan);
-      return tensor.data_ptr();
+}  // namespace
+
+void keep_apart(Plan& plan, SweepInputs& inputs) {
+  const auto size = static_cast<int64_t>(plan.dtype == ScalarType::Double ? 8 : 4);
+  const auto apart = [&](Tensor& given) {
+    const auto* begin = static_cast<const char*>(given.data_ptr());
+    const char* end = begin + given.numel() * 8;  // of any dtype
+    const auto meets = [&](const void* written, const Shape& shape) {
+      int64_t count = 1;
+      for (int64_t n : shape) count *= n;
+      const auto* first = static_cast<const char*>(written);
+      return written != nullptr && first < end && begin < first + count * size;
     };
-    switch (memory.settings.rule) {
-      case Rule::none:
-      case Rule::sgd:
-        break;
-      case Rule::gradient:
-      case Rule::sgd_momentum:
-        memory.first = take_values();
-        break;
-      case Rule::adam:
-      case Rule::adamw: {
-        memory.first = take_values();
-        memory.second = take_values();
-        const Tensor& step = take();
-        memory.device_step = device_number(caller, "step", step, plan);
-        if (memory.device_step.at == nullptr) {
-          memory.step = 1 + host_number(step);
-          steps.push_back(&step);
-        }
-        break;
+    bool found = false;
+    for (size_t i = 0; i < plan.expected.parameters.size(); ++i) {
+      const ParameterMemory& memory = plan.memory.parameters[i];
+      for (const void* written : {memory.value, memory.first, memory.second}) {
+        found = found || meets(written, plan.expected.parameters[i]);
       }
-      default:
-        FASTDNI_CHECK(false, caller, ": settings must begin with a rule from 0 to 5");
     }
-    if (std::isnan(memory.settings.lr)) {
-      const Tensor& lr = take();
-      memory.device_lr = device_number(caller, "learning rate", lr, plan);
-      if (memory.device_lr.at == nullptr) memory.settings.lr = host_number(lr);
+    for (size_t i = 0; i < plan.expected.statistics.size(); ++i) {
+      found = found || meets(plan.memory.statistics[i], plan.expected.statistics[i]);
     }
-  }
-  FASTDNI_CHECK(next == state.size(), caller, ": state holds too many tensors: ", state.size());
+    if (found) given = torch::stable::clone(given);
+  };
+  apart(inputs.x);
+  if (inputs.target) apart(*inputs.target);
+  if (inputs.context) apart(*inputs.context);
+  bind_inputs(plan, inputs);
 }
 
-void raise_steps(const std::vector<const Tensor*>& steps) {
-  for (const Tensor* step : steps) {
-    if (step->scalar_type() == ScalarType::Float) {
-      ++*mutable_data<float>(*step);
-    } else {
-      ++*mutable_data<double>(*step);
-    }
+bool can_be_repeated(const Plan& plan) {
+  const LastStep& last = plan.last;
+  if (!last.known) return false;
+  const Tensors& parameters = last.parameters.tensors();
+  const Tensors& statistics = last.statistics.tensors();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!has_values(parameters[i], plan.expected.parameters[i], plan.dtype)) return false;
+    if (!is_placed(parameters[i], placement(plan))) return false;
   }
+  for (size_t i = 0; i < statistics.size(); ++i) {
+    const ScalarType dtype = i % 3 == 2 ? ScalarType::Long : plan.dtype;
+    if (!has_values(statistics[i], plan.expected.statistics[i], dtype)) return false;
+  }
+  for (const Tensor& kept : last.state.tensors()) {
+    if (!kept.is_contiguous()) return false;
+  }
+  return true;
+}
+
+void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
+                  const std::string& criterion) {
+  const std::string rows = std::to_string(batch);
+  if (named<Criterion>(caller, "criterion", criterion,
+                       {{"cross_entropy", Criterion::cross_entropy}, {"mse", Criterion::mse}}) ==
+      Criterion::mse) {
+    const Shape wanted{batch, outputs};
+    FASTDNI_CHECK(shape_of(target) == wanted, caller,
+                  ": target must be (B, N) = ", to_string(wanted), ", got ",
+                  to_string(shape_of(target)));
+    return;
+  }
+  FASTDNI_CHECK(target.scalar_type() == ScalarType::Long, caller,
+                ": target must be int64 labels for cross_entropy, got ",
+                to_string(target.scalar_type()));
+  FASTDNI_CHECK(shape_of(target) == Shape{batch}, caller, ": target must be (B,) = (", rows,
+                ",), got ", to_string(shape_of(target)));
+  if (!target.is_cpu()) return;  // to read the labels would be to wait for the device
+  const Tensor contiguous = as_contiguous(target);
+  const auto* labels = data<int64_t>(contiguous);
+  for (int64_t r = 0; r < batch; ++r) {
+    FASTDNI_CHECK((labels[r] >= 0 && labels[r] < outputs) || labels[r] == kIgnoreIndex, caller,
+                  ": target must hold labels from 0 to ", outputs - 1, " (or ", kIgnoreIndex,
+                  " for rows to ignore), got ", labels[r], " in row ", r);
+  }
+}
+
+SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
+                         const OptionalTensor& target, const OptionalTensor& context,
+                         const OptionalTensor& network_input, const Tensors& parameters,
+                         const Tensors& statistics, const Integers& active) {
+  SweepInputs inputs = check_inputs(caller, plan, x, target, context);
+  FASTDNI_CHECK(network_input.has_value() == plan.spec.separate_input, caller,
+                ": network_input must be given to plans with a separate input, and to no others");
+  if (network_input.has_value()) {
+    inputs.network_input = as_contiguous(*network_input);
+    check_values(caller, "network_input", *inputs.network_input,
+                 {plan.spec.batch, plan.spec.stages[0].input_synthesizer.widths.front()},
+                 plan.dtype, plan);
+  }
+  bind_inputs(plan, inputs);
+  bind_parameters(caller, plan, parameters, active);
+  bind_statistics(caller, plan, statistics);
+  return inputs;
+}
+
+OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                                const Integers& groups, const std::vector<double>& settings) {
+  const std::vector<int64_t>& stages = plan.expected.parameter_stages;
+  for (size_t i = 0; i < std::min(groups.size(), stages.size()); ++i) {
+    FASTDNI_CHECK(groups[i] < 0 || plan.memory.active[stages[i]], caller,
+                  ": groups must be -1 for the parameters of a masked stage");
+  }
+  return bind_optimizer(caller, placement(plan), plan.expected.parameters, state, groups, settings,
+                        plan.memory.parameters);
+}
+
+OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,
+                             const Tensors& parameters, const Tensors& state,
+                             const Integers& groups, const std::vector<double>& settings,
+                             const Integers& active, OptionalTensor& arrived) {
+  FASTDNI_CHECK(!parameters.empty(), caller, ": parameters must hold tensors, got none");
+  FASTDNI_CHECK(plan.goes_on, caller, ": plan has no forward pass to go on from");
+  bind_parameters(caller, plan, parameters, active);
+  OptimizerBinding optimizer = bind_optimizer(caller, plan, state, groups, settings);
+  plan.memory.gradient = nullptr;
+  const bool wanted = plan.spec.criterion == Criterion::none && plan.memory.active.back();
+  FASTDNI_CHECK(gradient.has_value() || !wanted, caller,
+                ": gradient must be given for the topmost synthesizer, got None");
+  if (gradient.has_value()) {
+    arrived = as_contiguous(*gradient);
+    check_values(caller, "gradient", *arrived, {plan.spec.batch, plan.spec.stages.back().outputs},
+                 plan.dtype, plan);
+    plan.memory.gradient = arrived->data_ptr();
+  }
+  return optimizer;
 }
 
 }  // namespace fastdni

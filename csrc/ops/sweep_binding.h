@@ -1,17 +1,12 @@
 // What a sweep's ops are given, checked against their plan and bound to the memory of its next
 // step. Everything that can be told from the arguments is checked before anything is written.
 #pragma once
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "ops/sweep_plan.h"
 
 namespace fastdni {
-
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
 
 // Holds what was made contiguous until the step is over.
 struct SweepInputs {
@@ -22,27 +17,27 @@ struct SweepInputs {
 void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
                   const std::string& criterion);
 
-// Called for every parameter and state tensor of a step: no allocation unless it fails.
-void check_values(const std::string& caller, const char* name, const Tensor& tensor,
-                  const Shape& shape, ScalarType dtype, const Plan& plan);
+// Binds what a forward part is given; what had to be made contiguous is in the result, which must
+// live as long as the part is at work.
+SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
+                         const OptionalTensor& target, const OptionalTensor& context,
+                         const OptionalTensor& network_input, const Tensors& parameters,
+                         const Tensors& statistics, const Integers& active);
 
-SweepInputs check_inputs(const std::string& caller, const Plan& plan, const Tensor& x,
-                         const OptionalTensor& target, const OptionalTensor& context);
+// Copies data that lies in memory which the step writes, once everything is bound.
+void keep_apart(Plan& plan, SweepInputs& inputs);
 
-void bind_inputs(Plan& plan, const SweepInputs& inputs);
+// Whether the tensors of the last step are still such as it was given.
+bool can_be_repeated(const Plan& plan);
 
-void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
-                     const Integers& active);
+// Binds what optimizers are given: see ops/optimizer_binding.h.
+OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
+                                const Integers& groups, const std::vector<double>& settings);
 
-void bind_statistics(const std::string& caller, Plan& plan, const Tensors& statistics);
-
-// Takes each parameter's state in the order of `state`: p.grad, or momentum_buffer, or exp_avg,
-// exp_avg_sq, step; then its learning rate, where `settings` has NaN for it. The step counts on the
-// CPU go into `steps`, to be raised when everything is checked.
-void bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,
-                    const Integers& groups, const std::vector<double>& settings,
-                    std::vector<const Tensor*>& steps);
-
-void raise_steps(const std::vector<const Tensor*>& steps);
+// Binds what the update of a forward part is given, the gradient from above into `arrived`.
+OptimizerBinding bind_update(const std::string& caller, Plan& plan, const OptionalTensor& gradient,
+                             const Tensors& parameters, const Tensors& state,
+                             const Integers& groups, const std::vector<double>& settings,
+                             const Integers& active, OptionalTensor& arrived);
 
 }  // namespace fastdni

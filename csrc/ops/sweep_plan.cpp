@@ -1,25 +1,11 @@
 #include "ops/sweep_plan.h"
 
+#include <array>
 #include <map>
 #include <mutex>
 
 namespace fastdni {
 namespace {
-
-void add_synthesizer(const SynthesizerSpec& spec, int64_t stage, Signature& signature) {
-  if (!spec.present()) return;
-  const auto add = [&](Shape shape) {
-    signature.parameters.push_back(std::move(shape));
-    signature.parameter_stages.push_back(stage);
-  };
-  const size_t layers = spec.widths.size() - 1;
-  for (size_t i = 0; i < layers; ++i) add({spec.widths[i + 1], spec.widths[i]});
-  for (size_t i = 0; spec.bias && i < layers; ++i) add({spec.widths[i + 1]});
-  if (spec.context > 0) {
-    add({spec.widths[1], spec.context});
-    if (spec.bias) add({spec.widths[1]});
-  }
-}
 
 // Widths that do not fit together would be read out of bounds.
 void check_spec(const NetworkSpec& spec) {
@@ -51,50 +37,40 @@ void check_spec(const NetworkSpec& spec) {
   }
 }
 
+// By device. A function's, so that it is there before any backend registers.
+std::array<MakeSweep, 2>& sweep_makers() {
+  static std::array<MakeSweep, 2> makers{};
+  return makers;
+}
+
 std::mutex mutex;
 std::map<int64_t, std::shared_ptr<Plan>> plans;
 int64_t next_handle = 1;
 
 }  // namespace
 
-Signature signature(const NetworkSpec& spec) {
-  Signature result;
-  for (size_t s = 0; s < spec.stages.size(); ++s) {
-    const StageSpec& stage = spec.stages[s];
-    const auto add = [&](Shape shape) {
-      result.parameters.push_back(std::move(shape));
-      result.parameter_stages.push_back(s);
-    };
-    add({stage.outputs, stage.inputs});
-    if (stage.bias) add({stage.outputs});
-    if (stage.batch_norm && stage.affine) {
-      add({stage.outputs});
-      add({stage.outputs});
-    }
-    if (stage.batch_norm && stage.running) {
-      result.statistics.push_back({stage.outputs});
-      result.statistics.push_back({stage.outputs});
-      result.statistics.push_back({});
-    }
-    add_synthesizer(stage.synthesizer, s + 1, result);
-    add_synthesizer(stage.input_synthesizer, s + 1, result);
-  }
-  return result;
+Plan::Plan(NetworkSpec network, ScalarType dtype, std::optional<int32_t> gpu,
+           std::unique_ptr<Sweep> sweep)
+    : spec(std::move(network)), dtype(dtype), gpu(gpu), expected(spec), sweep(std::move(sweep)) {
+  memory.parameters.resize(expected.parameters.size());
+  memory.statistics.resize(expected.statistics.size());
+  memory.active.resize(spec.stages.size() + 1);
 }
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu) {
+SweepBackend::SweepBackend(Device device, MakeSweep make) {
+  sweep_makers()[static_cast<size_t>(device)] = make;
+}
+
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu,
+                                bool runs) {
   check_spec(spec);
-  auto plan = std::make_shared<Plan>();
-  plan->expected = signature(spec);
-  const bool cuda_kernels = gpu.has_value() || kCudaOnHost;
-  plan->sweep = cuda_kernels ? make_cuda_sweep(spec, dtype) : make_cpu_sweep(spec, dtype);
-  plan->dtype = dtype;
-  plan->gpu = gpu;
-  plan->memory.parameters.resize(plan->expected.parameters.size());
-  plan->memory.statistics.resize(plan->expected.statistics.size());
-  plan->memory.active.resize(spec.stages.size() + 1);
-  plan->spec = std::move(spec);
-  return plan;
+  std::unique_ptr<Sweep> sweep;
+  if (runs) {
+    const MakeSweep make = sweep_makers()[static_cast<size_t>(gpu ? Device::gpu : Device::cpu)];
+    FASTDNI_CHECK(make != nullptr, "sweep: this build has no kernels for a ", gpu ? "GPU" : "CPU");
+    sweep = make(spec, dtype);
+  }
+  return std::make_shared<Plan>(std::move(spec), dtype, gpu, std::move(sweep));
 }
 
 int64_t register_plan(std::shared_ptr<Plan> plan) {

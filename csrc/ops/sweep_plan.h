@@ -9,37 +9,11 @@
 #include <vector>
 
 #include "common/network.h"
-#include "common/optimizer.h"
+#include "common/parameters.h"
+#include "ops/optimizer_binding.h"
 #include "ops/tensor.h"
 
 namespace fastdni {
-
-// In a build for tests the CUDA kernels are compiled for the host and serve CPU tensors.
-#if defined(FASTDNI_CUDA_ON_HOST)
-constexpr bool kCudaOnHost = true;
-#else
-constexpr bool kCudaOnHost = false;
-#endif
-
-// The shapes of what a step is given, in its order: for each stage weight, [bias], [BatchNorm's
-// weight, bias], then those of M and of I: weights, [biases], [Q, [q]].
-struct Signature {
-  std::vector<Shape> parameters;
-  std::vector<int64_t> parameter_stages;  // a synthesizer belongs to the stage above its boundary
-  std::vector<Shape> statistics;          // running_mean, running_var, num_batches_tracked
-};
-Signature signature(const NetworkSpec& spec);
-
-// The memory of one parameter.
-struct ParameterMemory {
-  void* value = nullptr;
-  void* first = nullptr;
-  void* second = nullptr;
-  OptimizerSettings settings;
-  double step = 0;  // Adam's, this one included
-  // Those that are on the GPU instead; Adam's step not yet raised.
-  DeviceNumber device_step, device_lr;
-};
 
 // What one step is given, checked. Null where there is none.
 struct StepMemory {
@@ -58,9 +32,7 @@ struct StepMemory {
   void* synthesis_loss = nullptr;  // (synthesizers,), gradients' before inputs'
   void* input_gradient = nullptr;  // (batch, inputs)
   const void* gradient = nullptr;  // (batch, outputs), what came back from the stage above
-  // On a GPU: a tensor of the device and dtype, and the stream to work in.
-  const Tensor* like = nullptr;
-  void* stream = nullptr;
+  const Tensor* like = nullptr;    // a tensor of the device and dtype
 };
 
 // Runs steps of one plan: the memory, and the program of passes over it.
@@ -76,11 +48,20 @@ class Sweep {
   virtual std::string launches() const { return ""; }
 };
 
-// What a step of a whole network is given besides its data.
-struct Binding {
-  std::vector<Tensor> parameters, statistics, state;
+// Makes the sweeps of one kind of device. A backend registers its own when it is loaded, as it does
+// its ops: `const SweepBackend backend(Device::cpu, &make_sweep);` in its driver.
+enum class Device { cpu, gpu };
+using MakeSweep = std::unique_ptr<Sweep> (*)(const NetworkSpec& spec, ScalarType dtype);
+struct SweepBackend {
+  SweepBackend(Device device, MakeSweep make);
+};
+
+// The last step of a whole network, where it may be repeated: what it was given besides its data
+// and the optimizers' numbers. Whoever repeats it keeps the tensors.
+struct LastStep {
+  bool known = false;
+  Borrowed parameters, statistics, state;
   std::vector<int64_t> groups;
-  std::vector<double> settings;
   std::vector<int64_t> active;
 };
 
@@ -91,11 +72,15 @@ struct Plan {
   ScalarType dtype;
   std::optional<int32_t> gpu;  // its number; none: the CPU
   Signature expected;
-  std::unique_ptr<Sweep> sweep;
-  StepMemory memory;         // filled at each step; here to keep its allocations
-  Binding last;              // of the last whole step, where it may be repeated
-  bool begun = false;        // the last whole step has begun to write, and not ended
+  std::unique_ptr<Sweep> sweep;  // none: the plan has rules alone, and others run its steps
+  StepMemory memory;             // filled at each step; here to keep its allocations
+  LastStep last;
+  int64_t steps = 0;         // whole steps that were taken
+  bool goes_on = false;      // a forward part waits for its update
   std::vector<Tensor> held;  // what an update reads of the last forward pass's arguments
+
+  Plan(NetworkSpec network, ScalarType dtype, std::optional<int32_t> gpu,
+       std::unique_ptr<Sweep> sweep);
 };
 
 // Plans are handed to the ops by number.
@@ -103,8 +88,8 @@ int64_t register_plan(std::shared_ptr<Plan> plan);
 void forget_plan(int64_t handle);
 std::shared_ptr<Plan> find_plan(int64_t handle);
 
-std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu);
-std::unique_ptr<Sweep> make_cpu_sweep(const NetworkSpec& spec, ScalarType dtype);
-std::unique_ptr<Sweep> make_cuda_sweep(const NetworkSpec& spec, ScalarType dtype);
+// `runs`: whether the plan has what runs a step, or rules alone.
+std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optional<int32_t> gpu,
+                                bool runs);
 
 }  // namespace fastdni

@@ -5,165 +5,130 @@
 //   backward   e = g^ - target;  loss = sum(e^2) / divisor;  every parameter's gradient of the loss
 //
 // No gradient goes to h or to ctx: M is never differentiated with respect to them.
-#include "cpu/synthesizer.h"
-
-#include <numeric>
-#include <optional>
-
-#include "ops/product.h"
-#include "ops/reduction.h"
 #include "ops/synthesizer.h"
+
+#include "ops/reduction.h"
 
 namespace fastdni {
 namespace {
 
-template <class Pass>
-void for_chunks(const cpu::RowChunks& chunks, const Pass& pass) {
-  constexpr int64_t kElementsPerTask = 16384;  // worth waking a thread for
-  const int64_t per_chunk = std::max(chunks.rows_per_chunk * chunks.columns, int64_t{1});
-  const int64_t grain = (kElementsPerTask + per_chunk - 1) / per_chunk;
-  torch::stable::parallel_for(0, chunks.count(), grain, pass);
+void check_like(const std::string& caller, const char* name, const Tensor& tensor,
+                const Tensor& trigger) {
+  FASTDNI_CHECK(tensor.device() == trigger.device(), caller, ": ", name,
+                " must be on trigger's device");
+  FASTDNI_CHECK(tensor.scalar_type() == trigger.scalar_type(), caller, ": ", name,
+                " must have trigger's dtype ", to_string(trigger.scalar_type()), ", got ",
+                to_string(tensor.scalar_type()));
 }
 
-std::tuple<Tensor, Tensors> synthesizer_fwd_cpu(const Tensor& trigger,
-                                                const OptionalTensor& context,
-                                                const Tensors& weights, const Tensors& biases,
-                                                const OptionalTensor& context_weight,
-                                                const OptionalTensor& context_bias,
-                                                const std::string& /*products*/) {
-  check_synthesizer(trigger, context, weights, biases, context_weight, context_bias);
-  FASTDNI_CHECK(has_kernel(trigger.scalar_type()), kSynthesizer,
-                ": trigger must be float32, float64 or bfloat16, got ",
-                to_string(trigger.scalar_type()));
-  Tensors hidden;
-  Tensor layer_input = as_matrix(as_contiguous(trigger));
+void check_shape(const std::string& caller, const char* name, const Tensor& tensor,
+                 const Shape& expected) {
+  FASTDNI_CHECK(shape_of(tensor) == expected, caller, ": ", name, " must be ", to_string(expected),
+                ", got ", to_string(shape_of(tensor)));
+}
+
+void check_weights(const std::string& caller, const Tensor& trigger, const Tensors& weights) {
+  FASTDNI_CHECK(!weights.empty(), caller, ": weights must hold at least one matrix, got none");
+  FASTDNI_CHECK(trigger.dim() >= 1, caller, ": trigger must be (..., K), got a 0-d tensor");
+  int64_t width = trigger.size(-1);
   for (size_t i = 0; i < weights.size(); ++i) {
-    OptionalTensor bias, added;
-    if (!biases.empty()) bias = as_contiguous(biases[i]);
-    if (i == 0 && context_bias.has_value()) added = as_contiguous(*context_bias);
-    Tensor y = cpu::product(layer_input, weights[i]);
-    if (i == 0 && context.has_value()) {
-      cpu::add_product(y, as_matrix(as_contiguous(*context)), *context_weight);
+    const std::string name = "weights[" + std::to_string(i) + "]";
+    check_like(caller, name.c_str(), weights[i], trigger);
+    FASTDNI_CHECK(weights[i].dim() == 2, caller, ": ", name, " must be (N, K), got ",
+                  to_string(shape_of(weights[i])));
+    if (i == 0) {
+      FASTDNI_CHECK(weights[0].size(1) == width, caller, ": trigger must be (..., ",
+                    weights[0].size(1), ") to meet the first weight ",
+                    to_string(shape_of(weights[0])), ", got ", to_string(shape_of(trigger)));
+    } else {
+      check_shape(caller, name.c_str(), weights[i], {weights[i].size(0), width});
     }
-    const bool last = i + 1 == weights.size();
-    with_dtype(y.scalar_type(), [&](auto scalar) {
-      using T = decltype(scalar);
-      const cpu::FinishLayer<T> args{mutable_data<T>(y), bias ? data<T>(*bias) : nullptr,
-                                     added ? data<T>(*added) : nullptr, !last};
-      const cpu::RowChunks chunks(y.size(0), y.size(1));
-      cpu::with_isa([&](auto isa) {
-        for_chunks(chunks, [&](int64_t first, int64_t end) {
-          cpu::finish_layer<isa.value, T>(args, chunks, first, end);
-        });
-      });
-    });
-    if (!last) hidden.push_back(y);
-    layer_input = y;
+    width = weights[i].size(0);
   }
-  const Shape shape = with_last(shape_of(trigger), layer_input.size(1));
-  return {shape.size() == 2 ? layer_input : view(layer_input, shape, contiguous_strides(shape)),
-          hidden};
 }
 
-// The gradients of the layers' weights and biases, from the last layer to the first.
-template <class T>
-class Backward {
- public:
-  using A = accumulate_t<T>;
+}  // namespace
 
-  Backward(size_t layers, bool bias) : weight_grads(layers), bias_grads(bias ? layers : 0) {}
-
-  Tensors weight_grads, bias_grads;
-  double loss = 0;
-
-  // grad = 2 / divisor (prediction - target), of the last layer
-  Tensor start(const Tensor& prediction, const Tensor& target, double divisor) {
-    const Tensor p = as_matrix(prediction), t = as_matrix(target);
-    Tensor grad = empty(p, shape_of(p));
-    const cpu::RowChunks chunks(p.size(0), p.size(1));
-    std::vector<double> squared(chunks.count());
-    std::vector<A> column_sums(chunks.count() * chunks.columns);
-    const auto run = [&](auto target_scalar) {
-      using Target = decltype(target_scalar);
-      const cpu::SynthesisError<T, Target> args{
-          data<T>(p),     data<Target>(t),    mutable_data<T>(grad),
-          squared.data(), column_sums.data(), static_cast<A>(2.0 / divisor)};
-      cpu::with_isa([&](auto isa) {
-        for_chunks(chunks, [&](int64_t first, int64_t last) {
-          cpu::synthesis_error<isa.value, T, Target>(args, chunks, first, last);
-        });
-      });
-    };
-    if (t.scalar_type() == p.scalar_type()) {
-      run(T{});
-    } else {
-      run(A{});
-    }
-    loss = std::accumulate(squared.begin(), squared.end(), 0.0) / divisor;
-    if (!bias_grads.empty()) bias_grads.back() = sum_columns(grad, column_sums, chunks);
-    return grad;
+void check_synthesizer(const std::string& caller, const Tensor& trigger,
+                       const OptionalTensor& context, const Tensors& weights, const Tensors& biases,
+                       const OptionalTensor& context_weight, const OptionalTensor& context_bias) {
+  check_weights(caller, trigger, weights);
+  FASTDNI_CHECK(biases.empty() || biases.size() == weights.size(), caller,
+                ": biases must be empty or one per weight (", weights.size(), "), got ",
+                biases.size());
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const std::string name = "biases[" + std::to_string(i) + "]";
+    check_like(caller, name.c_str(), biases[i], trigger);
+    check_shape(caller, name.c_str(), biases[i], {weights[i].size(0)});
   }
-
-  // grad of layer i -> grad of layer i - 1, through the ReLU between them
-  Tensor step_down(const Tensor& grad, const Tensor& weight, const Tensor& hidden, size_t layer) {
-    Tensor below = cpu::product(grad, transposed(weight));
-    const cpu::RowChunks chunks(below.size(0), below.size(1));
-    std::vector<A> column_sums(chunks.count() * chunks.columns);
-    const cpu::ReluBackward<T> args{mutable_data<T>(below), data<T>(hidden), column_sums.data()};
-    cpu::with_isa([&](auto isa) {
-      for_chunks(chunks, [&](int64_t first, int64_t last) {
-        cpu::relu_backward<isa.value, T>(args, chunks, first, last);
-      });
-    });
-    if (!bias_grads.empty()) bias_grads[layer - 1] = sum_columns(below, column_sums, chunks);
-    return below;
+  FASTDNI_CHECK(context.has_value() == context_weight.has_value(), caller,
+                ": context and context_weight must be given together");
+  FASTDNI_CHECK(!context_bias.has_value() || context_weight.has_value(), caller,
+                ": context_bias needs a context_weight");
+  if (!context.has_value()) return;
+  check_like(caller, "context", *context, trigger);
+  check_like(caller, "context_weight", *context_weight, trigger);
+  FASTDNI_CHECK(context_weight->dim() == 2 && context_weight->size(0) == weights[0].size(0), caller,
+                ": context_weight must be (", weights[0].size(0), ", C), got ",
+                to_string(shape_of(*context_weight)));
+  check_shape(caller, "context", *context, with_last(shape_of(trigger), context_weight->size(1)));
+  if (context_bias.has_value()) {
+    check_like(caller, "context_bias", *context_bias, trigger);
+    check_shape(caller, "context_bias", *context_bias, {weights[0].size(0)});
   }
+}
 
- private:
-  static Tensor sum_columns(const Tensor& like, const std::vector<A>& column_sums,
-                            const cpu::RowChunks& chunks) {
-    Tensor sum = empty(like, {chunks.columns});
-    cpu::with_isa([&](auto isa) {
-      cpu::add_chunks<isa.value, T>(column_sums.data(), mutable_data<T>(sum), chunks);
-    });
-    return sum;
+void check_activations(const std::string& caller, const Tensor& prediction, const Tensors& hidden,
+                       const Tensor& trigger, const Tensors& weights) {
+  check_like(caller, "prediction", prediction, trigger);
+  check_shape(caller, "prediction", prediction,
+              with_last(shape_of(trigger), weights.back().size(0)));
+  FASTDNI_CHECK(hidden.size() + 1 == weights.size(), caller, ": hidden must hold ",
+                weights.size() - 1, " activations, got ", hidden.size());
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    const std::string name = "hidden[" + std::to_string(i) + "]";
+    check_like(caller, name.c_str(), hidden[i], trigger);
+    check_shape(caller, name.c_str(), hidden[i], {rows_of(trigger), weights[i].size(0)});
   }
-};
+}
 
-std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tensor& prediction,
-                                                const Tensors& hidden, const Tensor& trigger,
-                                                const OptionalTensor& context,
-                                                const Tensors& weights, bool bias,
-                                                const std::string& reduction,
-                                                const std::string& /*products*/) {
-  check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, bias, reduction);
+void check_target(const std::string& caller, const Tensor& target, const Tensor& trigger,
+                  const Tensors& weights) {
+  const bool wide =
+      trigger.scalar_type() == ScalarType::BFloat16 && target.scalar_type() == ScalarType::Float;
+  if (!wide || target.device() != trigger.device()) check_like(caller, "target", target, trigger);
+  check_shape(caller, "target", target, with_last(shape_of(trigger), weights.back().size(0)));
+}
+
+double check_synthesizer_bwd(const Tensor& target, const Tensor& prediction, const Tensors& hidden,
+                             const Tensor& trigger, const OptionalTensor& context,
+                             const Tensors& weights, const std::string& reduction,
+                             std::optional<double> scale) {
+  const std::string caller = kSynthesizer;
+  check_weights(caller, trigger, weights);
+  check_activations(caller, prediction, hidden, trigger, weights);
+  check_target(caller, target, trigger, weights);
+  if (context.has_value()) {
+    check_like(caller, "context", *context, trigger);
+    check_shape(caller, "context", *context,
+                with_last(shape_of(trigger), context->dim() == 0 ? 0 : context->size(-1)));
+  }
   const double divisor = reduction_divisor(kSynthesizer, reduction, prediction);
-  const Tensor input = as_matrix(as_contiguous(trigger));
-  Tensor loss = empty_accumulate(prediction, {});
-  Tensors grads;
+  return scale.has_value() ? 2 / *scale : divisor;
+}
 
-  with_dtype(prediction.scalar_type(), [&](auto scalar) {
-    using T = decltype(scalar);
-    Backward<T> backward(weights.size(), bias);
-    // The gradient that arrives is often an expanded scalar.
-    Tensor grad = backward.start(as_contiguous(prediction), as_contiguous(target), divisor);
-    for (size_t i = weights.size(); i-- > 0;) {
-      const Tensor layer_input = i == 0 ? input : as_contiguous(hidden[i - 1]);
-      backward.weight_grads[i] = cpu::weight_gradient(grad, layer_input);
-      if (i > 0) grad = backward.step_down(grad, weights[i], layer_input, i);
-    }
-    *mutable_data<accumulate_t<T>>(loss) = static_cast<accumulate_t<T>>(backward.loss);
+namespace {
 
-    grads = std::move(backward.weight_grads);
-    grads.insert(grads.end(), backward.bias_grads.begin(), backward.bias_grads.end());
-    if (context.has_value()) {
-      const Tensor c = as_matrix(as_contiguous(*context));
-      grads.push_back(cpu::weight_gradient(grad, c));
-      // q enters where b_0 does, so it has the same gradient.
-      if (bias) grads.push_back(torch::stable::clone(backward.bias_grads[0]));
-    }
-  });
-  return {loss, grads};
+void check_fwd(const Tensor& trigger, const OptionalTensor& context, const Tensors& weights,
+               const Tensors& biases, const OptionalTensor& context_weight,
+               const OptionalTensor& context_bias) {
+  check_synthesizer(kSynthesizer, trigger, context, weights, biases, context_weight, context_bias);
+}
+
+void check_bwd(const Tensor& target, const Tensor& prediction, const Tensors& hidden,
+               const Tensor& trigger, const OptionalTensor& context, const Tensors& weights,
+               bool /* bias */, const std::string& reduction) {
+  check_synthesizer_bwd(target, prediction, hidden, trigger, context, weights, reduction, {});
 }
 
 }  // namespace
@@ -171,12 +136,12 @@ std::tuple<Tensor, Tensors> synthesizer_bwd_cpu(const Tensor& target, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "synthesizer_fwd(Tensor trigger, Tensor? context, Tensor[] weights, Tensor[] biases, "
-      "Tensor? context_weight, Tensor? context_bias, str products=\"exact\") -> "
+      "Tensor? context_weight, Tensor? context_bias, str precision=\"exact\") -> "
       "(Tensor prediction, Tensor[] hidden)");
   m.def(
       "synthesizer_bwd(Tensor target, Tensor prediction, Tensor[] hidden, Tensor trigger, "
-      "Tensor? context, Tensor[] weights, bool bias, str reduction, str products=\"exact\") -> "
-      "(Tensor loss, Tensor[] grads)");
+      "Tensor? context, Tensor[] weights, bool bias, str reduction, str precision=\"exact\", "
+      "float? scale=None) -> (Tensor loss, Tensor[] grads)");
   m.def(
       "synthesizer_check(Tensor trigger, Tensor? context, Tensor[] weights, Tensor[] biases, "
       "Tensor? context_weight, Tensor? context_bias) -> ()");
@@ -186,15 +151,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CompositeExplicitAutograd, m) {
-  m.impl("synthesizer_check", TORCH_BOX(&check_synthesizer));
-  m.impl("synthesizer_bwd_check", TORCH_BOX(&check_synthesizer_bwd));
+  m.impl("synthesizer_check", TORCH_BOX(&check_fwd));
+  m.impl("synthesizer_bwd_check", TORCH_BOX(&check_bwd));
 }
-
-#if !defined(FASTDNI_CUDA_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
-  m.impl("synthesizer_fwd", TORCH_BOX(&synthesizer_fwd_cpu));
-  m.impl("synthesizer_bwd", TORCH_BOX(&synthesizer_bwd_cpu));
-}
-#endif
 
 }  // namespace fastdni

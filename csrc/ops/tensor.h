@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -19,6 +20,8 @@ namespace fastdni {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 using Shape = std::vector<int64_t>;
 
 inline Shape shape_of(const Tensor& tensor) {
@@ -131,6 +134,40 @@ template <class T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
+
+// Tensors that belong to somebody else, who keeps them for as long as these are used: references
+// that do not count. (Counted ones would hide from Python's garbage collector, and keep
+// torch.utils.swap_tensors from working.) A handle is the address of an at::Tensor, and that is one
+// pointer to the tensor's implementation, which is put into an empty one here.
+class Borrowed {
+ public:
+  Borrowed() = default;
+  Borrowed(const Borrowed&) = delete;
+  ~Borrowed() { give_back(); }
+
+  void borrow(const std::vector<Tensor>& owned) {
+    give_back();
+    for (const Tensor& tensor : owned) {
+      nothing_ = implementation(tensors_.emplace_back());
+      implementation(tensors_.back()) = implementation(tensor);
+    }
+  }
+
+  void give_back() {
+    for (const Tensor& tensor : tensors_) implementation(tensor) = nothing_;
+    tensors_.clear();
+  }
+
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+
+ private:
+  static void*& implementation(const Tensor& tensor) {
+    return *reinterpret_cast<void**>(tensor.get());
+  }
+
+  std::vector<Tensor> tensors_;
+  void* nothing_ = nullptr;  // what an empty tensor has in its place
+};
 
 // Calls body(T{}) with the C++ type of `dtype`; the op's check has let only these three through.
 template <class Body>

@@ -232,12 +232,8 @@ def run(options: argparse.Namespace) -> int:
     if float(info["load"]) > _BUSY * info["cores"]:
         print("others are at work on this machine: times and ratios may be off")
     print(flush=True)
-    progress = sys.stderr.isatty()
     try:
-        if options.drop_in:
-            results = _drop_in(options, progress, limits)
-        else:
-            results = _network(options, progress, limits)
+        results = _drop_in(options, limits) if options.drop_in else _network(options, limits)
     except ArithmeticError as reason:
         print(f"fastdni bench: not the same step, so nothing was timed: {reason}", file=sys.stderr)
         return 1
@@ -286,13 +282,13 @@ def case_of(options: argparse.Namespace) -> Case:
     )
 
 
-def _network(options: argparse.Namespace, progress: bool, limits: dict) -> list[Result]:
+def _network(options: argparse.Namespace, limits: dict) -> list[Result]:
     case = case_of(options)
     backends = options.backends or network.backends_for(options.device)
     names = network.forms_for(options.device, backends, compile=not options.quick)
     if options.sweep is None:
         print(case, flush=True)
-        found = network.measure(case, names, with_limit=True, progress=progress, **limits)
+        found = network.measure(case, names, with_limit=True, progress=True, **limits)
         print(report(found, options.markdown))
         return [found]
     name, values = options.sweep
@@ -302,7 +298,7 @@ def _network(options: argparse.Namespace, progress: bool, limits: dict) -> list[
         print(f"{name} {value}: {point}", flush=True)
         try:
             found = network.measure(
-                point, names, with_limit=True, progress=progress,
+                point, names, with_limit=True, progress=True,
                 labels={name: value, "case": str(point)}, **limits,
             )  # fmt: skip
         except ArithmeticError as reason:
@@ -338,11 +334,11 @@ def _trace(case: Case, names: list[str], options: argparse.Namespace) -> None:
     print("\n" + table(rows, headers, options.markdown))
 
 
-def _drop_in(options: argparse.Namespace, progress: bool, limits: dict) -> list[Result]:
+def _drop_in(options: argparse.Namespace, limits: dict) -> list[Result]:
     results = []
     for scheme in dropin.SCHEMES:
         for found in dropin.measure(
-            scheme, options.net, options.batch, tuple(options.peer), progress, **limits
+            scheme, options.net, options.batch, tuple(options.peer), True, **limits
         ):
             print(", ".join(map(str, found.case.values())))
             print(report(found, options.markdown) + "\n", flush=True)

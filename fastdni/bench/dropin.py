@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdni as dni
-from fastdni.bench.network import LEAST_ROUNDS, Result
-from fastdni.bench.timing import BURST, interleave
-from fastdni.reference.interfaces import (
+from fastdni.bench.eager import (
     EagerBackwardInterface,
     EagerBidirectionalInterface,
     EagerSynthesizer,
 )
+from fastdni.bench.network import LEAST_ROUNDS, Result
+from fastdni.bench.timing import BURST, interleave
 
 SCHEMES = {"dni": "DNI", "cdni": "cDNI (label context)", "unlock": "complete unlock"}
 # What a library must have to be measured beside fastdni.
@@ -210,7 +210,7 @@ def measure(
         scheme: one of SCHEMES.
         widths, batch: of the network.
         others: libraries to be measured, too.
-        progress: shown on standard error.
+        progress: show how far it is, see `progress.Line`.
         limits: `rounds` or `seconds`, for `interleave`.
 
     Returns:

@@ -1,6 +1,5 @@
 """A case measured in every form, and what came out."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from fastdni.bench import forms
 from fastdni.bench.cases import Case
 from fastdni.bench.limits import Limit, limit, rates
 from fastdni.bench.products import products
+from fastdni.bench.progress import Line
 from fastdni.bench.report import microseconds, table
 from fastdni.bench.timing import BURST, Ratio, Timing, interleave
 
@@ -90,7 +90,7 @@ def measure(
         case: what to measure.
         names: of forms; fastdni's first one that can be measured is what ratios are taken to.
         with_limit: whether to measure the machine's rates, too, in turn with the steps.
-        progress: shown on standard error.
+        progress: show how far it is, see `progress.Line`.
         labels: what the result's `case` says; None: the case in words.
         limits: `rounds` or `seconds`, for `interleave`.
 
@@ -104,12 +104,14 @@ def measure(
     check = forms.Check(case)
     steps: dict[str, Callable] = {}
     failed: dict[str, Exception] = {}
-    for name in names:
-        _say(f"preparing and checking {name}", progress)
-        try:
-            steps[name] = products(case) if name == "products" else _checked(name, case, check)
-        except Exception as reason:  # whatever a compiler or a driver raises
-            failed[name] = reason
+    with Line() as line:
+        for name in names:
+            if progress:
+                line.show(f"preparing and checking {name}")
+            try:
+                steps[name] = products(case) if name == "products" else _checked(name, case, check)
+            except Exception as reason:  # whatever a compiler or a driver raises
+                failed[name] = reason
     if names[0] in failed and not any(name.startswith("fastdni") for name in steps):
         raise failed[names[0]]
     left_out = {
@@ -119,7 +121,6 @@ def measure(
     # What ratios are taken to: the first of fastdni's, or of all.
     ours = min(steps, key=lambda name: not name.startswith("fastdni"))
     steps |= rates(case) if with_limit else {}
-    _say("", progress)
     short = interleave(steps, rounds=1, warmup=1, device=case.device)
     burst = 2 if short[ours].median > _LONG else BURST
     timings = interleave(
@@ -136,11 +137,6 @@ def _checked(form: str, case: Case, check: forms.Check) -> Callable[[], object]:
     candidate = forms.prepare(form, case)
     check(form, candidate)
     return candidate.step
-
-
-def _say(what: str, progress: bool) -> None:
-    if progress:
-        print(f"\r{what:40s}\r", end="", file=sys.stderr, flush=True)
 
 
 def report(result: Result, markdown: bool = False) -> str:

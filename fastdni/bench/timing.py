@@ -8,7 +8,6 @@ On a GPU a call is launched and waited for in 10 us or more, which are no part o
 there a sample is the mean of so many calls in a row that this does not show.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,8 @@ from statistics import median
 from time import perf_counter
 
 import torch
+
+from fastdni.bench.progress import Line, bar
 
 BURST = 8  # training steps of one candidate in a row: see `interleave`
 GRAPH_WARMUP = 3  # steps before one is captured
@@ -126,7 +127,7 @@ def interleave(
         warmup: rounds that run first and are not timed.
         device: where the callables work. On a CUDA device a call, above, is a row of calls, and the
             device is synchronised around it.
-        progress: show the share done on standard error.
+        progress: show the share done, see `progress.Line`.
 
     Returns:
         name -> Timing, in the order of `steps`.
@@ -165,20 +166,16 @@ def interleave(
     order = list(steps)
     samples: dict[str, list[list[float]]] = {name: [] for name in order}
     start = perf_counter()
-    done, shown, count = 0, -1, 0
-    while done < limit or (seconds is not None and count < least):
-        for name in order:
-            if burst > 1:
-                steps[name]()
-            samples[name].append([timed(steps[name]) / times[name] for _ in range(burst)])
-        order.append(order.pop(0))
-        count += 1
-        done = count if seconds is None else perf_counter() - start
-        percent = min(100, int(100 * done / limit))
-        if progress and percent > shown:
-            shown = percent
-            bar = "#" * (percent // 4)
-            print(f"\rtiming [{bar:25s}] {percent:3d} %", end="", file=sys.stderr, flush=True)
-    if progress:
-        print("\r" + " " * 42 + "\r", end="", file=sys.stderr, flush=True)
+    done, count = 0, 0
+    with Line() as line:
+        while done < limit or (seconds is not None and count < least):
+            for name in order:
+                if burst > 1:
+                    steps[name]()
+                samples[name].append([timed(steps[name]) / times[name] for _ in range(burst)])
+            order.append(order.pop(0))
+            count += 1
+            done = count if seconds is None else perf_counter() - start
+            if progress:
+                line.show(bar("timing", done / limit))
     return {name: Timing.of(rounds) for name, rounds in samples.items()}

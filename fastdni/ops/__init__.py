@@ -1,5 +1,6 @@
 """The ops: one file each, with the public function, its autograd and the choice of a backend."""
 
+from fastdni.ops.boundary import boundary_
 from fastdni.ops.regression_loss import regression_loss
 from fastdni.ops.sweep import (
     SweepPlan,
@@ -15,7 +16,6 @@ from fastdni.ops.synthesizer import (
     FROZEN,
     SynthesizerParameters,
     cast,
-    regress_when_gradient_arrives,
     synthesizer_bwd,
     synthesizer_fwd,
 )
@@ -24,9 +24,9 @@ __all__ = [
     "FROZEN",
     "SweepPlan",
     "SynthesizerParameters",
+    "boundary_",
     "cast",
     "flat",
-    "regress_when_gradient_arrives",
     "regression_loss",
     "sweep_",
     "sweep_backend",

@@ -4,7 +4,6 @@ The formulas, shapes and letters are those of `fastdni.reference.sweep`, the upd
 `fastdni.reference.optimizer_update`.
 """
 
-import importlib
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,19 +12,20 @@ import torch
 from torch import Tensor
 
 from fastdni import _C, backend, reference
+from fastdni.ops.runners import RUNNERS
 from fastdni.reference import OptimizerSettings, SweepStage, SynthesizerParameters
 
 _DEVICES = backend.kernel_devices("sweep_")
-_sweep = torch.ops.fastdni.sweep_.default
 _repeat = torch.ops.fastdni.sweep_repeat_.default
-_forward = torch.ops.fastdni.sweep_forward_.default
-_update = torch.ops.fastdni.sweep_update_.default
 # (caller, target, batch, outputs, criterion): raises unless the target fits.
 sweep_check_target = torch.ops.fastdni.sweep_check_target.default
 # Nothing here is differentiable: autograd looks past these ops, which saves a `no_grad` at each
 # call.
 _library = torch.library.Library("fastdni", "IMPL")
-for _op in ("sweep_", "sweep_repeat_", "sweep_forward_", "sweep_update_"):
+for _op in (
+    "sweep_", "sweep_repeat_", "sweep_forward_", "sweep_update_", "sweep_check_forward",
+    "sweep_check_update",
+):  # fmt: skip
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 _plans: "weakref.WeakValueDictionary[int, SweepPlan]" = weakref.WeakValueDictionary()
@@ -48,11 +48,6 @@ def _(
     return _fake_results(plan, x)
 
 
-@torch.library.register_fake("fastdni::sweep_repeat_")
-def _(plan, caller, written, x, target, context):
-    return _fake_results(plan, x)
-
-
 @torch.library.register_fake("fastdni::sweep_forward_")
 def _(plan, caller, x, target, context, network_input, parameters, statistics, active):
     output, loss, _ = _fake_results(plan, x)
@@ -64,8 +59,10 @@ def _(plan, caller, gradient, parameters, state, groups, settings, active):
     return _fake_results(plan, parameters[0])[2]
 
 
+@torch.library.register_fake("fastdni::sweep_check_forward")
+@torch.library.register_fake("fastdni::sweep_check_update")
 @torch.library.register_fake("fastdni::sweep_check_target")
-def _(caller, target, batch, outputs, criterion):
+def _(*arguments):
     return None
 
 
@@ -101,14 +98,14 @@ def _stage_spec(stage: SweepStage) -> dict:
     }
 
 
-def sweep_backend(stages: Sequence[SweepStage], batch: int, products: str) -> str:
+def sweep_backend(stages: Sequence[SweepStage], batch: int, precision: str) -> str:
     """The backend that serves a sweep: a name of `fastdni.backends()`."""
     weight = stages[0].weight
     name = backend.server(weight, _DEVICES)
     # float64 is the CUDA kernels' alone.
     if name == "cuda" and backend.choice() == "auto" and weight.dtype in backend.triton.DTYPES:
         largest = batch * max(p.numel() for stage in stages for p in stage.parameters())
-        if backend.takes_triton(weight.device, largest, products):
+        if backend.takes_triton(weight.device, largest, precision):
             return "triton"
     return name
 
@@ -123,8 +120,8 @@ class SweepPlan:
         input_gradient: whether the gradient of the lowest stage's input is wanted.
         separate_input: whether the input synthesizers predict from another tensor than the lowest
             stage's x: a part of a completely unlocked network.
-        products: the arithmetic of products; sums, errors, losses, parameters and optimizer state
-            keep the parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
+        precision: of products; sums, errors, losses, parameters and optimizer state keep the
+            parameters' dtype. "exact"; "bfloat16": operands rounded to it (autocast);
             "tf32" and "tf32x3" on a GPU's tensor cores, elsewhere exact.
     """
 
@@ -135,68 +132,66 @@ class SweepPlan:
         criterion: str | None = None,
         input_gradient: bool = False,
         separate_input: bool = False,
-        products: str = "exact",
+        precision: str = "exact",
     ):
         self.stages, self.batch, self.criterion = stages, batch, criterion
-        self.input_gradient, self.products = input_gradient, products
+        self.input_gradient, self.precision = input_gradient, precision
         self.separate_input = separate_input
         self.parameters = [p for stage in stages for p in stage.parameters()]
         self.statistics = [t for stage in stages for t in stage.statistics()]
-        # For each parameter the stage whose mask it shares; a synthesizer shares that above it.
-        self.parameter_stages = []
-        for index, stage in enumerate(stages):
-            synthesizers = (stage.synthesizer, stage.input_synthesizer)
-            above = sum(len(s.tensors()) for s in synthesizers if s is not None)
-            own = len(stage.parameters()) - above
-            self.parameter_stages += [index] * own + [index + 1] * above
         weight = stages[0].weight
-        self.backend = sweep_backend(stages, batch, products)
-        self._memory, self._pending = None, None
-        self._written = torch.empty(0, device=weight.device)  # see `sweep_repeat_`
-        self.handle = 0
-        self.structure = None
-        if self.backend == "triton":
-            backend.triton.load()
-            triton = importlib.import_module("fastdni.triton.sweep")
-            self.structure = triton.Structure(stages, criterion, products)
-        elif self.backend != "reference":
-            on_gpu = weight.device.type == "cuda"
-            # What a GPU allows is asked of the current one.
-            with torch.cuda.device(weight.device) if on_gpu else nullcontext():
-                self._memory = _C.SweepPlan(
-                    stages=[_stage_spec(stage) for stage in stages],
-                    batch=batch,
-                    dtype=str(weight.dtype).removeprefix("torch."),
-                    gpu=torch.cuda.current_device() if on_gpu else None,
-                    criterion=criterion or "none",
-                    input_gradient=input_gradient,
-                    products=products,
-                    separate_input=separate_input,
-                )
-            self.handle = self._memory.handle
-            _plans[self.handle] = self
-
-    def forget(self) -> None:
-        """Lets go of parameters and state that a repeated step would take."""
-        if self._memory is not None:
-            self._memory.forget()
+        self.backend = sweep_backend(stages, batch, precision)
+        runner = RUNNERS[self.backend]
+        on_gpu = weight.device.type == "cuda"
+        # What a GPU allows is asked of the current one.
+        with torch.cuda.device(weight.device) if on_gpu else nullcontext():
+            self._rules = _C.SweepPlan(
+                stages=[_stage_spec(stage) for stage in stages],
+                batch=batch,
+                dtype=str(weight.dtype).removeprefix("torch."),
+                gpu=None if weight.device.type == "cpu" else weight.get_device(),
+                criterion=criterion or "none",
+                input_gradient=input_gradient,
+                precision=precision,
+                separate_input=separate_input,
+                runs=runner.compiled,
+            )
+        self.handle = self._rules.handle
+        self.runner = runner(self)
+        # Whether the last step's tensors are such as it was given.
+        self.can_be_repeated = self._rules.can_be_repeated
+        _plans[self.handle] = self
 
     @property
-    def begun(self) -> bool:
-        """Whether the last step had begun to write when it failed."""
-        return self._memory is not None and self._memory.begun
+    def parameter_stages(self) -> list[int]:
+        """For each parameter the stage whose mask it shares; a synthesizer shares that above it."""
+        return self._rules.parameter_stages
+
+    @property
+    def numbers(self) -> list[dict]:
+        """Of each stage the numbers of its parameters, and of its running mean among the
+        statistics; -1 where there is none."""
+        return self._rules.numbers
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether a step of this plan may be followed by `sweep_repeat_`."""
+        return self.runner.compiled
+
+    @property
+    def steps(self) -> int:
+        """Whole steps that were taken, where a compiled backend runs them."""
+        return self._rules.steps
 
     @property
     def launches(self) -> str:
         """How a GPU's launches divide the step, in words; empty on the CPU."""
-        if self.structure is not None:
-            return "a launch for each layer, a program for each tile"
-        return "" if self._memory is None else self._memory.launches
+        return self.runner.launches or self._rules.launches
 
     @property
     def workspace_bytes(self) -> int:
         """Memory that the plan holds between steps; on a GPU, for each stream that takes them."""
-        return 0 if self._memory is None else self._memory.workspace_bytes
+        return self._rules.workspace_bytes
 
 
 def flat(settings: Sequence[OptimizerSettings]) -> list[float]:
@@ -229,7 +224,7 @@ def sweep_(
         settings: see `flat`. A learning rate that is NaN is a tensor, next in `state`.
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         caller: whom error messages name.
-        repeatable: whether the plan keeps the tensors, for `sweep_repeat_`.
+        repeatable: whether `sweep_repeat_` may follow.
 
     Returns:
         The output (B, N), the loss (), and the synthesis losses: (S,), or in complete unlock
@@ -238,92 +233,29 @@ def sweep_(
     Raises:
         RuntimeError: a shape, dtype, label or state does not fit; nothing has been written then.
     """
-    if plan.handle:
-        return _sweep(
-            plan.handle,
-            caller,
-            x,
-            target,
-            context,
-            plan.parameters,
-            plan.statistics,
-            state,
-            groups,
-            settings,
-            active,
-            repeatable,
-        )
-    if plan.structure is not None:
-        _check_data(plan, x, target, context, caller)
-        _check_state(plan, state, groups, settings, caller)
-        with torch.no_grad():
-            return torch.ops.fastdni.triton_sweep_(
-                plan.structure.number, x, target, context, plan.parameters, plan.statistics, state,
-                groups, settings, active,
-            )  # fmt: skip
-    output, loss, _ = sweep_forward_(plan, x, target, context, active, caller)
-    return output, loss, sweep_update_(plan, None, state, groups, settings, active, caller)
-
-
-def _check_data(plan: SweepPlan, x, target, context, caller: str) -> None:
-    """For Triton's kernels, which would read past the end."""
-    if tuple(x.shape) != (plan.batch, plan.stages[0].weight.shape[1]):
-        raise RuntimeError(
-            f"{caller}: x must be (B, K) = {(plan.batch, plan.stages[0].weight.shape[1])}, got "
-            f"{tuple(x.shape)}"
-        )
-    if plan.criterion is not None:
-        outputs = plan.stages[-1].weight.shape[0]
-        sweep_check_target(caller, target, plan.batch, outputs, plan.criterion)
-    of_context = {
-        s.context_weight.shape[1]
-        for stage in plan.stages
-        for s in (stage.synthesizer, stage.input_synthesizer)
-        if s is not None and s.context_weight is not None
-    }
-    if of_context and context is None and (target is None or target.dim() != 1):
-        raise RuntimeError(
-            f"{caller}: context must be (B, C), got None, and target holds no labels to make it "
-            "from"
-        )
-    for width in of_context if context is not None else ():
-        if tuple(context.shape) != (plan.batch, width):
-            raise RuntimeError(
-                f"{caller}: context must be (B, C) = {(plan.batch, width)}, got "
-                f"{tuple(context.shape)}"
-            )
-
-
-def _check_state(plan: SweepPlan, state, groups, settings, caller: str) -> None:
-    """As `_check_data`: of what optimizers keep."""
-    for parameter, row, own in reference.assigned(plan.parameters, state, groups, settings):
-        for kept in own[: reference.KEPT[row.rule]]:
-            if not (
-                kept.shape == parameter.shape
-                and kept.dtype == parameter.dtype
-                and kept.device == parameter.device
-                and kept.is_contiguous()
-            ):
-                raise RuntimeError(
-                    f"{caller}: a parameter's optimizer state (or gradient) must be a contiguous "
-                    f"{parameter.dtype} tensor of shape {tuple(parameter.shape)} on "
-                    f"{parameter.device}, got {kept.dtype} {tuple(kept.shape)} on {kept.device}"
-                )
+    return plan.runner.step(
+        plan, caller, x, target, context, state, groups, settings, active, repeatable
+    )
 
 
 def sweep_repeat_(
-    plan: SweepPlan, x: Tensor, target: Tensor, context: Tensor | None, caller: str = "sweep"
+    plan: SweepPlan,
+    x: Tensor,
+    target: Tensor,
+    context: Tensor | None,
+    settings: list[float],
+    caller: str = "sweep",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last `sweep_` of a plan again, on other data: it takes and writes the same parameters,
-    statistics and state, by the same settings.
+    statistics and state.
 
-    At small sizes handing the tensors over costs as much as the step. The plan holds them; what
-    their storage is it asks anew.
+    At small sizes handing the tensors over costs as much as the step. The plan has references to
+    them that do not count: the caller keeps them, and asks `plan.can_be_repeated()` first.
 
     Args, returns, raises:
         As `sweep_`; also RuntimeError where the plan's last step was not repeatable.
     """
-    return _repeat(plan.handle, caller, plan._written, x, target, context)
+    return _repeat(plan.handle, caller, x, target, context, settings)
 
 
 def sweep_forward_(
@@ -347,42 +279,7 @@ def sweep_forward_(
         with; the loss () where the plan has a criterion; the gradient of x (B, K) where the plan
         wants it.
     """
-    if plan.handle:
-        return _forward(
-            plan.handle,
-            caller,
-            x,
-            target,
-            context,
-            network_input,
-            plan.parameters,
-            plan.statistics,
-            active,
-        )
-    if plan.structure is not None:
-        _check_data(plan, x, target, context, caller)
-        done = plan.structure.forward(
-            plan.stages, x, target, context, active, network_input, plan.input_gradient
-        )
-        plan._pending = done
-        return done.output, done.loss, done.input_gradient
-    if plan.criterion is not None and x.device.type == "cpu":
-        sweep_check_target(
-            caller, target, plan.batch, plan.stages[-1].weight.shape[0], plan.criterion
-        )
-    with torch.autocast(x.device.type, enabled=False):
-        done = reference.sweep(
-            plan.stages,
-            x,
-            target,
-            context,
-            plan.criterion,
-            list(map(bool, active)),
-            plan.products == "bfloat16",
-            network_input,
-        )
-    plan._pending = done
-    return done.output, done.loss, done.input_gradient
+    return plan.runner.forward(plan, caller, x, target, context, network_input, active)
 
 
 def sweep_update_(
@@ -403,25 +300,4 @@ def sweep_update_(
     Returns:
         The synthesis losses.
     """
-    if plan.handle:
-        return _update(
-            plan.handle, caller, gradient, plan.parameters, state, groups, settings, active
-        )
-    done, plan._pending = plan._pending, None
-    if plan.structure is not None:
-        _check_state(plan, state, groups, settings, caller)
-        return plan.structure.update(done, gradient, plan.parameters, state, groups, settings)
-    gradients, losses = done.gradients, done.synthesis_loss
-    if done.regress_top is not None and gradient is not None:
-        loss, of_top = done.regress_top(gradient)
-        made = plan.stages[-1].input_synthesizer  # whose gradients come last
-        end = len(gradients) - (0 if made is None else len(made.tensors()))
-        gradients = gradients[: end - len(of_top)] + of_top + gradients[end:]
-        losses = losses.clone()
-        losses.view(-1, len(plan.stages))[0, -1] = loss
-    found = dict(zip(map(id, plan.parameters), gradients, strict=True))
-    with torch.no_grad():
-        for parameter, row, own in reference.assigned(plan.parameters, state, groups, settings):
-            if found[id(parameter)] is not None:
-                reference.optimizer_update(row, parameter, found[id(parameter)], own)
-    return losses
+    return plan.runner.update(plan, caller, gradient, state, groups, settings, active)

@@ -1,14 +1,11 @@
 """synthesizer: the forward pass of M(h, ctx), and its regression when the target arrives.
 
 No autograd graph is built for the synthesizer: its forward op keeps what its backward op needs, and
-one backward call gives the loss and every parameter's gradient. They reach autograd through a node
-(`regress_when_gradient_arrives`) whose inputs are the parameters, so that hooks, `p.grad` and
-`torch.autograd.grad` see them as they would see any gradient.
+one backward call gives the loss and every parameter's gradient.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdni import backend, reference
 from fastdni.reference import SynthesizerParameters
@@ -21,14 +18,17 @@ _bwd = torch.ops.fastdni.synthesizer_bwd.default
 
 
 @torch.library.register_fake("fastdni::synthesizer_fwd")
-def _(trigger, context, weights, biases, context_weight, context_bias, products="exact"):
+def _(trigger, context, weights, biases, context_weight, context_bias, precision="exact"):
     rows = trigger.shape[:-1].numel()
     hidden = [trigger.new_empty(rows, weight.shape[0]) for weight in weights[:-1]]
     return trigger.new_empty(*trigger.shape[:-1], weights[-1].shape[0]), hidden
 
 
 @torch.library.register_fake("fastdni::synthesizer_bwd")
-def _(target, prediction, hidden, trigger, context, weights, bias, reduction, products="exact"):
+def _(
+    target, prediction, hidden, trigger, context, weights, bias, reduction, precision="exact",
+    scale=None,
+):  # fmt: skip
     wide = reference.accumulate_dtype(prediction.dtype)
     grads = [weight.new_empty(weight.shape) for weight in weights]
     if bias:
@@ -50,9 +50,10 @@ def _(target, prediction, hidden, trigger, context, weights, bias, reduction):
     return None
 
 
-def _check_devices(
+def check_devices(
     trigger: Tensor, context: Tensor | None, parameters: SynthesizerParameters
 ) -> None:
+    """Refuses tensors of several devices."""
     # Looked at here: the dispatcher picks a kernel by the devices before any rule runs.
     device = trigger.device
     for tensor in (context, *parameters.tensors()):
@@ -88,18 +89,18 @@ def synthesizer_fwd(
     Source:
         Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
     """
-    _check_devices(trigger, context, parameters)
+    check_devices(trigger, context, parameters)
     server = backend.server(trigger, _DEVICES)
     if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(trigger):
-            return _fwd(trigger, context, *parameters, backend.products(trigger.device, None))
+            return _fwd(trigger, context, *parameters, backend.precision(trigger.device, None))
         trigger, context, parameters = cast(trigger, context, parameters, torch.float32)
         prediction, hidden = _fwd(trigger, context, *parameters, "bfloat16")
         return prediction.bfloat16(), [h.bfloat16() for h in hidden]
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
     if server == "triton":
         prediction, *hidden = torch.ops.fastdni.triton_synthesizer_fwd(
-            trigger, context, *parameters, _products(trigger)
+            trigger, context, *parameters, precision_of(trigger)
         )
         return prediction, hidden
     return reference.synthesizer_fwd(trigger, context, *parameters)
@@ -114,6 +115,7 @@ def synthesizer_bwd(
     weights: list[Tensor],
     bias: bool,
     reduction: str = "batchmean",
+    scale: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The regression loss of a prediction and every parameter's gradient, in one call.
 
@@ -126,6 +128,7 @@ def synthesizer_bwd(
         weights: the parameters' weights; of the first only the shape matters.
         bias: whether the layers have biases.
         reduction: `"batchmean"` (the divisor is target's first size) or `"mean"` (all elements).
+        scale: of the error's gradient, in place of the reduction's 2 / divisor.
 
     Returns:
         The loss, 0-d, and the gradients in the order of `SynthesizerParameters.tensors`. The loss
@@ -143,20 +146,21 @@ def synthesizer_bwd(
     server = backend.server(prediction, _DEVICES)
     if server in ("cpu", "cuda"):
         if not _is_narrow_on_a_gpu(prediction):
-            return _bwd(*arguments, backend.products(prediction.device, None))
-        loss, grads = _bwd(*map(_widened, arguments), "bfloat16")
+            return _bwd(*arguments, backend.precision(prediction.device, None), scale)
+        loss, grads = _bwd(*map(_widened, arguments), "bfloat16", scale)
         return loss, [grad.bfloat16() for grad in grads]
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
     if server == "triton":
-        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, _products(prediction))
+        precision = precision_of(prediction)
+        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, precision, scale)
         return loss, grads
-    return reference.synthesizer_bwd(*arguments)
+    return reference.synthesizer_bwd(*arguments, scale=scale)
 
 
-def _products(tensor: Tensor) -> str:
-    """The arithmetic of Triton's products of such tensors."""
+def precision_of(tensor: Tensor) -> str:
+    """The precision of Triton's products of such tensors."""
     if tensor.dtype == torch.float32:
-        return backend.products(tensor.device, None)
+        return backend.precision(tensor.device, None)
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -181,88 +185,3 @@ def cast(
         tensors, len(parameters.weights), len(parameters.biases) > 0
     )
     return trigger.to(dtype), None if context is None else context.to(dtype), parameters
-
-
-class _Regress(torch.autograd.Function):
-    # The forward op runs in here, where no gradients are recorded. `tensors` are the parameters: to
-    # compute with, and to be given their gradients. Everything that is no tensor comes in `how`: an
-    # argument costs more than a tuple's entry, and this runs at every step.
-
-    @staticmethod
-    def forward(ctx, carrier, trigger, context, how, *tensors):
-        if not any(ctx.needs_input_grad[4:]):
-            raise ValueError(FROZEN)
-        num_layers, bias, _, _, dtype = how
-        parameters = SynthesizerParameters.of(tensors, num_layers, bias)
-        if dtype is not None:
-            trigger, context, parameters = cast(trigger, context, parameters, dtype)
-        prediction, hidden = synthesizer_fwd(trigger, context, parameters)
-        # The first weight's values are not needed later: it may change before the gradient comes.
-        first_weight, *weights = parameters.weights
-        ctx.save_for_backward(prediction, trigger, context, *hidden, *weights)
-        ctx.first_weight, ctx.how = first_weight.detach(), how
-        ctx.mark_non_differentiable(prediction)
-        ctx.set_materialize_grads(False)
-        # A copy: what comes next may well change it in place.
-        return carrier.clone(), prediction
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        if torch.is_grad_enabled():  # only under create_graph; the decorator is not for nothing
-            return _regress_once_differentiable(ctx, gradient)
-        return _regress(ctx, gradient)
-
-
-def _regress(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    num_layers, bias, reduction, factor, _ = ctx.how
-    prediction, trigger, context, *rest = ctx.saved_tensors
-    hidden, weights = rest[: num_layers - 1], [ctx.first_weight, *rest[num_layers - 1 :]]
-    if gradient is None:  # something downstream says that there is none: it is zero
-        gradient = torch.zeros_like(prediction)
-    target = gradient
-    if gradient.dtype != prediction.dtype:  # under autocast: the error is formed in float32
-        target = gradient.to(reference.accumulate_dtype(prediction.dtype))
-    _, grads = synthesizer_bwd(
-        target, prediction, hidden, trigger, context, weights, bias, reduction
-    )
-    if factor is not None:
-        gradient = (prediction * factor).to(gradient.dtype)
-    return (gradient, None, None, None, *grads)
-
-
-_regress_once_differentiable = once_differentiable(_regress)
-
-
-def regress_when_gradient_arrives(
-    carrier: Tensor,
-    trigger: Tensor,
-    context: Tensor | None,
-    parameters: SynthesizerParameters,
-    reduction: str = "batchmean",
-    factor: float | Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Predicts, and makes the gradient that comes back to a copy of `carrier` the target.
-
-    Args:
-        carrier: the tensor to copy, with the prediction's shape.
-        trigger: h, (..., K).
-        context: ctx, (..., C), or None.
-        parameters: of the synthesizer; they get the gradients of `synthesizer_bwd`.
-        reduction: `"batchmean"` or `"mean"`.
-        factor: None passes the gradient that arrives on to carrier; a number sends that many times
-            the prediction in its place.
-        dtype: what trigger, context and parameters are cast to first (autocast); None for nothing.
-
-    Returns:
-        The copy, which requires grad, and the prediction, which does not.
-
-    Raises:
-        ValueError: no parameter requires grad.
-        RuntimeError: as `synthesizer_fwd`.
-
-    Source:
-        Jaderberg et al. 2016 (arXiv 1608.05343), section 2.1.
-    """
-    how = (len(parameters.weights), len(parameters.biases) > 0, reduction, factor, dtype)
-    return _Regress.apply(carrier, trigger, context, how, *parameters.tensors())

@@ -3,6 +3,7 @@
 Imports nothing but torch.
 """
 
+from fastdni.reference.boundary import boundary_, wide_update
 from fastdni.reference.optimizer import (
     KEPT,
     RULES,
@@ -38,6 +39,7 @@ __all__ = [
     "SynthesizerParameters",
     "accumulate_dtype",
     "assigned",
+    "boundary_",
     "one_hot",
     "optimizer_update",
     "reduction_divisor",
@@ -45,4 +47,5 @@ __all__ = [
     "sweep",
     "synthesizer_bwd",
     "synthesizer_fwd",
+    "wide_update",
 ]

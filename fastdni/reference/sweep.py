@@ -233,11 +233,11 @@ def sweep(
         of_norm = []
         dz = du
         if stage.norm is not None:
-            sums, products = du.sum(0), (du * normalized).sum(0)
-            dz = inverse * (du - du.mean(0) - normalized * products / len(du))
+            sums, dots = du.sum(0), (du * normalized).sum(0)
+            dz = inverse * (du - du.mean(0) - normalized * dots / len(du))
             if stage.norm.weight is not None:
                 dz = dz * stage.norm.weight
-                of_norm = [products, sums]
+                of_norm = [dots, sums]
         bias = [] if stage.bias is None else [dz.sum(0)]
         own_gradients.append([product(dz.t(), stage_input), *bias, *of_norm])
         deltas.append(product(dz, stage.weight))

@@ -100,6 +100,7 @@ def synthesizer_bwd(
     bias: bool,
     reduction: str,
     product: Product = torch.matmul,
+    scale: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """e = prediction - target;  loss = sum(e^2) / divisor;  and the loss's parameter gradients.
 
@@ -115,16 +116,20 @@ def synthesizer_bwd(
         bias: whether the layers have biases.
         reduction: "batchmean" (the divisor is the first dimension's size) or "mean" (all elements).
         product: of two matrices, as in `synthesizer_fwd`.
+        scale: 2 / divisor, in place of the reduction's.
 
     Returns:
         The loss (0-d), and the gradients: the weights', the biases', Q's, q's.
     """
     wide = accumulate_dtype(prediction.dtype)
     error = prediction.to(wide) - target.to(wide)
-    divisor = reduction_divisor(error, reduction)
-    loss = error.square().sum() / divisor
+    if scale is None:
+        divisor = reduction_divisor(error, reduction)
+        loss, scale = error.square().sum() / divisor, 2 / divisor
+    else:
+        loss = error.square().sum() * (scale / 2)
 
-    grad = _rows(2 / divisor * error).to(prediction.dtype)
+    grad = _rows(scale * error).to(prediction.dtype)
     inputs = [_rows(trigger), *hidden]
     weight_grads, bias_grads = [], []
     for i in reversed(range(len(weights))):

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdni.triton.op import launched
 from fastdni.triton.tile import (
-    Arithmetic,
+    Precision,
     accumulate,
     accumulate_described,
     activated,
@@ -29,7 +29,7 @@ from fastdni.triton.tile import (
 @triton.jit
 def finish(
     sums, first, column, place, given,
-    FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, PRODUCTS: tl.constexpr,
+    FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What `layer_kernel` makes of a tile's sums: of a part of its columns after the other, so that
@@ -38,11 +38,11 @@ def finish(
         left, right = halves(sums, ROWS, COLUMNS)
         finish(
             left, first, column, place, given,
-            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, PARTS // 2,
+            FINISH, ACTIVATION, LABELS, PRECISION, ROWS, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
         finish(
             right, first, column + COLUMNS // 2, place + PARTS // 2, given,
-            FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS // 2, PARTS // 2,
+            FINISH, ACTIVATION, LABELS, PRECISION, ROWS, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
     else:
         (
@@ -61,7 +61,7 @@ def finish(
             at_label = c[None, :] * context_width + label[:, None]
             picked = context_weight + column * context_width
             found = tl.load(picked + at_label, mask=known[:, None] & of_columns[None, :], other=0.0)
-            sums += operand(found, PRODUCTS).to(tl.float32)
+            sums += operand(found, PRECISION).to(tl.float32)
         if bias is not None:
             sums += tl.load(bias + column + c, mask=of_columns, other=0.0).to(tl.float32)[None, :]
         if second_bias is not None:
@@ -96,7 +96,7 @@ def layer_tile(
     number, a, weight, context, context_weight, rows, columns, depth, context_width,
     column_stride, depth_stride, given,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of `layer_kernel`."""
@@ -109,21 +109,21 @@ def layer_tile(
     elif DESCRIBED:
         sums = accumulate_described(
             sums, a, first.to(tl.int32), weight, column.to(tl.int32), depth,
-            TRANSPOSED, PRODUCTS, DEPTH,
+            TRANSPOSED, PRECISION, DEPTH,
         )  # fmt: skip
     else:
         sums = accumulate(
             sums, a, first, r, rows, weight, column_stride, depth_stride, column, c, columns,
-            depth, PRODUCTS, DEPTH,
+            depth, PRECISION, DEPTH,
         )  # fmt: skip
     if context is not None and not LABELS:
         sums = accumulate(
             sums, context, first, r, rows, context_weight, context_width, 1, column, c, columns,
-            context_width, PRODUCTS, 16,
+            context_width, PRECISION, 16,
         )  # fmt: skip
     finish(
         sums, first, column, number * PARTS, given,
-        FINISH, ACTIVATION, LABELS, PRODUCTS, ROWS, COLUMNS, PARTS,
+        FINISH, ACTIVATION, LABELS, PRECISION, ROWS, COLUMNS, PARTS,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def layer_kernel(
     a, weight, bias, second_bias, context, context_weight, other, out, second_out, rounded,
     squares, sums_out, rows, columns, depth, context_width, column_stride, depth_stride, scale,
     FINISH: tl.constexpr, ACTIVATION: tl.constexpr, LABELS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of c = a w^T + ctx Q^T (without a weight c = a), and of what FINISH makes of it:
@@ -156,14 +156,14 @@ def layer_kernel(
             layer_tile(
                 number, a, weight, context, context_weight, rows, columns, depth, context_width,
                 column_stride, depth_stride, given,
-                FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
+                FINISH, ACTIVATION, LABELS, TRANSPOSED, PRECISION, DESCRIBED,
                 ROWS, COLUMNS, DEPTH, PARTS,
             )  # fmt: skip
     else:
         layer_tile(
             tl.program_id(0), a, weight, context, context_weight, rows, columns, depth,
             context_width, column_stride, depth_stride, given,
-            FINISH, ACTIVATION, LABELS, TRANSPOSED, PRODUCTS, DESCRIBED,
+            FINISH, ACTIVATION, LABELS, TRANSPOSED, PRECISION, DESCRIBED,
             ROWS, COLUMNS, DEPTH, PARTS,
         )  # fmt: skip
 
@@ -180,7 +180,7 @@ class Layer(NamedTuple):
 def layer(
     a: Tensor,
     weight: Tensor | None,
-    products: Arithmetic,
+    precision: Precision,
     finish: str = "activate",
     activation: str = "identity",
     transposed: bool = False,
@@ -204,9 +204,9 @@ def layer(
         columns = weight.shape[1] if transposed else weight.shape[0]
     kind = "synthesize" if finish == "synthesize" else "layer"
     if weight is None:
-        tile = tile_for(rows, columns, depth, products.name)
+        tile = tile_for(rows, columns, depth, precision.name)
     else:
-        tile = products.tile(kind, rows, columns, depth, a)
+        tile = precision.tile(kind, rows, columns, depth, a)
     out = (a if other is None else other).new_empty(rows, columns)
     second = torch.empty_like(out) if finish == "synthesize" else None
     squares, sums = None, None
@@ -222,17 +222,17 @@ def layer(
         rounded = torch.empty_like(out, dtype=torch.bfloat16)
         block = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
         operands = (
-            TensorDescriptor.from_tensor(products.rounded(a), [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(products.rounded(weight), block),
+            TensorDescriptor.from_tensor(precision.rounded(a), [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(precision.rounded(weight), block),
         )
-        products.keep(out if second is None else second, rounded)
+        precision.keep(out if second is None else second, rounded)
     strides = (1, columns) if transposed else (depth, 1)
     width = 0 if context is None else context_weight.shape[1]
     launched(layer_kernel)[(tile.programs(a, rows, columns),)](
         *operands, *biases, context, context_weight, other, out, second, rounded, squares, sums,
         rows, columns, depth, width, *strides, scale,
         finish, activation, context is not None and context.dim() == 1, transposed,
-        products.name, tile.described, tile.rows, tile.columns, tile.depth, tile.parts,
+        precision.name, tile.described, tile.rows, tile.columns, tile.depth, tile.parts,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return made

@@ -70,15 +70,15 @@ def norm_gradient_kernel(
     r = tl.arange(0, ROWS).to(tl.int64)
     inside = c < columns
     sums = tl.zeros((COLUMNS,), tl.float32)
-    products = tl.zeros((COLUMNS,), tl.float32)
+    dots = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, rows, ROWS):
         n = start + r
         here = (n < rows)[:, None] & inside[None, :]
         at = n[:, None] * columns + c[None, :]
         gradient = tl.load(du + at, mask=here, other=0.0)
         sums += tl.sum(gradient, 0)
-        products += tl.sum(gradient * tl.load(normalized + at, mask=here, other=0.0), 0)
-    tl.store(of_gamma + c, products, mask=inside)
+        dots += tl.sum(gradient * tl.load(normalized + at, mask=here, other=0.0), 0)
+    tl.store(of_gamma + c, dots, mask=inside)
     tl.store(of_beta + c, sums, mask=inside)
     scale = tl.load(inverse + c, mask=inside, other=0.0)
     if gamma is not None:
@@ -87,7 +87,7 @@ def norm_gradient_kernel(
         n = start + r
         here = (n < rows)[:, None] & inside[None, :]
         at = n[:, None] * columns + c[None, :]
-        part = tl.load(normalized + at, mask=here, other=0.0) * (products / rows)[None, :]
+        part = tl.load(normalized + at, mask=here, other=0.0) * (dots / rows)[None, :]
         gradient = tl.load(du + at, mask=here, other=0.0) - (sums / rows)[None, :] - part
         tl.store(dz + at, scale[None, :] * gradient, mask=here)
 

@@ -20,7 +20,7 @@ from fastdni.triton.loss import criterion
 from fastdni.triton.norm import norm, norm_gradient
 from fastdni.triton.op import on_device, op
 from fastdni.triton.synthesizer import Evaluation, Gradient
-from fastdni.triton.tile import Arithmetic
+from fastdni.triton.tile import Precision
 from fastdni.triton.update import Target, apply
 
 
@@ -31,7 +31,7 @@ class SweepResult(NamedTuple):
     loss: Tensor | None
     synthesis_loss: Tensor
     gradients: list[Gradient]
-    products: Arithmetic
+    precision: Precision
     input_gradient: Tensor | None
     regress_top: Callable[[Tensor], tuple[Tensor, list[Gradient]]] | None
 
@@ -44,14 +44,14 @@ def sweep(
     context: Tensor | None,
     criterion_name: str | None,
     active: list[bool],
-    products: Arithmetic,
+    precision: Precision,
     network_input: Tensor | None = None,
     input_gradient: bool = False,
 ) -> SweepResult:
     """Losses of a step and what makes its gradients; moves the running statistics.
 
     Args:
-        products: their arithmetic, as `SweepPlan` has it.
+        precision: of the products, as `SweepPlan` has it.
         input_gradient: whether the gradient of x is wanted.
         Others as `fastdni.reference.sweep`.
     """
@@ -62,7 +62,7 @@ def sweep(
     nan = torch.full((), float("nan"), device=x.device)
 
     def evaluate(synthesizer: SynthesizerParameters, trigger: Tensor, *h) -> Evaluation:
-        return Evaluation(synthesizer, trigger, beside, products, *h)
+        return Evaluation(synthesizer, trigger, beside, precision, *h)
 
     unlocked = stages[0].input_synthesizer is not None
     made = [
@@ -79,7 +79,7 @@ def sweep(
         stage_input = made[index - 1].prediction if unlocked and index > 0 else h
         phi = stage.activation if stage.norm is None else "identity"
         own = (stage.bias, None)
-        h = layer(stage_input, stage.weight, products, "activate", phi, biases=own).out
+        h = layer(stage_input, stage.weight, precision, "activate", phi, biases=own).out
         if stage.norm is not None:
             h, normalized, inverse = norm(h, stage.norm, stage.activation)
         du, sums, evaluation = None, None, None
@@ -108,7 +108,7 @@ def sweep(
                 losses.append(found)
                 gradients += of_synthesizer
             elif input_gradient:
-                of_input = layer(dz, stage.weight, products, transposed=True).out
+                of_input = layer(dz, stage.weight, precision, transposed=True).out
         elif below is not None:
             losses.append(nan)
         if stage.input_synthesizer is not None:
@@ -126,14 +126,14 @@ def sweep(
     if unlocked:
         synthesis_loss = torch.stack([synthesis_loss, torch.stack(input_losses)])
     output = made[-1].prediction if unlocked and criterion_name is None else h
-    return SweepResult(output, loss, synthesis_loss, gradients, products, of_input, regress_top)
+    return SweepResult(output, loss, synthesis_loss, gradients, precision, of_input, regress_top)
 
 
 class Structure:
     """Stages without their tensors: the op below is given these again at every step."""
 
-    def __init__(self, stages: list[SweepStage], criterion: str, products: str):
-        self.criterion, self.products = criterion, products
+    def __init__(self, stages: list[SweepStage], criterion: str, precision: str):
+        self.criterion, self.precision = criterion, precision
         leaves, self._spec = tree_flatten(stages)
         # Of each leaf where its tensor comes: among the parameters, or the statistics.
         numbers: dict[int, tuple[int, int]] = {}
@@ -161,7 +161,7 @@ class Structure:
         with on_device(x):
             return sweep(
                 stages, x, target, context, self.criterion, list(map(bool, active)),
-                Arithmetic(self.products), network_input, input_gradient,
+                Precision(self.precision), network_input, input_gradient,
             )  # fmt: skip
 
     def update(self, done: SweepResult, gradient, parameters, state, groups, settings) -> Tensor:
@@ -173,7 +173,7 @@ class Structure:
                 gradients = gradients + of_top
                 losses = losses.clone()
                 (losses[0] if losses.dim() == 2 else losses)[-1] = loss
-            update(gradients, parameters, state, groups, settings, done.products)
+            update(gradients, parameters, state, groups, settings, done.precision)
         return losses
 
 
@@ -198,9 +198,9 @@ def sweep_(
     of = _structures[structure]
     done = sweep(
         of.stages(parameters, statistics), x, target, context, of.criterion,
-        list(map(bool, active)), Arithmetic(of.products),
+        list(map(bool, active)), Precision(of.precision),
     )  # fmt: skip
-    update(done.gradients, parameters, state, groups, settings, done.products)
+    update(done.gradients, parameters, state, groups, settings, done.precision)
     return done.output, done.loss, done.synthesis_loss
 
 
@@ -211,7 +211,7 @@ def update(
     state: list[Tensor],
     groups: list[int],
     settings: list[float],
-    products: Arithmetic,
+    precision: Precision,
 ) -> None:
     """Every update; the arguments are those of `fastdni.reference.assigned`."""
     targets: dict[int, Target] = {}
@@ -237,4 +237,4 @@ def update(
         of_weight = targets.get(id(weight))
         of_biases = [targets[id(bias)] for bias in biases if id(bias) in targets]
         if of_weight is not None or of_biases:
-            apply(grad, x, of_weight, sums, of_biases, products)
+            apply(grad, x, of_weight, sums, of_biases, precision)

@@ -16,7 +16,7 @@ from fastdni.reference import (
 from fastdni.triton.layer import Layer, layer
 from fastdni.triton.loss import total
 from fastdni.triton.op import op
-from fastdni.triton.tile import Arithmetic
+from fastdni.triton.tile import Precision
 from fastdni.triton.update import Target, apply
 
 
@@ -38,7 +38,7 @@ class Evaluation:
         parameters: of M.
         trigger: (B, K), contiguous.
         context: (B, C), labels (B,), or None.
-        products: their arithmetic, as `SweepPlan` has it.
+        precision: of the products, as `SweepPlan` has it.
         h, activation: where the trigger is a stage's output h = phi(u), and the gradient of u is
             wanted with the prediction.
 
@@ -52,11 +52,11 @@ class Evaluation:
         parameters: SynthesizerParameters,
         trigger: Tensor,
         context: Tensor | None,
-        products: Arithmetic,
+        precision: Precision,
         h: Tensor | None = None,
         activation: str = "identity",
     ):
-        self._begin(parameters, parameters.weights, trigger, context, products)
+        self._begin(parameters, parameters.weights, trigger, context, precision)
         weights, biases = parameters.weights, parameters.biases
         for i, weight in enumerate(weights):
             last = i + 1 == len(weights)
@@ -69,29 +69,29 @@ class Evaluation:
                 }
             if last and h is not None:
                 made = layer(
-                    self._inputs[i], weight, products, "synthesize", activation, other=h, **how
+                    self._inputs[i], weight, precision, "synthesize", activation, other=h, **how
                 )
                 self.prediction, self.du, self.sums = made.out, made.second_out, made.sums
                 break
             phi = "identity" if last else "relu"
-            found = layer(self._inputs[i], weight, products, "activate", phi, **how).out
+            found = layer(self._inputs[i], weight, precision, "activate", phi, **how).out
             if last:
                 self.prediction = found
             else:
                 self._inputs.append(found)
 
-    def _begin(self, parameters, weights, trigger, context, products) -> None:
-        self._parameters, self._weights, self._products = parameters, weights, products
+    def _begin(self, parameters, weights, trigger, context, precision) -> None:
+        self._parameters, self._weights, self._precision = parameters, weights, precision
         self._context = None if parameters.context_weight is None else context
         self._inputs, self.du, self.sums = [trigger], None, None
 
     @classmethod
     def of(
-        cls, prediction: Tensor, hidden: list, parameters, weights, trigger, context, products
+        cls, prediction: Tensor, hidden: list, parameters, weights, trigger, context, precision
     ) -> "Evaluation":
         """One that was made before with these weights; `parameters` are what it trains."""
         self = cls.__new__(cls)
-        self._begin(parameters, weights, trigger, context, products)
+        self._begin(parameters, weights, trigger, context, precision)
         self.prediction = prediction
         self._inputs += hidden
         return self
@@ -106,11 +106,11 @@ class Evaluation:
     ) -> tuple[Tensor, list[Gradient]]:
         """The loss of the prediction beside what `target` is, or target @ weight, and what trains
         the layers, from above; by default the divisor is B."""
-        p, products = self.prediction, self._products
+        p, precision = self.prediction, self._precision
         divisor = len(p) if divisor is None else divisor
         # e = p - target, and the gradient of the prediction.
         made = layer(
-            target, weight, products, "regress", transposed=True, other=p, scale=2 / divisor
+            target, weight, precision, "regress", transposed=True, other=p, scale=2 / divisor
         )
         return total(made.squares, divisor), self._gradients(made)
 
@@ -128,7 +128,7 @@ class Evaluation:
             found.append(Gradient(grad, self._inputs[i], weights[i], made.sums, tuple(own)))
             if i > 0:
                 made = layer(
-                    grad, self._weights[i], self._products, "differentiate", "relu",
+                    grad, self._weights[i], self._precision, "differentiate", "relu",
                     transposed=True, other=self._inputs[i],
                 )  # fmt: skip
         return found
@@ -150,13 +150,13 @@ def synthesizer_fwd(
     biases: list[Tensor],
     context_weight: Tensor | None,
     context_bias: Tensor | None,
-    products: str,
+    precision: str,
 ) -> list[Tensor]:
     """The prediction, then the activations of the hidden layers; see `fastdni.ops`."""
     given = (weights, biases, context_weight, context_bias)
     parameters = SynthesizerParameters(*given).contiguous()
     beside = None if context is None else _matrix(context)
-    made = Evaluation(parameters, _matrix(trigger), beside, Arithmetic(products))
+    made = Evaluation(parameters, _matrix(trigger), beside, Precision(precision))
     return [made.prediction.reshape(*trigger.shape[:-1], weights[-1].shape[0]), *made.hidden]
 
 
@@ -170,7 +170,7 @@ def synthesizer_bwd(
     weights: list[Tensor],
     bias: bool,
     reduction: str,
-    products: str,
+    precision: str,
 ) -> list[Tensor]:
     """The loss, then the gradients of the parameters; see `fastdni.ops`."""
     # The gradients take the parameters' places: what trains a layer names these.
@@ -184,13 +184,13 @@ def synthesizer_bwd(
         q = first.new_empty(first.shape[0]) if bias else None
         grads = grads._replace(context_weight=of_context, context_bias=q)
     beside = None if context is None else _matrix(context)
-    arithmetic = Arithmetic(products)
+    of_products = Precision(precision)
     made = Evaluation.of(
         _matrix(prediction), list(map(_matrix, hidden)), grads,
-        [weight.contiguous() for weight in weights], _matrix(trigger), beside, arithmetic,
+        [weight.contiguous() for weight in weights], _matrix(trigger), beside, of_products,
     )  # fmt: skip
     loss, gradients = made.regress(_matrix(target), divisor=reduction_divisor(target, reduction))
     for grad, x, weight, sums, biases in gradients:
         of_biases = [Target(b, [b], _WRITTEN) for b in biases]
-        apply(grad, x, Target(weight, [weight], _WRITTEN), sums, of_biases, arithmetic)
+        apply(grad, x, Target(weight, [weight], _WRITTEN), sums, of_biases, of_products)
     return [loss.to(accumulate_dtype(prediction.dtype)), *grads.tensors()]

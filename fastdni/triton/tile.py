@@ -29,11 +29,11 @@ def cast(tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def operand(tile, PRODUCTS: tl.constexpr):
+def operand(tile, PRECISION: tl.constexpr):
     """A tile as a product reads it."""
-    if PRODUCTS == "bfloat16":
+    if PRECISION == "bfloat16":
         narrow = cast(tile, tl.bfloat16)
-    elif PRODUCTS == "float16":
+    elif PRECISION == "float16":
         narrow = tile.to(tl.float16)
     else:
         narrow = tile.to(tl.float32)
@@ -41,16 +41,16 @@ def operand(tile, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def add_product(x, y, sums, PRODUCTS: tl.constexpr):
+def add_product(x, y, sums, PRECISION: tl.constexpr):
     """sums + x y, summed in float32."""
-    precision: tl.constexpr = PRODUCTS if PRODUCTS == "tf32" or PRODUCTS == "tf32x3" else "ieee"
-    return tl.dot(operand(x, PRODUCTS), operand(y, PRODUCTS), sums, input_precision=precision)
+    of_float32: tl.constexpr = PRECISION if PRECISION == "tf32" or PRECISION == "tf32x3" else "ieee"
+    return tl.dot(operand(x, PRECISION), operand(y, PRECISION), sums, input_precision=of_float32)
 
 
 @triton.jit
 def accumulate(
     sums, a, first, r, rows, b, column_stride, depth_stride, column, c, columns, depth,
-    PRODUCTS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """sums + (rows first + r of a) (columns column + c of b), over the whole depth; a is (rows,
     depth) in memory."""
@@ -61,7 +61,7 @@ def accumulate(
         left = k < depth - start
         x = tl.load(a, mask=(r < rows - first)[:, None] & left[None, :], other=0.0)
         y = tl.load(b, mask=left[:, None] & (c < columns - column)[None, :], other=0.0)
-        sums = add_product(x, y, sums, PRODUCTS)
+        sums = add_product(x, y, sums, PRECISION)
         a += DEPTH
         b += DEPTH * depth_stride
     return sums
@@ -70,13 +70,13 @@ def accumulate(
 @triton.jit
 def accumulate_described(
     sums, a, first, b, column, depth,
-    TRANSPOSED: tl.constexpr, PRODUCTS: tl.constexpr, DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` by tensor descriptors, whose copies leave out what is outside."""
     for start in range(0, depth, DEPTH):
         x = a.load([first, start])
         y = b.load([start, column]) if TRANSPOSED else b.load([column, start]).T
-        sums = add_product(x, y, sums, PRODUCTS)
+        sums = add_product(x, y, sums, PRECISION)
     return sums
 
 
@@ -192,9 +192,9 @@ _ENOUGH = 120  # about the multiprocessors of the GPUs that they are for
 _DESCRIBED_FROM = 1 << 30  # multiply-adds
 
 
-def arithmetic(products: str) -> str:
+def _precision_here(precision: str) -> str:
     """That of products on this GPU: few of AMD's have TF32, which have float32 in its place."""
-    return "exact" if torch.version.hip and products.startswith("tf32") else products
+    return "exact" if torch.version.hip and precision.startswith("tf32") else precision
 
 
 @functools.cache
@@ -221,21 +221,21 @@ def _aligned(*sizes: int) -> bool:
     return all(size % 16 == 0 for size in sizes)
 
 
-def tile_for(rows: int, columns: int, depth: int, products: str) -> Tile:
+def tile_for(rows: int, columns: int, depth: int, precision: str) -> Tile:
     """The tile of a result of that size, of sums over that depth."""
     kind = "tensor cores"
-    if products == "exact":
-        kind = products
+    if precision == "exact":
+        kind = precision
     elif columns <= _FEW:
         kind = "few columns"
     elif rows <= _FEW:
         kind = "few rows"
-    elif products == "tf32x3" or not _aligned(rows, columns, depth):
+    elif precision == "tf32x3" or not _aligned(rows, columns, depth):
         kind = "crowded"
     return _first(TILES[kind], rows, columns) or TILES[kind][-1]
 
 
-class Arithmetic:
+class Precision:
     """That of a step's products, and what it has rounded already.
 
     Attributes:
@@ -243,7 +243,7 @@ class Arithmetic:
     """
 
     def __init__(self, name: str):
-        self.name = arithmetic(name)
+        self.name = _precision_here(name)
         self._rounded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tile(self, kind: str, rows: int, columns: int, depth: int, like: Tensor) -> Tile:

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdni.reference import OptimizerSettings
 from fastdni.triton.op import launched
-from fastdni.triton.tile import Arithmetic, add_product, cast, halves, positions, tile_for
+from fastdni.triton.tile import Precision, add_product, cast, halves, positions, tile_for
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def update_tile(
     number, grad, x, of_weight, bias_sums, of_bias, of_more, rows, sum_rows, outputs, inputs,
     numbers,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
-    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of `update_kernel`."""
@@ -105,7 +105,7 @@ def update_tile(
             column, column_of_x = first_output.to(tl.int32), first_input.to(tl.int32)
             for start in range(0, rows, ROWS):
                 g, y = grad.load([start, column]), x.load([start, column_of_x])
-                sums = add_product(g.T, y, sums, PRODUCTS)
+                sums = add_product(g.T, y, sums, PRECISION)
         else:
             g_at = grad + first_output + r[:, None] * outputs + o[None, :]
             x_at = x
@@ -121,7 +121,7 @@ def update_tile(
                 else:
                     y = tl.load(x_at, mask=left[:, None] & of_inputs[None, :], other=0.0)
                     x_at += ROWS * inputs
-                sums = add_product(tl.trans(g), y, sums, PRODUCTS)
+                sums = add_product(tl.trans(g), y, sums, PRECISION)
         update_columns(
             sums, of_weight, first_output, first_input, outputs, inputs, numbers,
             RULE, DECAYED, FLAG, OUTPUTS, INPUTS, PARTS,
@@ -146,7 +146,7 @@ def update_kernel(
     bias_step_at, more, more_first, more_second, more_step_at, rows, sum_rows, outputs, inputs,
     lr, lr_at, weight_decay, a, b, rest_a, rest_b, eps, correction_a, correction_b, log_a, log_b,
     RULE: tl.constexpr, DECAYED: tl.constexpr, FLAG: tl.constexpr, LABELS: tl.constexpr,
-    PRODUCTS: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the gradient grad^T x, reduced over all rows, and the update of the weight's tile;
@@ -166,13 +166,13 @@ def update_kernel(
         for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
             update_tile(
                 number, grad, x, of_weight, bias_sums, of_bias, of_more, rows, sum_rows, outputs,
-                inputs, numbers, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
+                inputs, numbers, RULE, DECAYED, FLAG, LABELS, PRECISION, DESCRIBED,
                 OUTPUTS, INPUTS, ROWS, PARTS,
             )  # fmt: skip
     else:
         update_tile(
             tl.program_id(0), grad, x, of_weight, bias_sums, of_bias, of_more, rows, sum_rows,
-            outputs, inputs, numbers, RULE, DECAYED, FLAG, LABELS, PRODUCTS, DESCRIBED,
+            outputs, inputs, numbers, RULE, DECAYED, FLAG, LABELS, PRECISION, DESCRIBED,
             OUTPUTS, INPUTS, ROWS, PARTS,
         )  # fmt: skip
 
@@ -220,7 +220,7 @@ def apply(
     weight: Target | None,
     sums: Tensor | None,
     biases: list[Target],
-    products: Arithmetic,
+    precision: Precision,
 ) -> None:
     """Updates what a gradient trains.
 
@@ -233,10 +233,10 @@ def apply(
     """
     if weight is not None and weight.value.numel() > 0:
         together = [bias for bias in biases if bias.has_numbers_of(weight)]
-        _launch(grad, x, weight, sums, together, products)
+        _launch(grad, x, weight, sums, together, precision)
         biases = [bias for bias in biases if not bias.has_numbers_of(weight)]
     for bias in biases:
-        _launch(None, None, None, sums, [bias], products)
+        _launch(None, None, None, sums, [bias], precision)
 
 
 def _launch(
@@ -245,7 +245,7 @@ def _launch(
     weight: Target | None,
     sums: Tensor | None,
     biases: list[Target],
-    products: Arithmetic,
+    precision: Precision,
 ) -> None:
     target = weight or biases[0]
     nothing: list[Tensor | None] = [None] * 4
@@ -256,9 +256,9 @@ def _launch(
         inputs, rows = weight.value.shape[1], len(grad)
         of_weight, labels = weight.memory(), x.dim() == 1
     if weight is None or labels:
-        tile = tile_for(outputs, inputs, rows, products.name)
+        tile = tile_for(outputs, inputs, rows, precision.name)
     else:
-        tile = products.tile("update", outputs, inputs, rows, grad)
+        tile = precision.tile("update", outputs, inputs, rows, grad)
     of_biases = [tensor for bias in biases for tensor in bias.memory()]
     of_biases = [sums if biases else None, *of_biases, *nothing * (2 - len(biases))]
     settings = target.settings
@@ -266,12 +266,12 @@ def _launch(
     operands = grad, x
     if tile.described:
         operands = (
-            TensorDescriptor.from_tensor(products.rounded(grad), [tile.depth, tile.rows]),
-            TensorDescriptor.from_tensor(products.rounded(x), [tile.depth, tile.columns]),
+            TensorDescriptor.from_tensor(precision.rounded(grad), [tile.depth, tile.rows]),
+            TensorDescriptor.from_tensor(precision.rounded(x), [tile.depth, tile.columns]),
         )
     launched(update_kernel)[(tile.programs(target.value, outputs, inputs),)](
         *operands, *of_weight, *of_biases, rows, sum_rows, outputs, inputs, *target.numbers(),
-        settings.rule, settings.weight_decay != 0, bool(flag), labels, products.name,
+        settings.rule, settings.weight_decay != 0, bool(flag), labels, precision.name,
         tile.described, tile.rows, tile.columns, tile.depth, tile.parts,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

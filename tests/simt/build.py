@@ -1,5 +1,6 @@
 """Compiles a CUDA kernel for the host (see simt.h) and runs it on numpy arrays."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -107,7 +108,7 @@ def _plant(fault: Fault) -> Path:
     if sound.count(fault.old) != 1:
         raise ValueError(f"{fault.header} has {sound.count(fault.old)} times {fault.old!r}")
     csrc = CACHE / f"fault-{hashlib.sha256(repr(fault).encode()).hexdigest()[:16]}"
-    for folder in ("common", "cuda"):
+    for folder in ("common", "cuda/kernels"):
         shutil.copytree(CSRC / folder, csrc / folder, dirs_exist_ok=True)
     (csrc / fault.header).write_text(sound.replace(fault.old, fault.new))
     return csrc
@@ -116,7 +117,11 @@ def _plant(fault: Fault) -> Path:
 def _compile(source: str, csrc: Path, variant_flags: tuple[str, ...]) -> Path:
     flags = [*FLAGS, *variant_flags, f"-I{SIMT}", f"-I{csrc}"]
     text = hashlib.sha256(" ".join([_compiler_version(), *flags]).encode())
-    headers = [*SIMT.glob("*.h"), *(csrc / "common").iterdir(), *(csrc / "cuda").iterdir()]
+    headers = [
+        *SIMT.glob("*.h"),
+        *(csrc / "common").iterdir(),
+        *(csrc / "cuda" / "kernels").iterdir(),
+    ]
     for file in [SIMT / f"{source}.cpp", *sorted(headers)]:
         text.update(file.name.encode() + file.read_bytes())
     target = CACHE / f"{source}-{text.hexdigest()[:16]}.o"
@@ -136,11 +141,17 @@ def shared_library(source: Path, headers: Path) -> Path:
 
 
 def _make(target: Path, arguments: list[str | Path]) -> None:
-    """Runs g++ unless the target is there already. Two processes may make the same one."""
+    """Runs g++ unless the target is there already, or another process is making it."""
     if target.exists():
         return
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with (
+        open(CACHE / f"{target.name}.lock", "w") as lock,
+        tempfile.TemporaryDirectory(dir=CACHE) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
         made = Path(folder) / target.name
         done = subprocess.run(["g++", *arguments, "-o", made], capture_output=True, text=True)
         if done.returncode:

@@ -1,4 +1,4 @@
-#include "cuda/regression_loss.cu"
+#include "cuda/kernels/regression_loss.cu"
 
 #include "case.h"
 

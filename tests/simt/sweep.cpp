@@ -1,15 +1,18 @@
 // A step of a network that its parameters describe; see tests/test_cuda_sweep.py.
-#include "cuda/sweep.cu"
+#include "cuda/kernels/sweep.cu"
 
 #include <list>
 #include <sstream>
 
 #include "case.h"
-#include "cuda/sweep_builder.h"
+#include "common/names.h"
+#include "cuda/kernels/sweep_builder.h"
 
 namespace {
 
 using namespace fastdni;
+
+constexpr const char* kOp = "sweep";
 
 std::vector<int64_t> numbers(const std::string& text) {
   std::vector<int64_t> found;
@@ -18,27 +21,14 @@ std::vector<int64_t> numbers(const std::string& text) {
   return found;
 }
 
-Activation activation_named(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "tanh") return Activation::tanh;
-  return name == "sigmoid" ? Activation::sigmoid : Activation::identity;
-}
-
 NetworkSpec read_spec(simt::Case& io) {
   NetworkSpec spec;
   const std::vector<int64_t> widths = numbers(io.text("widths"));
   const int64_t hidden = io.integer("hidden"), context = io.integer("context");
   const bool bias = io.integer("bias"), unlocked = io.integer("unlocked"), top = io.integer("top");
-  const std::string criterion = io.text("criterion");
   spec.batch = io.integer("batch");
-  spec.criterion = criterion == "mse"             ? Criterion::mse
-                   : criterion == "cross_entropy" ? Criterion::cross_entropy
-                                                  : Criterion::none;
-  const std::string products = io.text("products");
-  spec.products = products == "tf32"       ? Products::tf32
-                  : products == "tf32x3"   ? Products::tf32x3
-                  : products == "bfloat16" ? Products::bfloat16
-                                           : Products::exact;
+  spec.criterion = criterion_named(kOp, io.text("criterion"));
+  spec.precision = precision_named(kOp, io.text("precision"));
   spec.input_gradient = io.integer("input_gradient", 0);
   const auto synthesizer = [&](int64_t inputs, int64_t outputs) {
     SynthesizerSpec made;
@@ -59,7 +49,7 @@ NetworkSpec read_spec(simt::Case& io) {
       stage.batch_norm = io.integer("norm");
       stage.affine = io.integer("affine", 1);
       stage.momentum = io.real("momentum");
-      stage.activation = activation_named(io.text("activation"));
+      stage.activation = activation_named(kOp, io.text("activation"));
       stage.synthesizer = synthesizer(stage.outputs, stage.outputs);
       if (unlocked) stage.input_synthesizer = synthesizer(widths[0], stage.outputs);
     }
@@ -111,7 +101,7 @@ void run(simt::Case& io) {
   step.scale = static_cast<T>(2 / step.divisor);
   step.outputs = static_cast<int32_t>(outputs);
   step.criterion = spec.criterion;
-  step.products = spec.products;
+  step.precision = spec.precision;
   step.x = io.input<T>(spec.batch * inputs);
   if (spec.criterion == Criterion::mse) {
     step.target = io.input<T>(spec.batch * outputs);

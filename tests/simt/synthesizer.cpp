@@ -1,6 +1,6 @@
 // A linear synthesizer's prediction and its regression, or one ReLU layer and the way back through
 // it; see tests/test_cuda_synthesizer.py.
-#include "cuda/synthesizer.cu"
+#include "cuda/kernels/synthesizer.cu"
 
 #include "case.h"
 
@@ -85,12 +85,12 @@ void run(simt::Case& io) {
   args.partials = step.workspace;
   args.partial_count = partial_count;
   args.divisor = divisor;
-  cuda::launch_synthesizer_gradient(args, Products::exact, nullptr);
+  cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
   args.input = ctx;
   args.inputs = layer.context;
   args.weight = ctx_grad;
   args.bias = args.second_bias = args.loss = nullptr;
-  cuda::launch_synthesizer_gradient(args, Products::exact, nullptr);
+  cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
 }
 
 const simt::Register kCase("synthesizer", [](simt::Case& io) {

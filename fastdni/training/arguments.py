@@ -1,0 +1,252 @@
+"""What the arguments of a step must be: checked before anything is written.
+
+Rules of the sweep itself are in csrc/ops; here are those that come before it, and those of stages
+that take local autograd.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+from fastdni import ops
+from fastdni.training.stages import flattens, has_norm, layers_of, plain_head
+from fastdni.training.step import Step
+from fastdni.training.structure import Network, Structure
+
+_IGNORED = -100  # the label of rows that do not count
+_NAMES = {F.cross_entropy: "cross_entropy", F.mse_loss: "mse"}
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds the operands of products to; None for nothing."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+# ---- the criterion ----
+
+
+def criterion_options(criterion) -> tuple[str, ...]:
+    """The attributes of a loss module that say what it computes."""
+    if type(criterion) is nn.CrossEntropyLoss:
+        return "reduction", "ignore_index", "label_smoothing", "forward"
+    return ("reduction", "forward") if type(criterion) is nn.MSELoss else ()
+
+
+def criterion_name(criterion) -> tuple[str | None, int]:
+    """The name of the fused criterion that a callable is, or None; and the label it ignores."""
+    if isinstance(criterion, str):
+        return criterion, _IGNORED
+    if not isinstance(criterion, nn.Module):
+        try:
+            return _NAMES.get(criterion), _IGNORED
+        except TypeError:  # not hashable
+            return None, _IGNORED
+    hooked = criterion._forward_hooks or criterion._forward_pre_hooks
+    hooked = hooked or criterion._backward_hooks or criterion._backward_pre_hooks
+    plain = not hooked and "forward" not in vars(criterion)
+    if not plain or getattr(criterion, "reduction", None) != "mean":
+        return None, _IGNORED
+    if type(criterion) is nn.MSELoss:
+        return "mse", _IGNORED
+    if type(criterion) is nn.CrossEntropyLoss:
+        if criterion.weight is None and criterion.label_smoothing == 0:
+            return "cross_entropy", criterion.ignore_index
+    return None, _IGNORED
+
+
+def ignored_label(criterion) -> int:
+    """The label of rows that do not count."""
+    return criterion_name(criterion)[1]
+
+
+# ---- what can be told at once ----
+
+
+def prepared(
+    net: Network, caller: str, x, target, criterion, context, update_mask: Iterable | None
+) -> Step:
+    """The arguments of a step, checked as far as they can be without a look at the stages.
+
+    Raises:
+        RuntimeError, ValueError: see `DecoupledSequential.step`.
+    """
+    if not net.training:
+        raise RuntimeError(f"{caller}: the network must be in training mode; call net.train()")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{caller}: training is not possible in torch.inference_mode()")
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise RuntimeError(f"{caller}: x must be a tensor of at least one row, got {got}")
+    known = criterion in ("cross_entropy", "mse") if isinstance(criterion, str) else None
+    if known is False or (known is None and not callable(criterion)):
+        raise ValueError(
+            f'{caller}: criterion must be "cross_entropy", "mse" or a callable, got {criterion!r}'
+        )
+    name, ignored = criterion_name(criterion)
+    if name is not None and not isinstance(target, Tensor):
+        raise RuntimeError(
+            f"{caller}: target must be a tensor for {name}, got {type(target).__name__}"
+        )
+    if context is not None and not isinstance(context, Tensor):
+        raise RuntimeError(f"{caller}: context must be a tensor, got {type(context).__name__}")
+    active = _active(caller, len(net.stages), update_mask)
+    x, context = _dense(x), _dense(context)
+    if name is not None:
+        target = _dense(target)
+    if name == "cross_entropy":
+        target = labels(target, ignored)
+    return Step(caller, x, target, criterion, name, context, active)
+
+
+def _active(caller: str, count: int, update_mask: Iterable | None) -> list[int]:
+    """For each stage, and one above, whether (1) or not (0) it is updated."""
+    if update_mask is None:
+        return [1] * (count + 1)
+    try:
+        mask = [] if isinstance(update_mask, str) else [*map(bool, update_mask)]
+    except (TypeError, RuntimeError):
+        mask = []
+    if len(mask) != count:
+        raise ValueError(
+            f"{caller}: update_mask must be one boolean for each of the {count} stages, got "
+            f"{len(mask) or type(update_mask).__name__}"
+        )
+    return [*map(int, mask), 1]
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.layout is torch.strided else tensor.to_dense()
+
+
+def labels(target: Tensor, ignored: int) -> Tensor:
+    """Labels in int64, as torch takes them too from uint8, and with one mark for rows to ignore."""
+    if target.dtype == torch.uint8:
+        target = target.long()
+    if ignored != _IGNORED and target.dtype == torch.int64:
+        target = target.masked_fill(target == ignored, _IGNORED)
+    return target
+
+
+def check_initialized(caller: str, parameters: list[Tensor]) -> None:
+    """Lazy layers have to have seen an input."""
+    if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
+        raise RuntimeError(
+            f"{caller}: lazy layers must have their shapes: run the network once before the step, "
+            "`net(x)`, and make the optimizer after that"
+        )
+
+
+def check_real(caller: str, x: Tensor, parameters: list[Tensor]) -> None:
+    """Refuses to train real parameters on data without values."""
+    fake = isinstance(x, FakeTensor) or active_fake_mode() is not None
+    if fake and not any(isinstance(p, FakeTensor) for p in parameters):
+        raise RuntimeError(
+            f"{caller}: x must have values, as the parameters have, got a fake tensor (or a "
+            "FakeTensorMode, in which nothing is computed)"
+        )
+
+
+def check_devices(step: Step, parameters: list[Tensor]) -> None:
+    """Tensors belong on the parameters' device."""
+    device = parameters[0].device if parameters else step.x.device
+    for name, tensor in (("x", step.x), ("target", step.target), ("context", step.context)):
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise RuntimeError(
+                f"{step.caller}: {name} must be on the parameters' device {device}, got "
+                f"{tensor.device}"
+            )
+
+
+def keep_apart(step: Step, written: Iterable[Tensor | None]) -> None:
+    """Copies data that lies in memory which the step writes, such as a running statistic."""
+    places = {t.untyped_storage().data_ptr() for t in written if t is not None and t.numel()}
+    for name in ("x", "target", "context"):
+        given = getattr(step, name)
+        if isinstance(given, Tensor) and given.untyped_storage().data_ptr() in places:
+            setattr(step, name, given.clone())
+
+
+# ---- what the stages that take local autograd have to be given ----
+
+
+def check_inputs(structure: Structure, step: Step) -> None:
+    """What a sweep would find out before it writes, for steps that are more than one sweep."""
+    caller, x = step.caller, step.x
+    layers = layers_of(structure.stages[0])
+    flat = x.flatten(1) if layers and flattens(layers[0]) and x.dim() > 2 else x
+    first = [layer for layer in layers[:2] if not flattens(layer)][:1]
+    if first and type(first[0]) is nn.Linear:
+        outputs, inputs = first[0].weight.shape
+        dtype = first[0].weight.dtype
+        if flat.dim() < 2 or flat.shape[-1] != inputs:
+            raise RuntimeError(f"{caller}: x must be (B, {inputs}), got {tuple(x.shape)}")
+        if x.dtype != dtype and autocast_dtype(x) is None:
+            raise RuntimeError(
+                f"{caller}: x must have the parameters' dtype {dtype}, got {x.dtype}"
+            )
+    if len(x) == 1 and flat.dim() == 2 and any(map(has_norm, structure.stages)):
+        raise RuntimeError(
+            f"{caller}: x must have at least 2 rows for BatchNorm in training, got 1"
+        )
+    if step.name is not None:
+        _check_target(structure, step, flat)
+    for synthesizer in (*structure.synthesizers, *structure.input_synthesizers):
+        _check_context(step, synthesizer)
+
+
+def _check_target(structure: Structure, step: Step, flat: Tensor) -> None:
+    caller, x, target = step.caller, step.x, step.target
+    if target.dim() == 0 or len(target) != len(x):
+        raise RuntimeError(
+            f"{caller}: target must have x's {len(x)} rows, got {tuple(target.shape)}"
+        )
+    floating = next((p.dtype for p in structure.parameters if p.is_floating_point()), None)
+    if step.name == "cross_entropy" and target.dtype != torch.int64:
+        raise RuntimeError(
+            f"{caller}: target must be int64 labels for cross_entropy, got {target.dtype}"
+        )
+    if step.name == "mse" and floating is not None and target.dtype != floating:
+        raise RuntimeError(
+            f"{caller}: target must have the parameters' dtype {floating}, got {target.dtype}"
+        )
+    head = plain_head(structure.stages[-1])
+    if head is not None and flat.dim() == 2:
+        outputs = head.weight.shape[0]
+        ops.sweep_check_target(caller, target, len(x), outputs, step.name)
+
+
+def _check_context(step: Step, synthesizer: nn.Module) -> None:
+    caller, x, context, target = step.caller, step.x, step.context, step.target
+    width = getattr(synthesizer, "context_dim", None)
+    if width is None:
+        return
+    if context is not None:
+        fits = context.dim() > 0 and context.shape[-1] == width
+        if not fits or (x.dim() == 2 and context.shape != (len(x), width)):
+            raise RuntimeError(
+                f"{caller}: context must be (B, C) = ({len(x)}, {width}), got "
+                f"{tuple(context.shape)}"
+            )
+        dtype = next((p.dtype for p in synthesizer.parameters() if p.is_floating_point()), None)
+        if dtype not in (None, context.dtype) and autocast_dtype(context) is None:
+            raise RuntimeError(
+                f"{caller}: context must have the parameters' dtype {dtype}, got {context.dtype}"
+            )
+    elif not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+        raise RuntimeError(
+            f"{caller}: context must be (B, C) = ({len(x)}, {width}), got None, and target holds "
+            "no labels to make it from"
+        )
+    elif target.numel() and target.device.type == "cpu" and target.max() >= width:
+        raise RuntimeError(
+            f"{caller}: context must be given, because the label {target.max()} has no place in a "
+            f"one-hot context of width {width}"
+        )

@@ -1,0 +1,36 @@
+"""What one step is given."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastdni.training.optimizers import Optimizers
+
+
+class Step:
+    """The arguments of a step, checked.
+
+    Attributes:
+        caller: whom messages name.
+        x, target, context: the data.
+        criterion: what was given; `name`: "cross_entropy" or "mse", or None for any other callable.
+        active: for each stage, and one above, whether (1) or not (0) it is updated.
+        optimizers: what makes the updates; None: gradients go to p.grad.
+    """
+
+    __slots__ = ("caller", "x", "target", "criterion", "name", "context", "active", "optimizers")
+
+    def __init__(
+        self,
+        caller: str,
+        x: Tensor,
+        target,
+        criterion: Callable,
+        name: str | None,
+        context: Tensor | None,
+        active: list[int],
+    ):
+        self.caller, self.x, self.target = caller, x, target
+        self.criterion, self.name = criterion, name
+        self.context, self.active = context, active
+        self.optimizers: Optimizers | None = None

@@ -1,0 +1,302 @@
+"""A synthesizer at one trigger: what it says, and how it learns from what should have been said.
+
+Two kinds: of a `BasicSynthesizer` by the fused op, of any other module by its own autograd. Both
+hold what their regression needs, and whether that still is as it was.
+"""
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdni import ops, reference
+from fastdni.reference import OptimizerSettings, SynthesizerParameters
+from fastdni.scopes import is_checkpointed
+from fastdni.synthesizers import plain_parameters, required_context
+
+
+def synthesize(
+    synthesizer: nn.Module, h: Tensor, ctx: Any, learn: bool
+) -> "FusedSynthesis | ModuleSynthesis":
+    """A synthesizer at a trigger; see `Boundary.predict`."""
+    parameters = plain_parameters(synthesizer)
+    if parameters is None:
+        return ModuleSynthesis(synthesizer, h, ctx, learn)
+    return FusedSynthesis(synthesizer, parameters, h, ctx, learn)
+
+
+class _Stamp:
+    """The versions of tensors: whether they still hold what they held.
+
+    Args:
+        given: those that must.
+        own: those that may change.
+    """
+
+    __slots__ = ("_given", "_of_given", "_of_own", "_own")
+
+    def __init__(self, given: list[Tensor], own: list[Tensor]):
+        self._given, self._own = given, own
+        self._of_given = [tensor._version for tensor in given]
+        self._of_own = [tensor._version for tensor in own]
+
+    def is_current(self) -> bool:
+        if [tensor._version for tensor in self._given] != self._of_given:
+            raise RuntimeError(
+                "synthesizer: trigger and context must stay as they are until the prediction made "
+                "from them is regressed; one has been modified by an inplace operation"
+            )
+        return [tensor._version for tensor in self._own] == self._of_own
+
+
+class FusedSynthesis:
+    """Of a BasicSynthesizer: one op for the prediction, one for the regression."""
+
+    is_fused = True
+
+    def __init__(self, synthesizer, parameters: SynthesizerParameters, h, ctx, learn: bool):
+        if parameters.context_weight is None:
+            ctx = None
+        else:
+            ctx = _fitted(required_context(ctx, parameters.context_weight), h)
+        self._synthesizer, self._parameters = synthesizer, parameters
+        self._h, self._ctx, self._dtype = h, ctx, _autocast_dtype(h)
+        self.learning = parameters.tensors()
+        self.message, self._hidden = self._evaluate()
+        self._stamp = None
+        if learn and not torch.compiler.is_compiling():
+            given = [h] if ctx is None else [h, ctx]
+            self._stamp = _Stamp(given, [self.message, *self._hidden, *self.learning])
+
+    def _arguments(self) -> tuple[Tensor, Tensor | None, SynthesizerParameters]:
+        arguments = (self._h, self._ctx, self._parameters)
+        return arguments if self._dtype is None else ops.cast(*arguments, self._dtype)
+
+    def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            return ops.synthesizer_fwd(*self._arguments())
+
+    def _is_current(self) -> bool:
+        # Within a compiled graph nobody else changes parameters.
+        if torch.compiler.is_compiling():
+            return True
+        return self._stamp is not None and self._stamp.is_current()
+
+    def check_learns(self) -> None:
+        if not any(tensor.requires_grad for tensor in self.learning):
+            raise ValueError(ops.FROZEN)
+
+    def loss(self, target: Tensor, scale: float | None) -> Tensor:
+        prediction = self.message if self._is_current() else self._evaluate()[0]
+        return _loss(prediction, target, scale)[0]
+
+    def gradients(self, target: Tensor, scale: float | None) -> tuple[Tensor, list[Tensor]]:
+        known = (self.message, self._hidden) if self._is_current() else self._evaluate()
+        h, ctx, parameters = self._arguments()
+        if target.dtype != h.dtype:  # under autocast: the error is formed in float32
+            target = target.to(reference.accumulate_dtype(h.dtype))
+        bias = len(parameters.biases) > 0
+        return ops.synthesizer_bwd(
+            target, *known, h, ctx, parameters.weights, bias, "batchmean", scale
+        )
+
+    def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
+        parameters = plain_parameters(self._synthesizer)
+        if parameters is None:  # it has become another one since
+            anew = ModuleSynthesis(self._synthesizer, self._h, self._ctx, True)
+            return anew.learn(target, scale, updates)
+        tensors = parameters.tensors()
+        if len(tensors) != len(self.learning) or not all(map(is_, tensors, self.learning)):
+            self._parameters, self.learning, self._stamp = parameters, tensors, None
+        if self._dtype is not None or (updates is None and not all(map(_is_bare, tensors))):
+            loss, gradients = self.gradients(target, scale)
+            _hand_over(tensors, gradients, updates)
+            return loss
+        known = (self.message, self._hidden) if self._is_current() else (None, None)
+        updates = _IntoGrad() if updates is None else updates
+        loss, _, _ = ops.boundary_(
+            parameters, self._h, self._ctx, target, *updates.state(tensors), scale, *known
+        )
+        updates.commit()
+        return loss
+
+
+def _fitted(context: Tensor, trigger: Tensor) -> Tensor:
+    """The context with the trigger's leading dimensions, as addition would broadcast it."""
+    shape = (*trigger.shape[:-1], *context.shape[-1:])
+    if context.shape != shape and context.dim() <= trigger.dim():
+        sizes = zip(reversed(context.shape[:-1]), reversed(shape[:-1]), strict=False)
+        if all(size in (1, wanted) for size, wanted in sizes):
+            context = context.expand(shape)
+    return context.detach()
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would cast the tensor to for a product; None for nothing."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+class ModuleSynthesis:
+    """Of any module: its own graph from one call."""
+
+    is_fused = False
+
+    def __init__(self, synthesizer: nn.Module, h: Tensor, ctx: Any, learn: bool):
+        self._synthesizer, self._h, self._ctx = synthesizer, h, ctx
+        self._graph, self._stamp, self.learning = None, None, []
+        made = self._record() if learn else self._call()
+        self.message = made.detach()
+
+    def _call(self) -> Tensor:
+        if not is_checkpointed():
+            return self._synthesizer(self._h, self._ctx)
+        # What is saved here is not for the checkpoint to drop.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            return self._synthesizer(self._h, self._ctx)
+
+    def _record(self) -> Tensor:
+        """The prediction, with the graph that it is differentiated through."""
+        h, ctx = self._h, self._ctx
+        with torch.enable_grad():
+            self._graph = self._call()
+        if torch.compiler.is_compiling():  # the outer graph goes on where the gradient is handed to
+            self.learning = [self._graph] if self._graph.requires_grad else []
+        else:
+            self.learning = _leaves(self._graph)
+            given = [tensor for tensor in (h, ctx) if isinstance(tensor, Tensor)]
+            self._stamp = _Stamp(given, [*self.learning, *self._synthesizer.parameters()])
+        return self._graph
+
+    def _current(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._graph
+        stays = self._graph is not None and self._stamp.is_current()
+        return self._graph if stays else self._record()
+
+    def check_learns(self) -> None:
+        if not self._current().requires_grad:
+            raise ValueError(ops.FROZEN)
+
+    def loss(self, target: Tensor, scale: float | None) -> Tensor:
+        return _loss(self.message, target, scale)[0]
+
+    def gradients(self, target: Tensor, scale: float | None) -> tuple[Tensor, list[Tensor | None]]:
+        learning, made = self.learning, self._current()
+        loss, error = _loss(made.detach(), target, scale)
+        if torch.compiler.is_compiling():
+            return loss, [error]
+        kept = graph_is_kept()
+        found = torch.autograd.grad(made, learning, error, retain_graph=kept, allow_unused=True)
+        if not kept:
+            self._graph = None
+        return loss, list(found)
+
+    def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
+        made = self._current()
+        loss, error = _loss(made.detach(), target, scale)
+        if updates is None:
+            torch.autograd.backward(made, error)
+        else:
+            _hand_over(self.learning, torch.autograd.grad(made, self.learning, error), updates)
+        self._graph = None
+        return loss
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The leaves of a tensor's graph, whose gradients autograd would accumulate."""
+    found, seen, left = [], set(), [tensor.grad_fn]
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        left += [below for below, _ in node.next_functions]
+    return found
+
+
+# Private, as compiled graphs of torch ask it.
+_keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def graph_is_kept() -> bool:
+    """Whether whoever runs the present backward pass may want another."""
+    return torch.compiler.is_compiling() or _keep_graph is None or _keep_graph()
+
+
+def _loss(prediction: Tensor, target: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """scale / 2 sum(e^2), and its gradient scale e."""
+    dtype = prediction.dtype
+    if target.dtype != dtype:
+        wide = torch.promote_types(target.dtype, dtype)
+        prediction, target = prediction.to(wide), target.to(wide)
+    loss, error = ops.regression_loss(prediction, target)
+    divisor = reference.reduction_divisor(error, "batchmean")
+    if scale is None:
+        scale = 2 / divisor
+    else:
+        loss = loss * (divisor * scale / 2)
+    return loss, (scale * error).to(dtype)
+
+
+def _is_bare(parameter: Tensor) -> bool:
+    """Whether a gradient comes to nothing but the parameter's own `grad`."""
+    return (
+        parameter.is_leaf
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+    )
+
+
+def _hand_over(parameters: list[Tensor], gradients, updates) -> None:
+    """Gives parameters their gradients as autograd does, or their update."""
+    pairs = list(zip(parameters, gradients, strict=True))
+    if updates is None:
+        pairs = [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        return
+    state, groups, settings = updates.state(parameters)
+    found = {id(p): g.to(p.dtype) for p, g in pairs}
+    with torch.no_grad():
+        for parameter, row, own in reference.assigned(parameters, state, groups, settings):
+            reference.wide_update(row, parameter, found[id(parameter)], own)
+    updates.commit()
+
+
+class _IntoGrad:
+    """The updates that only add gradients to `p.grad`."""
+
+    _settings = ops.flat([OptimizerSettings("gradient", a=a) for a in (0.0, 1.0)])  # write, add
+
+    def state(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[int], list[float]]:
+        state, groups, self._made = [], [], []
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                groups.append(-1)
+                continue
+            grad = parameter.grad
+            adds = grad is not None and grad.layout == torch.strided and grad.is_contiguous()
+            if not adds or grad.dtype != parameter.dtype:
+                grad, adds = torch.empty_like(parameter, memory_format=torch.contiguous_format), 0
+                self._made.append((parameter, grad))
+            groups.append(int(adds))
+            state.append(grad)
+        return state, groups, self._settings
+
+    def commit(self) -> None:
+        for parameter, grad in self._made:
+            if parameter.grad is None:
+                parameter.grad = grad
+            else:
+                parameter.grad = parameter.grad + grad

@@ -1,0 +1,113 @@
+"""One step of a decoupled network: repeated where it is like the last one, else prepared, then run.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from torch import Tensor
+
+from fastdni.training import arguments
+from fastdni.training.optimizers import Gradients, Optimizers, Updates
+from fastdni.training.running import Repetition, Results, run_by_parts, run_whole
+from fastdni.training.step import Step
+from fastdni.training.structure import Network, Structure
+
+GRADIENTS = object()  # in an optimizer's place: no update
+
+
+class Trainer:
+    """Steps of one network, and what they need to know of it from one to the next.
+
+    Steps are taken one at a time, whatever thread asks for them. The trainer holds neither the
+    network nor the optimizers; the network holds it.
+    """
+
+    def __init__(self):
+        self._lock = threading.RLock()
+        self._version = 0  # raised by all that makes what is known here stale
+        self._structure: Structure | None = None
+        self._optimizers: Optimizers | None = None
+        self._last: Repetition | None = None
+
+    def forget(self) -> None:
+        """Lets go of all that is known: what it was learnt from is about to change, or gone."""
+        self._version += 1
+        self._structure = self._optimizers = self._last = None
+
+    def step(
+        self,
+        net: Network,
+        caller: str,
+        x: Tensor,
+        target: Tensor,
+        optimizer,
+        criterion: str | Callable,
+        context: Tensor | None,
+        update_mask: Iterable[bool] | None,
+    ) -> Results:
+        """See `DecoupledSequential.step`; for GRADIENTS as the optimizer its `backward`."""
+        given = (x, target, optimizer, criterion, context, update_mask)
+        with self._lock:
+            if self._last is not None and self._last.is_like(*given):
+                return self._last.take(caller, x, target, context)
+            self._last = None
+            return self._prepare(net, caller, *given)()
+
+    def _prepare(
+        self, net, caller, x, target, optimizer, criterion, context, update_mask
+    ) -> Callable[[], Results]:
+        """A step that is not like the last one: its arguments checked, and who runs it found."""
+        step = arguments.prepared(net, caller, x, target, criterion, context, update_mask)
+        structure = self.structure(net, caller)
+        if optimizer is not GRADIENTS:
+            step.optimizers = self.optimizers(caller, optimizer)
+        arguments.check_devices(step, structure.parameters)
+        arguments.check_real(caller, step.x, structure.parameters)
+        parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
+        (part, *others) = parts
+        if not others and part.fused and part.takes(step.x, step.x):
+            if not part.plan(len(step.x)).can_repeat:
+                arguments.check_inputs(structure, step)
+            updates = self._fused_updates(part, step)
+            if updates is not None:
+                return partial(self._run_whole, structure, part, step, updates, (target, context))
+        arguments.check_inputs(structure, step)
+        return partial(run_by_parts, structure, parts, step)
+
+    @staticmethod
+    def _fused_updates(part, step: Step) -> Updates | Gradients | None:
+        """What the sweep does with its gradients; None: the optimizers' own steps use them."""
+        if step.optimizers is not None and step.optimizers.reason is not None:
+            return None
+        updates = part.updates(step, step.optimizers)
+        return updates if updates.reason is None else None
+
+    def _run_whole(self, structure, part, step, updates, given) -> Results:
+        version = self._version
+        results, repeatable = run_whole(structure, part, step, updates)
+        if repeatable and self._version == version:
+            self._last = Repetition(structure, part, step, updates, *given)
+        return results
+
+    # ---- what is known ----
+
+    def structure(self, net: Network, caller: str) -> Structure:
+        """The network as it is now."""
+        known = self._structure
+        if known is None or not known.is_current():
+            self.forget()
+            arguments.check_initialized(caller, list(net.parameters()))
+            self._structure = known = Structure(net)
+        return known
+
+    def optimizers(self, caller: str, given) -> Optimizers:
+        """What is given as the optimizer, for the network as it was last looked at."""
+        known = self._optimizers
+        if known is not None and known.is_current(given):
+            if known.are_alike(known.settings()) and not known.have_tensors():
+                return known
+        known = Optimizers(caller, given, self._structure.parameters, self.forget)
+        self._optimizers = known
+        return known
+
