@@ -28,12 +28,10 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
     return;
   }
   if (args.weight != nullptr) {
-    const int rows = static_cast<int>(args.rows);
-    TileProduct<precision, T> tile;
-    tile.add({args.grad, args.outputs, false, args.outputs}, first_output,
-             {args.input, args.inputs, false, args.inputs}, first_input, rows);
     T sums[kTileResults];
-    tile.finish(sums);
+    multiply_deep<precision, T>({args.grad, args.outputs, false, args.outputs}, first_output,
+                                {args.input, args.inputs, false, args.inputs}, first_input,
+                                args.rows, sums);
     const int64_t output = first_output + threadIdx.x / kSweepLanes;
 #pragma unroll
     for (int j = 0; j < kTileResults; ++j) {
