@@ -117,7 +117,9 @@ class FusedSynthesis:
         tensors = parameters.tensors()
         if len(tensors) != len(self.learning) or not all(map(is_, tensors, self.learning)):
             self._parameters, self.learning, self._stamp = parameters, tensors, None
-        if self._dtype is not None or (updates is None and not all(map(_is_bare, tensors))):
+        # What nothing is added to is handed over as it is made.
+        apart = updates is None and not all(map(_adds_up, tensors))
+        if self._dtype is not None or apart:
             loss, gradients = self.gradients(target, scale)
             _hand_over(tensors, gradients, updates)
             return loss
@@ -267,15 +269,28 @@ def _is_bare(parameter: Tensor) -> bool:
     )
 
 
+def _adds_up(parameter: Tensor) -> bool:
+    """Whether all there is to do with a gradient is to add it to one that is there."""
+    return not parameter.requires_grad or (parameter.grad is not None and _is_bare(parameter))
+
+
 def _hand_over(parameters: list[Tensor], gradients, updates) -> None:
     """Gives parameters their gradients as autograd does, or their update."""
-    pairs = list(zip(parameters, gradients, strict=True))
+    pairs = [(p, g.to(p.dtype)) for p, g in zip(parameters, gradients, strict=True)]
     if updates is None:
-        pairs = [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        left = []
+        for parameter, gradient in pairs:
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None and _is_bare(parameter):
+                parameter.grad = gradient
+            else:
+                left.append((parameter, gradient))
+        if left:
+            torch.autograd.backward(*zip(*left, strict=True))
         return
     state, groups, settings = updates.state(parameters)
-    found = {id(p): g.to(p.dtype) for p, g in pairs}
+    found = {id(p): g for p, g in pairs}
     with torch.no_grad():
         for parameter, row, own in reference.assigned(parameters, state, groups, settings):
             reference.wide_update(row, parameter, found[id(parameter)], own)
