@@ -38,7 +38,7 @@ from fastdni.scopes import (
     sends_with_backward_pass,
 )
 from fastdni.synthesizers import plain_parameters
-from fastdni.training.boundary import Boundary, Prediction, check_shape, mixed
+from fastdni.training.boundary import TRUE, Boundary, Prediction, check_shape, mixed
 from fastdni.training.synthesis import graph_is_kept
 
 _STEPS = {"send", "receive", "backward", "make_trigger"}
@@ -85,7 +85,7 @@ def _catch(
     carrier: Tensor,
     prediction: Prediction,
     scale: float | None = None,
-    send: tuple[float, float] = (1.0, 0.0),
+    send: tuple[float, float] = TRUE,
 ) -> Tensor:
     """A copy of carrier that makes the gradient arriving at it the prediction's target, and sends
     on what `Prediction.regress` does."""
@@ -267,8 +267,8 @@ class BackwardInterface(UnidirectionalInterface):
             return self._caught(trigger, (0.0, factor))
         sent = self._predict(trigger, self.learn)
         # The copy first: it refuses a frozen synthesizer while no gradient has been written.
-        triggered = self._caught(trigger.detach(), before=sent)
-        if sends_in_this_run():
+        triggered = self._copied(sent.trigger, self._again(sent, trigger, self.learn))
+        if torch.is_grad_enabled():  # or it is the first of a checkpoint's two runs
             send_gradient(trigger, mixed((0.0, factor), trigger, sent.message))
         return triggered
 
@@ -310,21 +310,16 @@ class BackwardInterface(UnidirectionalInterface):
         self._check_gradients_enabled("make_trigger")
         return self._caught(trigger)
 
-    def _caught(
-        self,
-        trigger: Tensor,
-        send: tuple[float, float] = (1.0, 0.0),
-        before: Prediction | None = None,
-    ) -> Tensor:
-        """A copy of the trigger, where the synthesizer learns from the gradient that arrives; after
-        an evaluation there, if there has been one."""
+    def _caught(self, trigger: Tensor, send: tuple[float, float] = TRUE) -> Tensor:
+        """A copy of the trigger, where the synthesizer learns from the gradient that arrives."""
         if is_second_run() and plain_parameters(self.synthesizer) is not None:
             # For what autograd saves, alone, and maybe with the context left.
             return trigger.detach().requires_grad_().clone()
-        if before is None:
-            prediction = self._predict(trigger, self.learn)
-        else:
-            prediction = self._again(before, trigger, self.learn)
+        return self._copied(trigger, self._predict(trigger, self.learn), send)
+
+    def _copied(
+        self, trigger: Tensor, prediction: Prediction, send: tuple[float, float] = TRUE
+    ) -> Tensor:
         if self.learn:
             return _catch(trigger, prediction, send=send)
         check_shape(prediction.message, trigger)

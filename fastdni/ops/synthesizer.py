@@ -15,6 +15,10 @@ FROZEN = "synthetic_gradient should need gradient but it does not"
 _DEVICES = backend.kernel_devices("synthesizer_fwd")
 _fwd = torch.ops.fastdni.synthesizer_fwd.default
 _bwd = torch.ops.fastdni.synthesizer_bwd.default
+# Autograd looks past them, which saves a `no_grad` at each call.
+_library = torch.library.Library("fastdni", "IMPL")
+for _op in ("synthesizer_fwd", "synthesizer_bwd"):
+    _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("fastdni::synthesizer_fwd")
@@ -98,12 +102,13 @@ def synthesizer_fwd(
         prediction, hidden = _fwd(trigger, context, *parameters, "bfloat16")
         return prediction.bfloat16(), [h.bfloat16() for h in hidden]
     torch.ops.fastdni.synthesizer_check(trigger, context, *parameters)
-    if server == "triton":
-        prediction, *hidden = torch.ops.fastdni.triton_synthesizer_fwd(
-            trigger, context, *parameters, precision_of(trigger)
-        )
-        return prediction, hidden
-    return reference.synthesizer_fwd(trigger, context, *parameters)
+    with torch.no_grad():
+        if server == "triton":
+            prediction, *hidden = torch.ops.fastdni.triton_synthesizer_fwd(
+                trigger, context, *parameters, precision_of(trigger)
+            )
+            return prediction, hidden
+        return reference.synthesizer_fwd(trigger, context, *parameters)
 
 
 def synthesizer_bwd(
@@ -150,11 +155,12 @@ def synthesizer_bwd(
         loss, grads = _bwd(*map(_widened, arguments), "bfloat16", scale)
         return loss, [grad.bfloat16() for grad in grads]
     torch.ops.fastdni.synthesizer_bwd_check(*arguments)
-    if server == "triton":
-        precision = precision_of(prediction)
-        loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, precision, scale)
-        return loss, grads
-    return reference.synthesizer_bwd(*arguments, scale=scale)
+    with torch.no_grad():
+        if server == "triton":
+            precision = precision_of(prediction)
+            loss, *grads = torch.ops.fastdni.triton_synthesizer_bwd(*arguments, precision, scale)
+            return loss, grads
+        return reference.synthesizer_bwd(*arguments, scale=scale)
 
 
 def precision_of(tensor: Tensor) -> str:
@@ -180,7 +186,8 @@ def cast(
     trigger: Tensor, context: Tensor | None, parameters: SynthesizerParameters, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, SynthesizerParameters]:
     """The arguments of `synthesizer_fwd` in another dtype, as autocast wants them."""
-    tensors = [tensor.to(dtype) for tensor in parameters.tensors()]
+    with torch.no_grad():
+        tensors = [tensor.to(dtype) for tensor in parameters.tensors()]
     parameters = SynthesizerParameters.of(
         tensors, len(parameters.weights), len(parameters.biases) > 0
     )

@@ -25,6 +25,9 @@ from fastdni import reference
 from fastdni.training.synthesis import FusedSynthesis, ModuleSynthesis, synthesize
 
 
+TRUE = (1.0, 0.0)  # what is sent by default
+
+
 class Updates(Protocol):
     """Who updates a synthesizer, in the call that regresses it."""
 
@@ -69,6 +72,7 @@ class Prediction:
     """What a synthesizer predicted at a trigger, to be regressed on the true one.
 
     Attributes:
+        trigger: h, detached.
         message: g^, (..., N), detached.
         is_fused: whether M is a BasicSynthesizer; another module may be random, and is called once
             more by whoever wants to predict twice.
@@ -76,7 +80,7 @@ class Prediction:
 
     def __init__(self, made: FusedSynthesis | ModuleSynthesis):
         self._made = made
-        self.message, self.is_fused = made.message, made.is_fused
+        self.trigger, self.message, self.is_fused = made.trigger, made.message, made.is_fused
 
     @property
     def learning(self) -> list[Tensor]:
@@ -97,7 +101,7 @@ class Prediction:
         self,
         target: Tensor,
         scale: float | None = None,
-        send: tuple[float, float] = (1.0, 0.0),
+        send: tuple[float, float] = TRUE,
         updates: Updates | None = None,
         learn: bool = True,
     ) -> tuple[Tensor, Tensor]:
@@ -144,7 +148,7 @@ def check_shape(prediction: Tensor, like: Tensor) -> None:
 def mixed(send: tuple[float, float], true: Tensor, message: Tensor) -> Tensor:
     """What is sent on, a g + b g^ in g's dtype; nothing is computed, or copied, without need."""
     a, b = send
-    if _is(b, 0):
+    if send is TRUE or _is(b, 0):
         return true if _is(a, 1) else true * a
     part = message if _is(b, 1) else message * b
     part = part if part.dtype == true.dtype else part.to(true.dtype)

@@ -51,6 +51,14 @@ class _Stamp:
         return [tensor._version for tensor in self._own] == self._of_own
 
 
+class _Unchanging:
+    """In a compiled graph, where nobody else changes anything."""
+
+    @staticmethod
+    def is_current() -> bool:
+        return True
+
+
 class FusedSynthesis:
     """Of a BasicSynthesizer: one op for the prediction, one for the regression."""
 
@@ -62,31 +70,31 @@ class FusedSynthesis:
         else:
             ctx = _fitted(required_context(ctx, parameters.context_weight), h)
         self._synthesizer, self._parameters = synthesizer, parameters
-        self._h, self._ctx, self._dtype = h, ctx, _autocast_dtype(h)
+        self.trigger, self._ctx, self._dtype = h, ctx, _autocast_dtype(h)
         self.learning = parameters.tensors()
         self.message, self._hidden = self._evaluate()
         self._stamp = None
-        if learn and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._stamp = _Unchanging
+        elif learn:
             given = [h] if ctx is None else [h, ctx]
             self._stamp = _Stamp(given, [self.message, *self._hidden, *self.learning])
 
     def _arguments(self) -> tuple[Tensor, Tensor | None, SynthesizerParameters]:
-        arguments = (self._h, self._ctx, self._parameters)
+        arguments = (self.trigger, self._ctx, self._parameters)
         return arguments if self._dtype is None else ops.cast(*arguments, self._dtype)
 
     def _evaluate(self) -> tuple[Tensor, list[Tensor]]:
-        with torch.no_grad():
-            return ops.synthesizer_fwd(*self._arguments())
+        return ops.synthesizer_fwd(*self._arguments())
 
     def _is_current(self) -> bool:
-        # Within a compiled graph nobody else changes parameters.
-        if torch.compiler.is_compiling():
-            return True
         return self._stamp is not None and self._stamp.is_current()
 
     def check_learns(self) -> None:
-        if not any(tensor.requires_grad for tensor in self.learning):
-            raise ValueError(ops.FROZEN)
+        for tensor in self.learning:
+            if tensor.requires_grad:
+                return
+        raise ValueError(ops.FROZEN)
 
     def loss(self, target: Tensor, scale: float | None) -> Tensor:
         prediction = self.message if self._is_current() else self._evaluate()[0]
@@ -105,19 +113,21 @@ class FusedSynthesis:
     def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
         parameters = plain_parameters(self._synthesizer)
         if parameters is None:  # it has become another one since
-            anew = ModuleSynthesis(self._synthesizer, self._h, self._ctx, True)
+            anew = ModuleSynthesis(self._synthesizer, self.trigger, self._ctx, True)
             return anew.learn(target, scale, updates)
         tensors = parameters.tensors()
         if len(tensors) != len(self.learning) or not all(map(is_, tensors, self.learning)):
             self._parameters, self.learning, self._stamp = parameters, tensors, None
-        if self._dtype is not None or (updates is None and not all(map(_is_bare, tensors))):
+        # What nothing is added to is handed over as it is made.
+        apart = updates is None and not all(map(_adds_up, tensors))
+        if self._dtype is not None or apart:
             loss, gradients = self.gradients(target, scale)
             _hand_over(tensors, gradients, updates)
             return loss
         known = (self.message, self._hidden) if self._is_current() else (None, None)
         updates = _IntoGrad() if updates is None else updates
         loss, _, _ = ops.boundary_(
-            parameters, self._h, self._ctx, target, *updates.state(tensors), scale, *known
+            parameters, self.trigger, self._ctx, target, *updates.state(tensors), scale, *known
         )
         updates.commit()
         return loss
@@ -147,21 +157,21 @@ class ModuleSynthesis:
     is_fused = False
 
     def __init__(self, synthesizer: nn.Module, h: Tensor, ctx: Any, learn: bool):
-        self._synthesizer, self._h, self._ctx = synthesizer, h, ctx
+        self._synthesizer, self.trigger, self._ctx = synthesizer, h, ctx
         self._graph, self._stamp, self.learning = None, None, []
         made = self._record() if learn else self._call()
         self.message = made.detach()
 
     def _call(self) -> Tensor:
         if not is_checkpointed():
-            return self._synthesizer(self._h, self._ctx)
+            return self._synthesizer(self.trigger, self._ctx)
         # What is saved here is not for the checkpoint to drop.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            return self._synthesizer(self._h, self._ctx)
+            return self._synthesizer(self.trigger, self._ctx)
 
     def _record(self) -> Tensor:
         """The prediction, with the graph that it is differentiated through."""
-        h, ctx = self._h, self._ctx
+        h, ctx = self.trigger, self._ctx
         with torch.enable_grad():
             self._graph = self._call()
         if torch.compiler.is_compiling():  # the outer graph goes on where the gradient is handed to
@@ -260,15 +270,28 @@ def _is_bare(parameter: Tensor) -> bool:
     )
 
 
+def _adds_up(parameter: Tensor) -> bool:
+    """Whether all there is to do with a gradient is to add it to one that is there."""
+    return not parameter.requires_grad or (parameter.grad is not None and _is_bare(parameter))
+
+
 def _hand_over(parameters: list[Tensor], gradients, updates) -> None:
     """Gives parameters their gradients as autograd does, or their update."""
-    pairs = list(zip(parameters, gradients, strict=True))
+    pairs = [(p, g.to(p.dtype)) for p, g in zip(parameters, gradients, strict=True)]
     if updates is None:
-        pairs = [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        left = []
+        for parameter, gradient in pairs:
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None and _is_bare(parameter):
+                parameter.grad = gradient
+            else:
+                left.append((parameter, gradient))
+        if left:
+            torch.autograd.backward(*zip(*left, strict=True))
         return
     state, groups, settings = updates.state(parameters)
-    found = {id(p): g.to(p.dtype) for p, g in pairs}
+    found = {id(p): g for p, g in pairs}
     with torch.no_grad():
         for parameter, row, own in reference.assigned(parameters, state, groups, settings):
             reference.wide_update(row, parameter, found[id(parameter)], own)
