@@ -21,7 +21,8 @@ def _network(dtype, norm=False, n_hidden=0, context=_CLASSES, unlocked=False, mi
     stages = []
     for k, n in zip(widths, widths[1:], strict=False):
         last = n == _CLASSES
-        layers = [nn.Linear(k, n)]
+        # In front of a BatchNorm a bias has no gradient but rounding, of which Adam makes steps.
+        layers = [nn.Linear(k, n, bias=last or not norm)]
         if not last:
             layers += [nn.BatchNorm1d(n)] if norm else []
             layers += [nn.ReLU() if n == 36 else nn.Tanh()]
@@ -41,7 +42,7 @@ def _network(dtype, norm=False, n_hidden=0, context=_CLASSES, unlocked=False, mi
         *stages, synthesizers=of_gradients, input_synthesizers=of_inputs, bp_lambda=lam
     )
     for parameter in net.synthesizer_parameters():
-        nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.02)
     return net.to(dtype)
 
 
@@ -59,13 +60,13 @@ def _adamw(net):
 
 def _momentum(net):
     return torch.optim.SGD(
-        net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3
+        net.parameters(), lr=0.001, momentum=0.9, nesterov=True, weight_decay=1e-3
     )
 
 
 # Of each network how it is made, its optimizer, and further arguments of a step.
 _CASES = {
-    "sgd": ({}, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), {}),
+    "sgd": ({}, lambda net: torch.optim.SGD(net.parameters(), lr=0.01), {}),
     "momentum": ({}, _momentum, {}),
     "adam": ({"context": None}, _adam, {}),
     "adamw-groups": ({"n_hidden": 1}, _adamw, {}),
