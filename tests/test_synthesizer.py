@@ -97,7 +97,7 @@ def test_large_products_are_right_in_both_libraries(context, layout, library):
 
 
 def test_many_rows():
-    """More rows than 64 chunks of 16: csrc/cpu/kernels/synthesizer.h gives a chunk more."""
+    """Many chunks of 16 (csrc/cpu/kernels/synthesizer.h), and a part of one."""
     assert_right(problem((64 * 16 * 2 + 7,), Sizes(7, 9, 5), 2))
 
 

@@ -14,7 +14,7 @@ namespace {
 template <class Pass>
 void for_chunks(const cpu::RowChunks& chunks, const Pass& pass) {
   constexpr int64_t kElementsPerTask = 16384;  // worth waking a thread for
-  const int64_t per_chunk = std::max(chunks.rows_per_chunk * chunks.columns, int64_t{1});
+  const int64_t per_chunk = std::max(chunks.kRows * chunks.columns, int64_t{1});
   const int64_t grain = (kElementsPerTask + per_chunk - 1) / per_chunk;
   torch::stable::parallel_for(0, chunks.count(), grain, pass);
 }

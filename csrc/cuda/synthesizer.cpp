@@ -3,6 +3,7 @@
 
 #include "common/names.h"
 #include "cuda/device.h"
+#include "cuda/kernels/sweep_library.h"
 #include "cuda/library_product.h"
 #include "ops/synthesizer.h"
 
@@ -13,8 +14,9 @@ namespace {
 bool is_large(const Tensor& like, Precision precision, int64_t rows, int64_t columns,
               int64_t depth) {
   const bool wide = like.scalar_type() == ScalarType::Double;
-  return static_cast<double>(rows) * columns * depth >=
-         static_cast<double>(library_from(precision, wide, like.is_cpu()));
+  const int64_t from = library_from(precision, wide, like.is_cpu());
+  const bool is_long = depth >= kLongBatch && from < std::numeric_limits<int64_t>::max();
+  return is_long || static_cast<double>(rows) * columns * depth >= static_cast<double>(from);
 }
 
 // out = a b by it.

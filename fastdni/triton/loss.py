@@ -71,14 +71,14 @@ def mse_kernel(
 
 @triton.jit
 def sum_kernel(partials, count, divisor, divisor_at, out, COUNT: tl.constexpr):
-    """out = the sum of partial sums over a divisor, which may be on the device."""
+    """out = the sum of partial sums, however many, over a divisor, which may be on the device."""
     k = tl.arange(0, COUNT)
-    sums = tl.zeros((COUNT,), tl.float32)
+    sums = tl.zeros((COUNT,), tl.float64)
     for start in range(0, count, COUNT):
-        sums += tl.load(partials + start + k, mask=start + k < count, other=0.0)
+        sums += tl.load(partials + start + k, mask=start + k < count, other=0.0).to(tl.float64)
     if divisor_at is not None:
         divisor = tl.load(divisor_at).to(tl.float32)
-    tl.store(out, tl.sum(sums) / divisor)
+    tl.store(out, (tl.sum(sums) / divisor).to(tl.float32))
 
 
 def criterion(h: Tensor, target: Tensor, name: str, activation: str) -> tuple[Tensor, Tensor]:

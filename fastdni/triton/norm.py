@@ -1,4 +1,5 @@
-"""BatchNorm1d over the batch's own statistics: a program owns columns, over all rows.
+"""BatchNorm1d over the batch's own statistics: a program owns columns, over all rows, however many:
+the sums of a few rows are joined in float64.
 
 The formulas and letters are those of `fastdni.reference.sweep`.
 """
@@ -26,18 +27,20 @@ def norm_kernel(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, ROWS).to(tl.int64)
     inside = c < columns
-    mean = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float64)
     for start in range(0, rows, ROWS):
         n = start + r
         here = (n < rows)[:, None] & inside[None, :]
-        mean += tl.sum(tl.load(z + n[:, None] * columns + c[None, :], mask=here, other=0.0), 0)
-    mean = mean / rows
-    squares = tl.zeros((COLUMNS,), tl.float32)
+        found = tl.load(z + n[:, None] * columns + c[None, :], mask=here, other=0.0)
+        total += tl.sum(found, 0).to(tl.float64)
+    mean = (total / rows).to(tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float64)
     for start in range(0, rows, ROWS):
         n = start + r
         here = (n < rows)[:, None] & inside[None, :]
         off = tl.load(z + n[:, None] * columns + c[None, :], mask=here, other=0.0) - mean[None, :]
-        squares += tl.sum(tl.where(here, off * off, 0.0), 0)
+        total += tl.sum(tl.where(here, off * off, 0.0), 0).to(tl.float64)
+    squares = total.to(tl.float32)
     inverse = 1.0 / tl.sqrt(squares / rows + eps)
     tl.store(inverse_out + c, inverse, mask=inside)
     if running_mean is not None:
@@ -69,15 +72,17 @@ def norm_gradient_kernel(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, ROWS).to(tl.int64)
     inside = c < columns
-    sums = tl.zeros((COLUMNS,), tl.float32)
-    dots = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float64)
+    total_dots = tl.zeros((COLUMNS,), tl.float64)
     for start in range(0, rows, ROWS):
         n = start + r
         here = (n < rows)[:, None] & inside[None, :]
         at = n[:, None] * columns + c[None, :]
         gradient = tl.load(du + at, mask=here, other=0.0)
-        sums += tl.sum(gradient, 0)
-        dots += tl.sum(gradient * tl.load(normalized + at, mask=here, other=0.0), 0)
+        product = gradient * tl.load(normalized + at, mask=here, other=0.0)
+        total += tl.sum(gradient, 0).to(tl.float64)
+        total_dots += tl.sum(product, 0).to(tl.float64)
+    sums, dots = total.to(tl.float32), total_dots.to(tl.float32)
     tl.store(of_gamma + c, dots, mask=inside)
     tl.store(of_beta + c, sums, mask=inside)
     scale = tl.load(inverse + c, mask=inside, other=0.0)

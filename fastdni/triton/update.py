@@ -6,12 +6,13 @@ The mathematics of an update is that of `fastdni.reference.optimizer_update`.
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdni.reference import OptimizerSettings
+from fastdni.reference import OptimizerSettings, one_hot
 from fastdni.triton.op import launched
 from fastdni.triton.tile import Precision, add_product, cast, halves, positions, tile_for
 
@@ -130,13 +131,14 @@ def update_tile(
         )  # fmt: skip
     if bias_sums is not None:  # noqa: SIM102  decided when it is compiled, what follows when it runs
         if first_input == 0:  # one of the tiles of these outputs
-            sum_of_bias = tl.zeros((OUTPUTS,), tl.float32)
+            total = tl.zeros((OUTPUTS,), tl.float64)  # of rows without end
             at = bias_sums + first_output + r[:, None] * outputs + o[None, :]
             for start in range(0, sum_rows, ROWS):
                 left = r < sum_rows - start
                 part = tl.load(at, mask=left[:, None] & own[None, :], other=0.0)
-                sum_of_bias += tl.sum(part.to(tl.float32), 0)
+                total += tl.sum(part.to(tl.float32), 0).to(tl.float64)
                 at += ROWS * outputs
+            sum_of_bias = total.to(tl.float32)
             update(sum_of_bias, of_bias, first_output, o, own, numbers, RULE, DECAYED, FLAG)
             if of_more[0] is not None:
                 update(sum_of_bias, of_more, first_output, o, own, numbers, RULE, DECAYED, FLAG)
@@ -216,6 +218,24 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
+# Rows from which on torch's library makes a weight's gradient: a tile here sums all rows one after
+# the other, which loses digits, and there are few tiles. Estimated, not measured; as in
+# csrc/cuda/kernels/sweep_library.h.
+_LONG_BATCH = 16384
+
+
+def _long_gradient(grad: Tensor, x: Tensor, weight: Tensor, precision: Precision) -> Tensor:
+    """grad^T x over many rows."""
+    if x.dim() == 1:
+        x = one_hot(x, weight.shape[1], grad)
+    if precision.name != "bfloat16":
+        return torch.mm(grad.T, x)
+    narrow, narrow_x = precision.rounded(grad), precision.rounded(x)
+    if not grad.is_cuda:
+        return torch.mm(narrow.T.float(), narrow_x.float())
+    return torch.mm(narrow.T, narrow_x, out_dtype=torch.float32)
+
+
 def apply(
     grad: Tensor | None,
     x: Tensor | None,
@@ -233,7 +253,12 @@ def apply(
         sums: (P, N), whose column sums are the gradient of the biases.
         biases: up to two of (N,).
     """
-    if weight is not None and weight.value.numel() > 0:
+    if weight is not None and weight.value.numel() > 0 and len(grad) >= _LONG_BATCH:
+        # Laid out as a bias's gradient, which it is then for the kernel.
+        found = _long_gradient(grad, x, weight.value, precision).view(1, -1)
+        flat = weight._replace(value=weight.value.view(-1), kept=[k.view(-1) for k in weight.kept])
+        _launch(None, None, None, found, [flat], precision)
+    elif weight is not None and weight.value.numel() > 0:
         together = [bias for bias in biases if bias.has_numbers_of(weight)]
         _launch(grad, x, weight, sums, together, precision)
         biases = [bias for bias in biases if not bias.has_numbers_of(weight)]

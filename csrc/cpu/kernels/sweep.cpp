@@ -201,12 +201,21 @@ double cross_entropy_rows(Matrix<const T> output, const int64_t* target, T scale
 template <Isa isa, class T>
 void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t last,
                  T* __restrict__ sums) {
-  for (int64_t c = 0; c < last - first; ++c) sums[c] = 0;
-  for (int64_t r = 0; r < batch; ++r) {
-    const T* __restrict__ values = matrix.row(r) + first;
+  const int64_t columns = last - first;
+  double totals[kSummedColumns] = {};
+  for (int64_t begin = 0; begin < batch; begin += kSummedRows) {
+    const int64_t end = batch - begin < kSummedRows ? batch : begin + kSummedRows;
+    for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
+    for (int64_t r = begin; r < end; ++r) {
+      const T* __restrict__ values = matrix.row(r) + first;
 #pragma omp simd
-    for (int64_t c = 0; c < last - first; ++c) sums[c] += values[c];
+      for (int64_t c = 0; c < columns; ++c) sums[c] += values[c];
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) totals[c] += sums[c];
   }
+#pragma omp simd
+  for (int64_t c = 0; c < columns; ++c) sums[c] = static_cast<T>(totals[c]);
 }
 
 namespace {

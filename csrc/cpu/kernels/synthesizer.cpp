@@ -89,9 +89,9 @@ void add_chunks(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chu
   const int64_t count = chunks.count();
 #pragma omp simd
   for (int64_t c = 0; c < columns; ++c) {
-    accumulate_t<T> total = 0;
+    double total = 0;
     for (int64_t chunk = 0; chunk < count; ++chunk) total += column_sums[chunk * columns + c];
-    sum[c] = static_cast<T>(total);
+    sum[c] = static_cast<T>(static_cast<accumulate_t<T>>(total));
   }
 }
 

@@ -1,7 +1,8 @@
 // What a synthesizer does between its matrix products, fused into one pass over each matrix.
 //
-// Rows are cut into chunks that depend on the shape alone, and column sums are formed per chunk and
-// then over the chunks in order: results do not depend on the number of threads.
+// Rows are cut into chunks, and column sums are formed per chunk and then in double over the chunks
+// in order: results do not depend on the number of threads, and however many rows there are no more
+// is lost than by torch's own sums.
 #pragma once
 #include <cstdint>
 
@@ -12,16 +13,13 @@ namespace fastdni::cpu {
 
 struct RowChunks {
   int64_t rows, columns;
-  int64_t rows_per_chunk;
 
-  // At most 64 chunks, so that the column sums of the chunks stay small beside the matrix.
-  RowChunks(int64_t rows, int64_t columns)
-      : rows(rows), columns(columns), rows_per_chunk(rows <= 16 * 64 ? 16 : (rows + 63) / 64) {}
+  static constexpr int64_t kRows = 16;
 
-  int64_t count() const { return (rows + rows_per_chunk - 1) / rows_per_chunk; }
-  int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
+  int64_t count() const { return (rows + kRows - 1) / kRows; }
+  int64_t begin(int64_t chunk) const { return chunk * kRows; }
   int64_t end(int64_t chunk) const {
-    const int64_t next = begin(chunk) + rows_per_chunk;
+    const int64_t next = begin(chunk) + kRows;
     return next < rows ? next : rows;
   }
 };

@@ -1,6 +1,6 @@
 // Kernels of regression_loss. One pass reads both inputs, writes the error and leaves one partial
 // sum a block; the block of a second launch adds them up. No atomics: the same inputs give the same
-// bits. Errors and sums are accumulate_t<T>.
+// bits. Errors and a chunk's sums are accumulate_t<T>.
 #pragma once
 #include "cuda/kernels/block_reduce.cuh"
 #include "cuda/kernels/regression_loss.h"
@@ -8,10 +8,9 @@
 
 namespace fastdni::cuda {
 
-// Writes the errors of one chunk and returns sum + this thread's share of their squares.
+// Writes the errors of one chunk and returns this thread's share of their squares.
 template <bool kWhole, class T>
-__device__ accumulate_t<T> add_chunk(const RegressionLoss<T>& args, int64_t chunk,
-                                     accumulate_t<T> sum) {
+__device__ accumulate_t<T> chunk_squares(const RegressionLoss<T>& args, int64_t chunk) {
   using A = accumulate_t<T>;
   constexpr int kWidth = kVectorWidth<T>;
   constexpr int kStride = kRegressionLossThreads * kWidth;
@@ -25,6 +24,7 @@ __device__ accumulate_t<T> add_chunk(const RegressionLoss<T>& args, int64_t chun
     prediction[v] = load<kWhole, kWidth>(args.prediction, first + v * kStride, args.n);
     target[v] = load<kWhole, kWidth>(args.target, first + v * kStride, args.n);
   }
+  A sum = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     Vector<A, kWidth> error;
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kRegressionLossThreads)
   // A view of another tensor may start anywhere. The order of the sum is the same either way.
   const bool aligned = is_vector_aligned(args.prediction) && is_vector_aligned(args.target) &&
                        is_vector_aligned(args.error);
-  accumulate_t<T> sum = 0;
+  double total = 0;  // of chunks without end
   for (int64_t chunk = blockIdx.x; chunk * kRegressionLossChunk < args.n; chunk += gridDim.x) {
     const bool whole = aligned && (chunk + 1) * kRegressionLossChunk <= args.n;
-    sum = whole ? add_chunk<true>(args, chunk, sum) : add_chunk<false>(args, chunk, sum);
+    total += whole ? chunk_squares<true>(args, chunk) : chunk_squares<false>(args, chunk);
   }
 
-  sum = block_sum<kRegressionLossThreads>(sum);
+  const auto sum = block_sum<kRegressionLossThreads>(static_cast<accumulate_t<T>>(total));
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     *args.loss = sum / static_cast<accumulate_t<T>>(args.divisor);

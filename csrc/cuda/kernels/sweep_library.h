@@ -11,7 +11,8 @@
 namespace fastdni::cuda {
 
 // Rows from which on the library makes every gradient of a weight: it divides long sums among
-// blocks, where one of ours goes through all rows. Estimated, not measured.
+// blocks, where one of ours goes through all rows, which also loses digits. Estimated, not
+// measured.
 constexpr int64_t kLongBatch = 16384;
 
 class LibraryProducts {

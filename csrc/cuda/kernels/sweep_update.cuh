@@ -69,10 +69,8 @@ __device__ void multiply_gradient(const SweepStep<T>& step, const Job& job, cons
                                   T (&sums)[kTileResults]) {
   Side<T> input{resolve(step, job.input), job.inputs, false, job.inputs};
   if (input.data == nullptr) input.labels = static_cast<const int64_t*>(step.target);
-  TileProduct<precision, T> tile;
-  tile.add({resolve(step, job.grad), job.outputs, false, job.outputs}, task.output, input,
-           task.input, static_cast<int>(step.batch));
-  tile.finish(sums);
+  multiply_deep<precision, T>({resolve(step, job.grad), job.outputs, false, job.outputs},
+                              task.output, input, task.input, step.batch, sums);
 }
 
 // A tile of a weight's gradient, and its update.
@@ -98,20 +96,25 @@ __device__ void update_weight(const SweepStep<T>& step, const Job& job, const Ta
 template <class T>
 __device__ T column_sum(const T* grad, int64_t rows, int columns, int first) {
   constexpr int kWarps = kSweepThreads / kWarpSize, kGroups = kSweepThreads / kSweepRows;
-  FASTDNI_SHARED(T, sums, kWarps * kSweepRows);
+  // Joined in double: more additions in a row would lose more than torch's own sums do.
+  constexpr int64_t kStep = 16 * kGroups;
+  constexpr int kSums = kWarps * kSweepRows;
+  FASTDNI_SHARED(double, sums, kSums);
   static_assert(kGroups == 2 * kWarps);
   const int column = threadIdx.x % kSweepRows, group = threadIdx.x / kSweepRows;
-  T sum = 0;
-  if (first + column < columns) {
+  double sum = 0;
+  for (int64_t begin = group; begin < rows && first + column < columns; begin += kStep) {
+    const int64_t end = begin + kStep < rows ? begin + kStep : rows;
+    T part = 0;
 #pragma unroll 8  // several reads on their way
-    for (int64_t r = group; r < rows; r += kGroups) sum += grad[r * columns + first + column];
+    for (int64_t r = begin; r < end; r += kGroups) part += grad[r * columns + first + column];
+    sum += part;
   }
   sum += __shfl_xor_sync(kAllLanes, sum, kSweepRows);
   if (group % 2 == 0) sums[group / 2 * kSweepRows + column] = sum;
   __syncthreads();
-  if (group > 0) return sum;
-  for (int w = 1; w < kWarps; ++w) sum += sums[w * kSweepRows + column];
-  return sum;
+  for (int w = 1; w < kWarps && group == 0; ++w) sum += sums[w * kSweepRows + column];
+  return static_cast<T>(sum);
 }
 
 // Block (x, y): of the columns of a task that has biases, the sums of the y-th kSummedRows rows.

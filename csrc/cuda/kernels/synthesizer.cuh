@@ -47,11 +47,9 @@ __global__ void __launch_bounds__(kSweepThreads, kSweepBlocks<T>)
   if (is_updated(args.weight)) {
     T sums[kTileResults];
     if (args.ready == nullptr) {
-      TileProduct<precision, T> tile;
-      tile.add({args.grad, args.outputs, false, args.outputs}, first_output,
-               {args.input, args.inputs, false, args.inputs}, first_input,
-               static_cast<int>(args.rows));
-      tile.finish(sums);
+      multiply_deep<precision, T>({args.grad, args.outputs, false, args.outputs}, first_output,
+                                  {args.input, args.inputs, false, args.inputs}, first_input,
+                                  args.rows, sums);
     }
     const SweepParameter<T> weight = with_numbers(args.weight);
     const int64_t output = first_output + threadIdx.x / kSweepLanes;

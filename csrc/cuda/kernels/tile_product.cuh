@@ -310,4 +310,30 @@ class TileProduct {
   T sums_[kSums] = {};
 };
 
+// The tile of a product over any depth, of sides that are not depth_first: so many steps at a time.
+// More additions in a row would lose more than a library's sums do.
+constexpr int kDeepSteps = 4096;
+
+template <Precision precision, class T>
+__device__ void multiply_deep(Side<T> a, int a_first, Side<T> b, int b_first, int64_t depth,
+                              T (&result)[kTileResults]) {
+  T totals[kTileResults] = {};
+  for (int64_t first = 0; first < depth; first += kDeepSteps) {
+    const int64_t left = depth - first;
+    TileProduct<precision, T> tile;
+    tile.add(a, a_first, b, b_first, static_cast<int>(left < kDeepSteps ? left : kDeepSteps));
+    tile.finish(result);
+#pragma unroll
+    for (int j = 0; j < kTileResults; ++j) totals[j] += result[j];
+    a.data += static_cast<int64_t>(kDeepSteps) * a.stride;
+    if (b.labels != nullptr) {
+      b.labels += kDeepSteps;
+    } else {
+      b.data += static_cast<int64_t>(kDeepSteps) * b.stride;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTileResults; ++j) result[j] = totals[j];
+}
+
 }  // namespace fastdni::cuda
