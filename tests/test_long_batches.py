@@ -46,7 +46,7 @@ def test_a_step(size, kind, criterion):
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["random", "all rows equal"])
-@pytest.mark.parametrize("rows", [300, 5_000, 262_144, 1_000_000])
+@pytest.mark.parametrize("rows", [256, 300, 5_000, 262_144, 1_000_000])
 def test_a_synthesizers_gradients(rows, equal):
     """Where all rows are equal the roundings of a long sum add up."""
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_a_synthesizers_gradients(rows, equal):
     assert_near(found, oracle, plain)
 
 
-@pytest.mark.parametrize("rows", [64, 128, 5_000, 262_144, 1_000_000])
+@pytest.mark.parametrize("rows", [64, 65, 128, 5_000, 262_144, 1_000_000])
 def test_a_bias_of_equal_gradients(rows):
     """Of a head alone."""
     torch.manual_seed(0)

@@ -201,10 +201,10 @@ double cross_entropy_rows(Matrix<const T> output, const int64_t* target, T scale
 template <Isa isa, class T>
 void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t last,
                  T* __restrict__ sums) {
-  const int64_t columns = last - first;
+  const int64_t columns = last - first, step = batch <= kShortBatch ? kShortBatch : kSummedRows;
   double totals[kSummedColumns] = {};
-  for (int64_t begin = 0; begin < batch; begin += kSummedRows) {
-    const int64_t end = batch - begin < kSummedRows ? batch : begin + kSummedRows;
+  for (int64_t begin = 0; begin < batch; begin += step) {
+    const int64_t end = batch - begin < step ? batch : begin + step;
     for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
     for (int64_t r = begin; r < end; ++r) {
       const T* __restrict__ values = matrix.row(r) + first;

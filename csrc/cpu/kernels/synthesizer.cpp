@@ -83,15 +83,28 @@ void relu_backward(const ReluBackward<T>& args, const RowChunks& chunks, int64_t
   }
 }
 
-template <Isa isa, class T>
-void add_chunks(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chunks) {
+namespace {
+
+template <class Sum, class T>
+void add_chunks_in(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chunks) {
   const int64_t columns = chunks.columns;
   const int64_t count = chunks.count();
 #pragma omp simd
   for (int64_t c = 0; c < columns; ++c) {
-    double total = 0;
+    Sum total = 0;
     for (int64_t chunk = 0; chunk < count; ++chunk) total += column_sums[chunk * columns + c];
     sum[c] = static_cast<T>(static_cast<accumulate_t<T>>(total));
+  }
+}
+
+}  // namespace
+
+template <Isa isa, class T>
+void add_chunks(const accumulate_t<T>* column_sums, T* sum, const RowChunks& chunks) {
+  if (chunks.count() <= RowChunks::kFew) {
+    add_chunks_in<accumulate_t<T>>(column_sums, sum, chunks);
+  } else {
+    add_chunks_in<double>(column_sums, sum, chunks);
   }
 }
 

@@ -1,8 +1,8 @@
 // What a synthesizer does between its matrix products, fused into one pass over each matrix.
 //
-// Rows are cut into chunks, and column sums are formed per chunk and then in double over the chunks
-// in order: results do not depend on the number of threads, and however many rows there are no more
-// is lost than by torch's own sums.
+// Rows are cut into chunks, and column sums are formed per chunk and then over the chunks in order,
+// of more than kFew in double: results do not depend on the number of threads, and however many
+// rows there are no more is lost than by torch's own sums.
 #pragma once
 #include <cstdint>
 
@@ -14,7 +14,7 @@ namespace fastdni::cpu {
 struct RowChunks {
   int64_t rows, columns;
 
-  static constexpr int64_t kRows = 16;
+  static constexpr int64_t kRows = 16, kFew = 16;
 
   int64_t count() const { return (rows + kRows - 1) / kRows; }
   int64_t begin(int64_t chunk) const { return chunk * kRows; }
