@@ -261,6 +261,28 @@ def test_versions_tell_what_was_written():
         assert all(t._version > 0 for t in case.state)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_device(rule, dtype, device):
+    p = problem((33,), Sizes(20, 24, 17), 1, dtype=dtype, device=device)
+    assert_right(Case(p, rule))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "adamw"])
+def test_numbers_on_the_device(rule, device):
+    """Step counts, as capturable=True puts them there, and the learning rate."""
+    case = Case(problem((33,), n_hidden=1, device=device), rule)
+    twin = case.to(torch.float32)
+    lr, width = torch.tensor(RULES[rule].lr, device=device), len(case.state) // 6
+    case.settings[1] = float("nan")
+    kept = [t.to(device) for t in case.state]
+    case.state = [t for i in range(6) for t in (*kept[i * width : (i + 1) * width], lr)]
+    found, expected = case.run(), twin.run()
+    torch.testing.assert_close(found[:9], expected[:9])
+    rest = [t for t in case.state if t is not lr]
+    torch.testing.assert_close([t.cpu() for t in rest], [t.cpu() for t in twin.state])
+
+
 @pytest.mark.parametrize("rule", ["add", "adam"])
 def test_the_reference_backend_agrees(rule, device):
     case = Case(problem((7,), n_hidden=2, device=device), rule)

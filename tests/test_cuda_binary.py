@@ -35,6 +35,7 @@ FLOATING = {
     "sweep_labels_kernel",
     "sweep_sums_kernel",
     "sweep_prepare_kernel",
+    "synthesizer_prepare_kernel",
     "sweep_loss_kernel",
 }
 LOSS = {"regression_loss_kernel", "regression_loss_sum_kernel"}

@@ -34,7 +34,7 @@ def given(name, number=np.float64):
 
 def found(run, name, number=np.float64, **how):
     rows, inputs, outputs, context = SIZES[name]
-    params = {"dtype": np.dtype(number).name, "divisor": float(rows)}
+    params = {"dtype": np.dtype(number).name, "divisor": float(rows), "updates": 1}
     params |= {"rows": rows, "inputs": inputs, "outputs": outputs, "context": context}
     sizes = [rows * outputs] * 2 + [rows * inputs, outputs * inputs, outputs, outputs]
     sizes += [outputs * context, 1, rows * outputs]

@@ -36,7 +36,7 @@ BoundaryArguments check_boundary(const std::string& caller, const Tensor& trigge
   }
   check_synthesizer(caller, trigger, context, given.weights, given.biases, given.context_weight,
                     given.context_bias);
-  check_target(caller, target, trigger, given.weights);
+  check_regression_target(caller, target, trigger, given.weights);
   if (prediction.has_value()) {
     check_activations(caller, *prediction, hidden, trigger, given.weights);
   } else {

@@ -92,8 +92,8 @@ void check_activations(const std::string& caller, const Tensor& prediction, cons
   }
 }
 
-void check_target(const std::string& caller, const Tensor& target, const Tensor& trigger,
-                  const Tensors& weights) {
+void check_regression_target(const std::string& caller, const Tensor& target, const Tensor& trigger,
+                             const Tensors& weights) {
   const bool wide =
       trigger.scalar_type() == ScalarType::BFloat16 && target.scalar_type() == ScalarType::Float;
   if (!wide || target.device() != trigger.device()) check_like(caller, "target", target, trigger);
@@ -107,7 +107,7 @@ double check_synthesizer_bwd(const Tensor& target, const Tensor& prediction, con
   const std::string caller = kSynthesizer;
   check_weights(caller, trigger, weights);
   check_activations(caller, prediction, hidden, trigger, weights);
-  check_target(caller, target, trigger, weights);
+  check_regression_target(caller, target, trigger, weights);
   if (context.has_value()) {
     check_like(caller, "context", *context, trigger);
     check_shape(caller, "context", *context,

@@ -27,8 +27,8 @@ inline void check_kernel_dtype(const std::string& caller, const Tensor& trigger)
 void check_activations(const std::string& caller, const Tensor& prediction, const Tensors& hidden,
                        const Tensor& trigger, const Tensors& weights);
 
-void check_target(const std::string& caller, const Tensor& target, const Tensor& trigger,
-                  const Tensors& weights);
+void check_regression_target(const std::string& caller, const Tensor& target, const Tensor& trigger,
+                             const Tensors& weights);
 
 // Returns what the sum of squared errors is divided by; half of that times `scale` is one.
 double check_synthesizer_bwd(const Tensor& target, const Tensor& prediction, const Tensors& hidden,

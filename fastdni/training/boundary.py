@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from fastdni import reference
 from fastdni.training.synthesis import FusedSynthesis, ModuleSynthesis, synthesize
 
-
 TRUE = (1.0, 0.0)  # what is sent by default
 
 

@@ -75,8 +75,8 @@ void run(simt::Case& io) {
   T* second_grad = io.output<T>(outputs);
   T* ctx_grad = io.output<T>(outputs * context);
   T* loss = io.output<T>(1);
-  T* difference = io.output<T>(rows * outputs);
-  Adam<T> of_weight(io, weight, outputs * inputs), of_bias(io, bias, outputs);
+  const bool updates = io.integer("updates", 0);
+  T* difference = updates ? io.output<T>(rows * outputs) : nullptr;
 
   cuda::SweepStep<T> step{};
   step.batch = rows;
@@ -135,11 +135,14 @@ void run(simt::Case& io) {
   args.partial_count = partial_count;
   args.divisor = divisor;
   cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
-  args.weight = of_weight.prepared();
-  args.bias = of_bias.prepared();
   args.second_bias = {};
-  args.ready = io.integer("ready", 0) ? weight_grad : nullptr;
-  cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
+  if (updates) {
+    Adam<T> of_weight(io, weight, outputs * inputs), of_bias(io, bias, outputs);
+    args.weight = of_weight.prepared();
+    args.bias = of_bias.prepared();
+    args.ready = io.integer("ready", 0) ? weight_grad : nullptr;
+    cuda::launch_synthesizer_gradient(args, Precision::exact, nullptr);
+  }
   args.input = ctx;
   args.inputs = layer.context;
   args.weight = written_to(ctx_grad);
