@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import UninitializedTensorMixin
 
 from fastdni import ops
-from fastdni.training.stages import flattens, has_norm, layers_of, plain_head
+from fastdni.training.stages import begins, has_norm, plain_head
 from fastdni.training.step import Step
 from fastdni.training.structure import Network, Structure
 
@@ -180,12 +180,10 @@ def keep_apart(step: Step, written: Iterable[Tensor | None]) -> None:
 def check_inputs(structure: Structure, step: Step) -> None:
     """What a sweep would find out before it writes, for steps that are more than one sweep."""
     caller, x = step.caller, step.x
-    layers = layers_of(structure.stages[0])
-    flat = x.flatten(1) if layers and flattens(layers[0]) and x.dim() > 2 else x
-    first = [layer for layer in layers[:2] if not flattens(layer)][:1]
-    if first and type(first[0]) is nn.Linear:
-        outputs, inputs = first[0].weight.shape
-        dtype = first[0].weight.dtype
+    flattened, first = begins(structure.stages[0])
+    flat = x.flatten(1) if flattened and x.dim() > 2 else x
+    if type(first) is nn.Linear:
+        inputs, dtype = first.weight.shape[1], first.weight.dtype
         if flat.dim() < 2 or flat.shape[-1] != inputs:
             raise RuntimeError(f"{caller}: x must be (B, {inputs}), got {tuple(x.shape)}")
         if x.dtype != dtype and autocast_dtype(x) is None:

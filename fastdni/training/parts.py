@@ -14,7 +14,7 @@ from fastdni import ops
 from fastdni.reference import SweepStage, accumulate_dtype
 from fastdni.training.boundary import Boundary, Prediction, context_for, learns, mixed
 from fastdni.training.optimizers import Optimizers
-from fastdni.training.stages import FusedStage, layers_of
+from fastdni.training.stages import FusedStage, flattens, layers_of
 from fastdni.training.step import Step
 from fastdni.training.updates import Gradients, Updates
 
@@ -37,7 +37,8 @@ class FusedPart:
     def __init__(self, stages: list[FusedStage], first: int, criterion: str | None, precision: str):
         self.stages: list[SweepStage] = [stage.sweep for stage in stages]
         self.first, self.precision = first, precision
-        self._flattens = stages[0].flattens
+        self._before = stages[0].before
+        self._flattens = any(map(flattens, self._before))
         self._unlocked = self.stages[0].input_synthesizer is not None
         self._how = {
             "criterion": criterion,
@@ -83,10 +84,10 @@ class FusedPart:
         return flat and (not self._unlocked or network_input.dim() == 2)
 
     def input(self, x: Tensor) -> Tensor:
-        """x as the sweep takes it: (B, K), and in the parameters' dtype where a stage below or
-        autocast gave it another one."""
-        if x.dim() > 2:
-            x = x.flatten(1)
+        """x as the sweep takes it: through the layers before the first Linear, and in the
+        parameters' dtype where a stage below or autocast gave it another one."""
+        for layer in self._before:
+            x = layer(x)
         dtype = self.stages[0].weight.dtype
         cast = x.dtype != dtype and (self.first > 0 or self.precision == "bfloat16")
         return x.to(dtype) if cast else x
@@ -103,7 +104,7 @@ class _FusedPass:
         self.part, self._step = part, step
         self._plan = plan = part.plan(len(x))
         target = step.target if isinstance(step.target, Tensor) else None
-        network_input = part.input(step.x) if plan.separate_input else None
+        network_input = step.x.to(plan.parameters[0].dtype) if plan.separate_input else None
         with torch.no_grad():
             # In complete unlock the output is what the next stage gets instead.
             self.output, self.loss, self._input_gradient = ops.sweep_forward_(

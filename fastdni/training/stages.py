@@ -14,7 +14,7 @@ FORM = "[Flatten] Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]"
 DTYPES = (torch.float32, torch.float64)
 
 # What the classes compute, as long as nobody patches them.
-_FUSED = (nn.Sequential, nn.Flatten, nn.Linear, nn.BatchNorm1d, *ACTIVATIONS)
+_FUSED = (nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, nn.BatchNorm1d, *ACTIVATIONS)
 _FORWARDS = {kind: kind.forward for kind in _FUSED}
 
 
@@ -23,10 +23,11 @@ class Unfused(Exception):
 
 
 class FusedStage(NamedTuple):
-    """A stage as the sweep sees it, and whether it flattens its input to (B, K) first."""
+    """A stage as the sweep sees it, and the layers before, which make the sweep's input: Flatten,
+    and in front of the whole network Dropout."""
 
     sweep: SweepStage
-    flattens: bool
+    before: tuple[nn.Module, ...]
 
 
 def layers_of(stage: nn.Module) -> list[nn.Module]:
@@ -39,18 +40,27 @@ def flattens(layer: nn.Module) -> bool:
     return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
-def _parse_layers(stage: nn.Module) -> tuple[bool, nn.Linear, nn.BatchNorm1d | None, str]:
+def _parse_layers(
+    stage: nn.Module, lowest: bool
+) -> tuple[tuple[nn.Module, ...], nn.Linear, nn.BatchNorm1d | None, str]:
     layers = layers_of(stage)
-    begins = bool(layers) and flattens(layers[0])
-    rest = layers[1:] if begins else layers
+    begin = 0
+    while begin < len(layers) and _prepares(layers[begin], lowest):
+        begin += 1
+    before, rest = tuple(layers[:begin]), layers[begin:]
     if rest and type(rest[0]) is nn.Linear:
         linear, *rest = rest
         norm = rest.pop(0) if rest and type(rest[0]) is nn.BatchNorm1d else None
         if not rest or (len(rest) == 1 and type(rest[0]) in ACTIVATIONS):
             activation = ACTIVATIONS[type(rest[0])] if rest else "identity"
-            return begins, linear, norm, activation
+            return before, linear, norm, activation
     kinds = [type(layer).__name__ for layer in layers]
     raise Unfused(f"{' -> '.join(kinds) or 'nothing'} is not {FORM}")
+
+
+def _prepares(layer: nn.Module, lowest: bool) -> bool:
+    """Whether a layer in front of a Linear is none of the sweep's business."""
+    return flattens(layer) or (lowest and type(layer) is nn.Dropout and not layer.inplace)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -121,15 +131,17 @@ def parse(
     synthesizer: nn.Module | None,
     input_synthesizer: nn.Module | None,
     network_inputs: int | None,
+    lowest: bool = False,
 ) -> FusedStage:
-    """What a sweep has to know of a stage and the synthesizers of the boundary above it.
+    """What a sweep has to know of a stage and the synthesizers of the boundary above it; `lowest`:
+    whether nobody else gets its input, or wants the gradient of it.
 
     Raises:
         Unfused: no sweep can run it; the message says why.
     """
     if _has_any_global_hook():
         raise Unfused("there are hooks on all modules")
-    begins, linear, norm, activation = _parse_layers(stage)
+    before, linear, norm, activation = _parse_layers(stage, lowest)
     for module in stage.modules():
         kind = type(module)
         if is_changed(module) or (kind in _FORWARDS and kind.forward is not _FORWARDS[kind]):
@@ -145,7 +157,7 @@ def parse(
         _synthesizer_of(input_synthesizer, network_inputs, outputs),
     )
     _check_parameters(sweep)
-    return FusedStage(sweep, begins)
+    return FusedStage(sweep, before)
 
 
 def has_norm(stage: nn.Module) -> bool:
@@ -155,6 +167,15 @@ def has_norm(stage: nn.Module) -> bool:
         type(below) is nn.Linear and isinstance(norm, nn.BatchNorm1d) and norm.training
         for below, norm in zip(layers, layers[1:], strict=False)
     )
+
+
+def begins(stage: nn.Module) -> tuple[bool, nn.Module | None]:
+    """Whether a stage flattens its input, and the first layer that does more than to prepare it."""
+    layers = layers_of(stage)
+    rest = [layer for layer in layers if not _prepares(layer, True)]
+    first = rest[0] if rest else None
+    before = layers if first is None else layers[: layers.index(first)]
+    return any(map(flattens, before)), first
 
 
 def plain_head(stage: nn.Module) -> nn.Linear | None:

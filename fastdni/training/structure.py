@@ -76,7 +76,8 @@ class Structure:
             unlocked = self.input_synthesizers and not top
             of_input = self.input_synthesizers[number] if unlocked else None
             try:
-                self.parsed.append(parse(stage, of_gradient, of_input, inputs))
+                lowest = number == 0 and not self.input_synthesizers
+                self.parsed.append(parse(stage, of_gradient, of_input, inputs, lowest))
                 self.reasons.append(None)
             except Unfused as reason:
                 self.parsed.append(None)

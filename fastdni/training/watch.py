@@ -35,6 +35,7 @@ GLOBAL_OPTIMIZER_HOOKS = (
 _OPTIONS = {
     nn.BatchNorm1d: ("momentum", "eps", "track_running_stats", "num_features"),
     nn.Flatten: ("start_dim", "end_dim"),
+    nn.Dropout: ("p", "inplace"),
 }
 _FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential)
 _PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
