@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from fastdni import backend
 from fastdni.network import Criterion, DecoupledSequential
-from fastdni.training.arguments import autocast_dtype, criterion_name
+from fastdni.training.arguments import autocast_dtype
+from fastdni.training.criteria import known
 from fastdni.training.parts import FusedPart, LocalPart
 from fastdni.training.stages import layers_of
 from fastdni.training.structure import Structure
@@ -72,7 +73,7 @@ def _rows(net: DecoupledSequential, x: Tensor, optimizer, criterion: Criterion) 
     of_updates = optimizers.reason
     if of_updates is None:
         of_updates = Updates(optimizers, structure.parameters).reason
-    name, autocast = criterion_name(criterion)[0], autocast_dtype(x)
+    name, autocast = known(criterion).name, autocast_dtype(x)
     inputs = _inputs(net, x)
     rows = []
     for part in structure.parts(name, autocast, len(x)):

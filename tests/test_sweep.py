@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 from conftest import sample
 from sweep_problem import CASES as PROBLEMS
 from sweep_problem import CONTEXT, OPTIMIZERS, Problem, cast, stages
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 
 from fastdni import _C, ops, use_backend
 

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional as F
 from torch.nn.parameter import UninitializedTensorMixin
 
 from fastdni import ops
+from fastdni.training import criteria
 from fastdni.training.stages import begins, has_norm, plain_head
 from fastdni.training.step import Step
 from fastdni.training.structure import Network, Structure
-
-_IGNORED = -100  # the label of rows that do not count
-_NAMES = {F.cross_entropy: "cross_entropy", F.mse_loss: "mse"}
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -28,43 +25,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
-
-
-# ---- the criterion ----
-
-
-def criterion_options(criterion) -> tuple[str, ...]:
-    """The attributes of a loss module that say what it computes."""
-    if type(criterion) is nn.CrossEntropyLoss:
-        return "reduction", "ignore_index", "label_smoothing", "forward"
-    return ("reduction", "forward") if type(criterion) is nn.MSELoss else ()
-
-
-def criterion_name(criterion) -> tuple[str | None, int]:
-    """The name of the fused criterion that a callable is, or None; and the label it ignores."""
-    if isinstance(criterion, str):
-        return criterion, _IGNORED
-    if not isinstance(criterion, nn.Module):
-        try:
-            return _NAMES.get(criterion), _IGNORED
-        except TypeError:  # not hashable
-            return None, _IGNORED
-    hooked = criterion._forward_hooks or criterion._forward_pre_hooks
-    hooked = hooked or criterion._backward_hooks or criterion._backward_pre_hooks
-    plain = not hooked and "forward" not in vars(criterion)
-    if not plain or getattr(criterion, "reduction", None) != "mean":
-        return None, _IGNORED
-    if type(criterion) is nn.MSELoss:
-        return "mse", _IGNORED
-    fused = type(criterion) is nn.CrossEntropyLoss and criterion.weight is None
-    if fused and criterion.label_smoothing == 0:
-        return "cross_entropy", criterion.ignore_index
-    return None, _IGNORED
-
-
-def ignored_label(criterion) -> int:
-    """The label of rows that do not count."""
-    return criterion_name(criterion)[1]
 
 
 # ---- what can be told at once ----
@@ -90,19 +50,19 @@ def prepared(
         raise ValueError(
             f'{caller}: criterion must be "cross_entropy", "mse" or a callable, got {criterion!r}'
         )
-    name, ignored = criterion_name(criterion)
-    if name is not None and not isinstance(target, Tensor):
+    name = criteria.known(criterion).name
+    if known and not isinstance(target, Tensor):
         raise RuntimeError(
             f"{caller}: target must be a tensor for {name}, got {type(target).__name__}"
         )
+    if name is not None and not known and not criteria.takes(name, target, x):
+        name = None  # what torch makes of such a target
     if context is not None and not isinstance(context, Tensor):
         raise RuntimeError(f"{caller}: context must be a tensor, got {type(context).__name__}")
     active = _active(caller, len(net.stages), update_mask)
     x, context = _dense(x), _dense(context)
     if name is not None:
         target = _dense(target)
-    if name == "cross_entropy":
-        target = labels(target, ignored)
     return Step(caller, x, target, criterion, name, context, active)
 
 
@@ -124,15 +84,6 @@ def _active(caller: str, count: int, update_mask: Iterable | None) -> list[int]:
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.layout is torch.strided else tensor.to_dense()
-
-
-def labels(target: Tensor, ignored: int) -> Tensor:
-    """Labels in int64, as torch takes them too from uint8, and with one mark for rows to ignore."""
-    if target.dtype == torch.uint8:
-        target = target.long()
-    if ignored != _IGNORED and target.dtype == torch.int64:
-        target = target.masked_fill(target == ignored, _IGNORED)
-    return target
 
 
 def check_initialized(caller: str, parameters: list[Tensor]) -> None:
@@ -172,6 +123,31 @@ def keep_apart(step: Step, written: Iterable[Tensor | None]) -> None:
         given = getattr(step, name)
         if isinstance(given, Tensor) and given.untyped_storage().data_ptr() in places:
             setattr(step, name, given.clone())
+
+
+def labels_of(structure: Structure, step: Step) -> criteria.Labels | None:
+    """How the labels, and the contexts made of them, are handed to a sweep; None: as they are."""
+    known = criteria.known(step.criterion)
+    if step.name != "cross_entropy" or not isinstance(step.target, Tensor):
+        return None
+    if step.target.dtype != torch.uint8 and known.ignored == criteria.Known(None).ignored:
+        return None
+    modules = (*structure.synthesizers, *structure.input_synthesizers)
+    widths = {getattr(module, "context_dim", None) for module in modules} - {None}
+    like = next((p for p in structure.parameters if p.is_floating_point()), step.x)
+    return criteria.Labels(known.ignored, like, widths.pop() if len(widths) == 1 else None)
+
+
+def normalize(structure: Structure, step: Step) -> None:
+    """Brings what torch's own losses take into the form that the fused ones take, or leaves it to
+    torch's."""
+    if step.name == "mse" and not isinstance(step.criterion, str):
+        head = plain_head(structure.stages[-1])
+        if head is None or step.target.shape != (len(step.x), head.weight.shape[0]):
+            step.name = None  # torch broadcasts, and warns
+    step.labels = labels_of(structure, step)
+    if step.labels is not None:
+        step.target, step.context = step.labels(step.target, step.context)
 
 
 # ---- what the stages that take local autograd have to be given ----

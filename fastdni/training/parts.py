@@ -8,17 +8,16 @@ lets them make their updates. What belongs to one step is in the passes, none of
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastdni import ops
 from fastdni.reference import SweepStage, accumulate_dtype
 from fastdni.training.boundary import Boundary, Prediction, context_for, learns, mixed
+from fastdni.training.criteria import FUNCTIONS
 from fastdni.training.optimizers import Optimizers
 from fastdni.training.stages import FusedStage, flattens, layers_of
 from fastdni.training.step import Step
 from fastdni.training.updates import Gradients, Updates
 
-_CRITERIA = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 _MAX_PLANS = 8  # of a part, by batch size (an epoch has one or two)
 
 
@@ -193,7 +192,7 @@ class _LocalPass:
         with torch.set_grad_enabled(bool(self._active)):
             self._output = part.stage(self._x.clone() if inplace else self._x)
             if part.boundary is None:
-                criterion = _CRITERIA.get(step.name, step.criterion)
+                criterion = FUNCTIONS.get(step.name, step.criterion)
                 self._loss = criterion(self._output, step.target)
                 self.loss = self._loss.detach()
         self.output = self._output.detach()

@@ -8,11 +8,12 @@ from torch import Tensor
 from fastdni import backend, ops
 from fastdni.reference import accumulate_dtype
 from fastdni.training import arguments
+from fastdni.training.criteria import watch_criterion
 from fastdni.training.parts import FusedPart, count_versions
 from fastdni.training.step import Step
 from fastdni.training.structure import Structure
 from fastdni.training.updates import Gradients, Updates
-from fastdni.training.watch import MODULE_HOOKS, Watch
+from fastdni.training.watch import Watch
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss, output, synthesis losses
 
@@ -117,8 +118,7 @@ class Repetition:
         self._modules, self._part = structure.watch, part
         self._plan = plan = part.plan(len(step.x))
         self._optimizers, self._updates = step.optimizers, updates
-        self._criterion, self._ignored = step.criterion, arguments.ignored_label(step.criterion)
-        self._relabels = step.target is not target
+        self._criterion, self._labels = step.criterion, step.labels
         self._x = _kind(step.x)
         self._target = _kind(target)
         self._context = None if context is None else _kind(context)
@@ -132,11 +132,7 @@ class Repetition:
         updates.watch(self._kept)
         for tensor in self._versions:
             self._kept.tensor(tensor)
-        if isinstance(self._criterion, torch.nn.Module):
-            options = arguments.criterion_options(self._criterion)
-            self._kept.items(vars(self._criterion), (*options, "_buffers", *MODULE_HOOKS))
-            for name in MODULE_HOOKS:
-                self._kept.size(vars(self._criterion)[name])
+        watch_criterion(self._kept, self._criterion)
         self._kept.done()
 
     def is_like(self, x, target, optimizer, criterion, context, update_mask) -> bool:
@@ -166,8 +162,8 @@ class Repetition:
 
     def take(self, caller: str, x: Tensor, target: Tensor, context: Tensor | None) -> Results:
         """Loss, output and synthesis losses of a step that `is_like`."""
-        if self._relabels:
-            target = arguments.labels(target, self._ignored)
+        if self._labels is not None:
+            target, context = self._labels(target, context)
         output, loss, synthesis_loss = ops.sweep_repeat_(
             self._plan, self._part.input(x), target, context, self._settings, caller
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fastdni.training.criteria import Labels
 from fastdni.training.optimizers import Optimizers
 
 
@@ -16,9 +17,13 @@ class Step:
         criterion: what was given; `name`: "cross_entropy" or "mse", or None for any other callable.
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         optimizers: what makes the updates; None: gradients go to p.grad.
+        labels: how target and context were brought into the form that a sweep takes; None: as they
+            were.
     """
 
-    __slots__ = ("caller", "x", "target", "criterion", "name", "context", "active", "optimizers")
+    __slots__ = (
+        "caller", "x", "target", "criterion", "name", "context", "active", "optimizers", "labels",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -34,3 +39,4 @@ class Step:
         self.criterion, self.name = criterion, name
         self.context, self.active = context, active
         self.optimizers: Optimizers | None = None
+        self.labels: Labels | None = None

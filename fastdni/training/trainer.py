@@ -1,4 +1,4 @@
-"""One step of a decoupled network: repeated where it is like the last one, else prepared and run."""
+"""A step of a decoupled network: repeated where it is like the last one, else prepared and run."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -68,6 +68,7 @@ class Trainer:
             step.optimizers = self.optimizers(caller, optimizer)
         arguments.check_devices(step, structure.parameters)
         arguments.check_real(caller, step.x, structure.parameters)
+        arguments.normalize(structure, step)
         parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
         (part, *others) = parts
         if not others and part.fused and part.takes(step.x, step.x):

@@ -103,7 +103,7 @@ class Updates:
                 fits = tensor.dtype in (torch.float32, torch.float64)
             else:
                 fits = tensor.dtype == parameter.dtype
-                # torch adds a gradient to momentum in another dtype, to Adam's averages it does not.
+                # torch adds a gradient to momentum in another dtype, not to Adam's averages.
                 right = fits or (key == "momentum_buffer" and tensor.is_floating_point())
                 right = right and tensor.shape == parameter.shape
                 fits = fits and tensor.device == parameter.device and tensor.is_contiguous()
