@@ -31,7 +31,7 @@ def no_reference(monkeypatch):
         if torch.cuda.is_available() and fastdni.backends()[name] == "available":
             backend.why_unserved(torch.device("cuda"), name)
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise ReferenceCalled
 
     for name in ("regression_loss", "synthesizer_fwd", "synthesizer_bwd"):

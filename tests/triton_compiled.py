@@ -105,7 +105,7 @@ def ops(dtype: torch.dtype, precision: str) -> None:
     forward = synthesizer.synthesizer_fwd._init_fn
     prediction, *hidden = forward(x, None, weights, biases, None, None, precision)
     backward = synthesizer.synthesizer_bwd._init_fn
-    backward(target, prediction, hidden, x, None, weights, True, "batchmean", precision)
+    backward(target, prediction, hidden, x, None, weights, True, "batchmean", precision, None)
     regression_loss.regression_loss._init_fn(prediction, target, "batchmean")
 
 

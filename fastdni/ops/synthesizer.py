@@ -10,7 +10,10 @@ from torch import Tensor
 from fastdni import backend, reference
 from fastdni.reference import SynthesizerParameters
 
-FROZEN = "synthetic_gradient should need gradient but it does not"
+FROZEN = (
+    "synthetic_gradient should need gradient but it does not; an interface made with learn=False "
+    "sends without learning"
+)
 
 _DEVICES = backend.kernel_devices("synthesizer_fwd")
 _fwd = torch.ops.fastdni.synthesizer_fwd.default
