@@ -90,7 +90,6 @@ class Updates {
     }
     if (updated(job.weight)) update_weight(job, task.first, outputs);
     if (updated(job.bias) || updated(job.second_bias)) {
-      static_assert(kLargeBlockRows <= cpu::kSummedColumns);
       T sums[kLargeBlockRows];
       cpu::sum_columns<isa, T>(job.grad, batch_, task.first, task.last, sums);
       for (int32_t bias : {job.bias, job.second_bias}) {

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "cpu/kernels/multiply.h"
+
 namespace fastdni::cpu {
 namespace {
 
@@ -201,21 +203,28 @@ double cross_entropy_rows(Matrix<const T> output, const int64_t* target, T scale
 template <Isa isa, class T>
 void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t last,
                  T* __restrict__ sums) {
-  const int64_t columns = last - first, step = batch <= kShortBatch ? kShortBatch : kSummedRows;
-  double totals[kSummedColumns] = {};
-  for (int64_t begin = 0; begin < batch; begin += step) {
-    const int64_t end = batch - begin < step ? batch : begin + step;
-    for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
-    for (int64_t r = begin; r < end; ++r) {
-      const T* __restrict__ values = matrix.row(r) + first;
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) sums[c] += values[c];
+  constexpr int64_t kLanes = vector_bytes(isa) / sizeof(T);
+  typedef T Vector __attribute__((vector_size(vector_bytes(isa))));
+  typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
+  static_assert(sizeof(Vector) <= kOverread);
+  const int64_t step = batch <= kShortBatch ? kShortBatch : kSummedRows;
+  for (int64_t c = first; c < last; c += kLanes) {
+    Vector part{};
+    Wide total{};
+    for (int64_t begin = 0; begin < batch; begin += step) {
+      const int64_t end = batch - begin < step ? batch : begin + step;
+      part = Vector{};
+      for (int64_t r = begin; r < end; ++r) {
+        Vector values;
+        __builtin_memcpy(&values, matrix.row(r) + c, sizeof values);
+        part += values;
+      }
+      if (batch > kShortBatch) total += __builtin_convertvector(part, Wide);
     }
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) totals[c] += sums[c];
+    if (batch > kShortBatch) part = __builtin_convertvector(total, Vector);
+    const int64_t columns = last - c < kLanes ? last - c : kLanes;
+    __builtin_memcpy(sums + c - first, &part, columns * sizeof(T));
   }
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) sums[c] = static_cast<T>(totals[c]);
 }
 
 namespace {

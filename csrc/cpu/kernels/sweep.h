@@ -75,10 +75,10 @@ template <Isa isa, class T>
 double cross_entropy_rows(Matrix<const T> output, const int64_t* target, T scale, Matrix<T> grad,
                           Rows rows);
 
-// sums[c] = sum over `batch` rows of the columns [first, last), at most kSummedColumns. More than
-// kShortBatch rows are summed kSummedRows at a time, and these sums in double: more additions in a
-// row would lose more than torch's own sums do.
-constexpr int64_t kSummedColumns = 64, kShortBatch = 64, kSummedRows = 16;
+// sums[c] = sum over `batch` rows of the columns [first, last). More than kShortBatch rows are
+// summed kSummedRows at a time, and these sums in double: more additions in a row would lose more
+// than torch's own sums do. Up to kOverread bytes behind the last element are read.
+constexpr int64_t kShortBatch = 64, kSummedRows = 16;
 template <Isa isa, class T>
 void sum_columns(Matrix<const T> matrix, int64_t batch, int64_t first, int64_t last, T* sums);
 
