@@ -217,6 +217,24 @@ def test_updates_are_made_in_the_same_call(wrap):
     assert updates.done == 3 and all(grad is None for grad in gradients(synthesizer))
 
 
+def test_what_has_no_part_in_a_prediction_is_not_updated():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(WIDTH, WIDTH).double(), nn.Linear(1, 1)
+
+        def forward(self, trigger, context):
+            return self.used(trigger)
+
+    synthesizer, updates = Half(), Momentum()
+    before = [p.clone() for p in synthesizer.parameters()]
+    Boundary(synthesizer).predict(normal(BATCH, WIDTH)).regress(
+        normal(BATCH, WIDTH), updates=updates
+    )
+    changed = [not torch.equal(p, b) for p, b in zip(synthesizer.parameters(), before, strict=True)]
+    assert changed == [True, True, False, False] and len(updates.buffers) == 2
+
+
 @kinds
 def test_an_open_prediction_sees_an_update(wrap):
     synthesizer = make_synthesizer()

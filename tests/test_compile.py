@@ -87,6 +87,18 @@ def test_custom_synthesizer_compiles_too():
     torch.testing.assert_close(gradients(network), gradients(twin))
 
 
+@pytest.mark.parametrize("custom", [False, True], ids=["basic", "custom"])
+def test_sending_without_learning_compiles(custom):
+    synthesizer = (Custom() if custom else dni.BasicSynthesizer(5)).requires_grad_(False)
+    interface = dni.BackwardInterface(synthesizer, learn=False)
+    network = nn.Sequential(nn.Linear(4, 5), interface, nn.Linear(5, 2)).double()
+    twin = copy.deepcopy(network)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    torch.compile(network, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    torch.testing.assert_close(gradients(network), gradients(twin))
+
+
 def test_eval_mode_compiles():
     network = nn.Sequential(nn.Linear(4, 5), dni.BackwardInterface(Custom())).eval()
     x = torch.randn(3, 4)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -226,6 +227,39 @@ def test_a_gradient_that_is_none_is_zero(wrap):
     GivesNone.apply(out).sum().backward()
     plain_synthesizer(twin, trigger.detach(), None).square().sum().div(BATCH).backward()
     expect(gradients(synthesizer), gradients(twin))
+
+
+@kinds
+def test_a_graph_that_is_kept_takes_the_gradient_twice_and_another_lets_go(wrap):
+    synthesizer = make_synthesizer()
+    interface = dni.BackwardInterface(wrap(synthesizer))
+    trigger = upstream(BATCH, WIDTH)[0].detach()
+    loss = (interface.make_trigger(trigger) ** 2).sum()
+    loss.backward(retain_graph=True)
+    once = [g.clone() for g in gradients(synthesizer)]
+    loss.backward()
+    expect(gradients(synthesizer), [2 * g for g in once])
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    out = interface.make_trigger(trigger)
+    held = weakref.ref(out.grad_fn.prediction)
+    out.sum().backward()
+    assert held() is None and out.grad_fn is not None
+
+
+def test_a_custom_synthesizers_gradients_are_visible_to_autograd_grad_and_hooks():
+    synthesizer = make_synthesizer()
+    interface = dni.BackwardInterface(Custom(synthesizer))
+    trigger, _ = upstream(BATCH, WIDTH)
+    loss = (interface(trigger) ** 2).sum()
+    asked = torch.autograd.grad(loss, list(synthesizer.parameters()), retain_graph=True)
+    assert all(g is None for g in gradients(synthesizer))
+    seen = []
+    for p in synthesizer.parameters():
+        p.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    loss.backward()
+    expect(gradients(synthesizer), [2 * grad for grad in asked])
+    assert len(seen) == len(asked)
 
 
 @kinds

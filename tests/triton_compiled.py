@@ -21,8 +21,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastdni.reference import KEPT, OptimizerSettings, SweepNorm, SweepStage, SynthesizerParameters
-from fastdni.triton import layer, loss, norm, regression_loss, sweep, synthesizer, tile, update
+from fastdni.reference import (
+    KEPT,
+    RULES,
+    OptimizerSettings,
+    SweepNorm,
+    SweepStage,
+    SynthesizerParameters,
+)
+from fastdni.triton import (
+    boundary,
+    layer,
+    loss,
+    norm,
+    regression_loss,
+    sweep,
+    synthesizer,
+    tile,
+    update,
+)
 from fastdni.triton.tile import Precision, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -107,6 +124,12 @@ def ops(dtype: torch.dtype, precision: str) -> None:
     backward = synthesizer.synthesizer_bwd._init_fn
     backward(target, prediction, hidden, x, None, weights, True, "batchmean", precision, None)
     regression_loss.regression_loss._init_fn(prediction, target, "batchmean")
+    parameters = [*weights, *biases]
+    kept = [t for p in parameters for t in (torch.empty_like(p), torch.empty_like(p), tensor())]
+    settings = [float(RULES.index("adam")), 1e-3, 0.01, 0.9, 0.99, 1e-8, 0.0]
+    boundary.boundary_._init_fn(
+        x, None, target, parameters, 2, True, kept, [0] * 4, settings, 0.5, None, [], precision
+    )
 
 
 CASES = {

@@ -201,7 +201,15 @@ class ModuleSynthesis:
         if torch.compiler.is_compiling():
             return loss, [error]
         kept = graph_is_kept()
-        found = torch.autograd.grad(made, learning, error, retain_graph=kept, allow_unused=True)
+        # Hooks of leaves run where the gradients are handed to, and not here besides.
+        hooks = [(leaf, leaf._backward_hooks) for leaf in learning if leaf._backward_hooks]
+        for leaf, _ in hooks:
+            leaf._backward_hooks = None
+        try:
+            found = torch.autograd.grad(made, learning, error, retain_graph=kept, allow_unused=True)
+        finally:
+            for leaf, own in hooks:
+                leaf._backward_hooks = own
         if not kept:
             self._graph = None
         return loss, list(found)
@@ -212,7 +220,9 @@ class ModuleSynthesis:
         if updates is None:
             torch.autograd.backward(made, error)
         else:
-            _hand_over(self.learning, torch.autograd.grad(made, self.learning, error), updates)
+            found = torch.autograd.grad(made, self.learning, error, allow_unused=True)
+            pairs = [(p, g) for p, g in zip(self.learning, found, strict=True) if g is not None]
+            _hand_over(*map(list, zip(*pairs, strict=True)), updates)
         self._graph = None
         return loss
 

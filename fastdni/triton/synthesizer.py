@@ -171,7 +171,7 @@ def synthesizer_bwd(
     bias: bool,
     reduction: str,
     precision: str,
-    scale: float | None,
+    scale: float | None = None,
 ) -> list[Tensor]:
     """The loss, then the gradients of the parameters; see `fastdni.ops`."""
     # The gradients take the parameters' places: what trains a layer names these.
