@@ -6,6 +6,7 @@
 #include "common/names.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/product.h"
+#include "numbers.h"
 #include "ops/sweep_binding.h"
 #include "ops/sweep_plan.h"
 #include "watch.h"
@@ -140,7 +141,19 @@ PYBIND11_MODULE(_C, m) {
       "The library that a float32 (rows, depth) x (depth, columns) product goes to.");
   py::class_<fastdni::Watch>(m, "Watch", "Notices that facts no longer hold.")
       .def(py::init<const py::list&>(), py::arg("facts"))
+      .def_static(
+          "joined",
+          [](const std::vector<const fastdni::Watch*>& watches) {
+            return std::make_unique<fastdni::Watch>(watches);
+          },
+          py::arg("watches"), "All facts of others, one after the other.")
       .def("unchanged", &fastdni::Watch::unchanged, "Whether all facts hold.");
+  py::class_<fastdni::OptimizerNumbers>(m, "OptimizerNumbers",
+                                        "Reads the numbers of torch.optim's groups.")
+      .def(py::init<const py::list&>(), py::arg("groups"))
+      .def("rows", &fastdni::OptimizerNumbers::rows, "The numbers of now, a row a group.")
+      .def("rows_if_alike", &fastdni::OptimizerNumbers::rows_if_alike,
+           "The same, or None where a group asks for another rule than at first.");
   py::class_<PlanHandle>(m, "SweepPlan",
                          "The memory and the program of a sweep; see csrc/ops/sweep_plan.h.")
       .def(py::init<const std::vector<py::dict>&, int64_t, const std::string&,

@@ -29,6 +29,13 @@ class Watch {
     }
   }
 
+  // All facts of others, which must be kept alive, one after the other.
+  explicit Watch(const std::vector<const Watch*>& watches) {
+    for (const Watch* watch : watches) {
+      facts_.insert(facts_.end(), watch->facts_.begin(), watch->facts_.end());
+    }
+  }
+
   bool unchanged() const {
     for (const Fact& fact : facts_) {
       if (!holds(fact)) return false;

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fastdni.reference import RULES, OptimizerSettings
+from fastdni import _C
+from fastdni.reference import OptimizerSettings
 from fastdni.training.watch import Watch, has_hooks, watch_optimizers
 
 WIDTH = len(OptimizerSettings._fields)  # of a row of settings
@@ -22,39 +23,11 @@ WIDTH = len(OptimizerSettings._fields)  # of a row of settings
 # step count lives.
 _UNFUSED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 ON_DEVICE_OPTIONS = ("capturable", "fused")
-_SGD, _SGD_MOMENTUM, _ADAM, _ADAMW = map(float, range(RULES.index("sgd"), len(RULES)))
-
-
-def _rate(lr) -> float:
-    """A learning rate as a number; NaN for one that is in a GPU's memory, handed over as state."""
-    if type(lr) is float:
-        return lr
-    if isinstance(lr, str):  # of which float() makes a number, and torch makes none
-        raise TypeError
-    return math.nan if _is_on_device(lr) else float(lr)
 
 
 def _is_on_device(lr) -> bool:
     # To look at it would be to wait for the GPU.
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
-
-
-def _sgd_settings(group: dict) -> tuple[float, ...]:
-    momentum = float(group["momentum"])
-    rule = _SGD if momentum == 0 else _SGD_MOMENTUM
-    decay, dampening = float(group["weight_decay"]), float(group["dampening"])
-    nesterov = float(group["nesterov"])
-    return rule, _rate(group["lr"]), decay, momentum, dampening, 0.0, nesterov
-
-
-def _adam_settings(group: dict) -> tuple[float, ...]:
-    rule = _ADAMW if group["decoupled_weight_decay"] else _ADAM
-    beta1, beta2 = group["betas"]
-    decay, eps = float(group["weight_decay"]), float(group["eps"])
-    return rule, _rate(group["lr"]), decay, float(beta1), float(beta2), eps, 0.0
-
-
-_SETTINGS = {SGD: _sgd_settings, Adam: _adam_settings, AdamW: _adam_settings}
 
 
 def _step_of(kind: type) -> Callable:
@@ -63,7 +36,7 @@ def _step_of(kind: type) -> Callable:
 
 
 # What the classes do, as long as nobody patches them.
-_STEPS = {kind: _step_of(kind) for kind in _SETTINGS}
+_STEPS = {kind: _step_of(kind) for kind in (SGD, Adam, AdamW)}
 
 
 def _tensor_numbers(group: dict) -> bool:
@@ -101,7 +74,7 @@ def _check_step(caller: str, optimizer: Optimizer) -> None:
 
 def _reason_unfused(optimizer: Optimizer) -> str | None:
     name = type(optimizer).__name__
-    if type(optimizer) not in _SETTINGS:
+    if type(optimizer) not in _STEPS:
         return f"the optimizer {name} is not torch.optim's SGD, Adam or AdamW"
     if has_hooks(optimizer):
         return f"the step of {name} has hooks"
@@ -187,16 +160,15 @@ class Optimizers:
         if len(self.group_of) < len(held):
             self.reason = "two optimizers hold the same parameter"
         self.owner_of = [weakref.ref(o) for o in every for _ in o.param_groups]
-        self._read = [_SETTINGS.get(type(o)) for o in every for _ in o.param_groups]
         self.caller = caller
         self.rates = [g["lr"] if _is_on_device(g["lr"]) else None for g in self.groups]
-        self._on_device = [rate is not None for rate in self.rates]
-        self._kinds = [type(group["lr"]) for group in self.groups]
-        self._watch: Watch | None = None
+        self.watch: Watch | None = None
         self._check_rates()
         if self.reason is None:
             options = (*_UNFUSED_OPTIONS, *ON_DEVICE_OPTIONS)
-            self._watch = watch_optimizers(every, options)
+            self.watch = watch_optimizers(every, options)
+            named = [(type(o).__name__, group) for o in every for group in o.param_groups]
+            self._numbers = _C.OptimizerNumbers(named)
             self.rules = self.settings()[::WIDTH]
 
     @staticmethod
@@ -206,14 +178,15 @@ class Optimizers:
     def is_current(self, given: Optimizer | Sequence[Optimizer]) -> bool:
         """Whether it is these that are given, they hold the same parameters in the same way, and
         their updates are fused."""
-        if self._watch is None:
-            return False
+        return self.watch is not None and self.are(given) and self.watch.unchanged()
+
+    def are(self, given: Optimizer | Sequence[Optimizer]) -> bool:
+        """Whether it is these that are given."""
         if len(self._optimizers) == 1 and self._optimizers[0]() is given:
-            return self._watch.unchanged()
+            return True
         given = self._listed(given)
         same = len(given) == len(self._optimizers)
-        same = same and all(ref() is o for ref, o in zip(self._optimizers, given, strict=True))
-        return same and self._watch.unchanged()
+        return same and all(ref() is o for ref, o in zip(self._optimizers, given, strict=True))
 
     def settings(self) -> list[float]:
         """The groups' numbers as they are now, in rows.
@@ -222,33 +195,31 @@ class Optimizers:
             ValueError: a learning rate is not finite.
         """
         try:
-            rows = [x for read, group in zip(self._read, self.groups) for x in read(group)]  # noqa: B905
+            return self._numbers.rows()
         except (TypeError, ValueError, RuntimeError):
             self._check_rates()
             raise
-        for rate in rows[1::WIDTH]:
-            if rate - rate != 0:  # NaN or infinity
-                self._check_rates()
-        return rows
+
+    def settings_if_alike(self) -> list[float] | None:
+        """The same; None where they ask for other rules than when this was made, or learning rates
+        are of other kinds."""
+        try:
+            return self._numbers.rows_if_alike()
+        except (TypeError, ValueError, RuntimeError):
+            self._check_rates()
+            raise
 
     def _check_rates(self) -> None:
         for group in self.groups:
             lr = group["lr"]
             try:
-                finite = _is_on_device(lr) or math.isfinite(_rate(lr))
+                finite = _is_on_device(lr) or (not isinstance(lr, str) and math.isfinite(lr))
             except (TypeError, ValueError, RuntimeError):  # no number
                 finite = False
             if not finite:
                 raise ValueError(
                     f"{self.caller}: optimizer must have finite learning rates, got {lr}"
                 )
-
-    def are_alike(self, settings: list[float]) -> bool:
-        """Whether settings, those of now, ask for the same rules as when this was made, with
-        learning rates of the same kinds."""
-        on_device = [rate != rate for rate in settings[1::WIDTH]]
-        alike = settings[::WIDTH] == self.rules and on_device == self._on_device
-        return alike and [type(group["lr"]) for group in self.groups] == self._kinds
 
     def have_tensors(self) -> bool:
         """Whether any of the groups' numbers but the learning rate is a tensor."""

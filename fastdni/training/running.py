@@ -115,7 +115,7 @@ class Repetition:
         self, structure: Structure, part: FusedPart, step: Step, updates: Updates,
         target: Tensor, context: Tensor | None,
     ):  # fmt: skip
-        self._modules, self._part = structure.watch, part
+        self._part = part
         self._plan = plan = part.plan(len(step.x))
         self._optimizers, self._updates = step.optimizers, updates
         self._criterion, self._labels = step.criterion, step.labels
@@ -128,12 +128,13 @@ class Repetition:
         self._no_gradients = Watch()
         self._no_gradients.none(self._parameters, "grad")
         self._no_gradients.done()
-        self._kept = Watch()
-        updates.watch(self._kept)
+        kept = Watch()
+        updates.watch(kept)
         for tensor in self._versions:
-            self._kept.tensor(tensor)
-        watch_criterion(self._kept, self._criterion)
-        self._kept.done()
+            kept.tensor(tensor)
+        watch_criterion(kept, self._criterion)
+        self._kept = kept.done(structure.watch, step.optimizers.watch)
+        self._unchanged = self._kept.unchanged
 
     def is_like(self, x, target, optimizer, criterion, context, update_mask) -> bool:
         """Whether a step is the same but for the values of its data."""
@@ -148,17 +149,16 @@ class Repetition:
                 or (type(context) is Tensor and _kind(context) == self._context)
             )
             and self._surroundings.are_same()
-            and self._modules.unchanged()
-            and self._optimizers.is_current(optimizer)
-            and self._kept.unchanged()
+            and self._optimizers.are(optimizer)
+            and self._unchanged()
             and self._plan.can_be_repeated()
             and self._read()
         )
 
     def _read(self) -> bool:
         """The optimizers' numbers as they are now."""
-        self._settings = self._optimizers.settings()
-        return self._optimizers.are_alike(self._settings)
+        self._settings = self._optimizers.settings_if_alike()
+        return self._settings is not None
 
     def take(self, caller: str, x: Tensor, target: Tensor, context: Tensor | None) -> Results:
         """Loss, output and synthesis losses of a step that `is_like`."""

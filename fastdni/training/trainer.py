@@ -110,7 +110,7 @@ class Trainer:
         """What is given as the optimizer, for the network as it was last looked at."""
         known = self._optimizers
         current = known is not None and known.is_current(given)
-        if current and known.are_alike(known.settings()) and not known.have_tensors():
+        if current and known.settings_if_alike() is not None and not known.have_tensors():
             return known
         known = Optimizers(caller, given, self._structure.parameters, self.forget)
         self._optimizers = known

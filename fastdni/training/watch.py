@@ -85,9 +85,14 @@ class Watch:
             self._facts.append(("attribute", thing, name, None))
             self._owned.append(thing)
 
-    def done(self) -> "Watch":
-        """From here on the watch can be asked."""
-        self.unchanged = _C.Watch(self._facts).unchanged
+    def done(self, *before: "Watch") -> "Watch":
+        """From here on the watch can be asked, for the facts of others before its own."""
+        self._compiled = _C.Watch(self._facts)
+        if before:
+            watches = [*before, self]
+            self._owned.append(watches[:-1])
+            self._compiled = _C.Watch.joined([each._compiled for each in watches])
+        self.unchanged = self._compiled.unchanged
         # The compiled watch holds no references: a cycle through it would never be collected.
         self._facts = []
         return self
