@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdni import ops, reference
+from fastdni.checkpoint import is_checkpointed
 from fastdni.reference import OptimizerSettings, SynthesizerParameters
-from fastdni.scopes import is_checkpointed
 from fastdni.synthesizers import plain_parameters, required_context
 
 
