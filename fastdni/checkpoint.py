@@ -1,8 +1,8 @@
 """Segments under torch.utils.checkpoint, which runs each of them twice.
 
-With use_reentrant=False both runs are under hooks of its own for what autograd saves, and the second
-graph is thrown away. With use_reentrant=True the first is without gradients, inside an autograd
-function, and the second is like any other.
+With use_reentrant=False both runs are under hooks of its own for what autograd saves, and the
+second graph is thrown away. With use_reentrant=True the first is without gradients, inside an
+autograd function, and the second is like any other.
 """
 
 import sys
