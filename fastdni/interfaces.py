@@ -25,16 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastdni.checkpoint import is_first_run, is_second_run, sends_in_this_run
 from fastdni.scopes import (
     backward,
     current_context,
     is_deferred,
-    is_first_run,
-    is_second_run,
     outside_compiled_graphs,
     send_gradient,
     sends_by_autograd,
-    sends_in_this_run,
     sends_with_backward_pass,
 )
 from fastdni.synthesizers import plain_parameters

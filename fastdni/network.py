@@ -5,7 +5,7 @@ sections 2 and 3; the equations of a step are in `fastdni.reference.sweep`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class StepResult(NamedTuple):
     loss: Tensor
     output: Tensor
     synthesis_loss: Tensor
+
+
+_result = partial(tuple.__new__, StepResult)  # of its three tensors
 
 
 class DecoupledSequential(nn.Module):
@@ -176,7 +179,7 @@ class DecoupledSequential(nn.Module):
             return _outside(DecoupledSequential.step)(
                 self, x, target, optimizer, criterion, context, update_mask
             )
-        return StepResult._make(
+        return _result(
             self._trainer.step(
                 self, "net.step", x, target, optimizer, criterion, context, update_mask
             )
@@ -210,7 +213,7 @@ class DecoupledSequential(nn.Module):
             return _outside(DecoupledSequential.backward)(
                 self, x, target, criterion, context, update_mask
             )
-        return StepResult._make(
+        return _result(
             self._trainer.step(
                 self, "net.backward", x, target, GRADIENTS, criterion, context, update_mask
             )

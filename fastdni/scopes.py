@@ -1,10 +1,8 @@
-"""What interfaces act within: a context, deferral, a compiled graph, a data-parallel forward pass,
-a checkpointed segment.
+"""What interfaces act within: a context, deferral, a compiled graph, a data-parallel forward pass.
 
 Contexts and deferral belong to the thread.
 """
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
@@ -12,7 +10,8 @@ from contextlib import ContextDecorator, contextmanager
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointFunction
+
+from fastdni.checkpoint import is_checkpointed
 
 
 class _ThreadState(threading.local):
@@ -138,51 +137,6 @@ def sends_with_backward_pass() -> bool:
 def sends_by_autograd() -> bool:
     """Whether gradients must go through `backward`, and not straight to the parameters."""
     return _state.deferred is not None or _in_data_parallel_forward()
-
-
-# torch.utils.checkpoint runs a segment twice. With use_reentrant=False both runs are under hooks of
-# its own for what autograd saves, and the second graph is thrown away. With use_reentrant=True the
-# first is without gradients, inside an autograd function, and the second is like any other.
-
-
-def _checkpoint_hook() -> str:
-    """The name of the hook by which autograd saves tensors for a checkpoint, or nothing (as in a
-    compiled graph, which is no checkpoint's own)."""
-    if _saving_hooks is None or torch.compiler.is_compiling():
-        return ""
-    hooks = _saving_hooks(True)
-    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
-        return ""
-    return hooks[0].__qualname__
-
-
-# Private, as torch's own checkpoint asks it: where torch has none, an interface behaves as outside.
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
-def is_checkpointed() -> bool:
-    """Whether autograd saves for a checkpointed segment."""
-    return _checkpoint_hook() != ""
-
-
-def is_first_run() -> bool:
-    """Whether a checkpointed segment is run, without gradients, to be run with them later."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
-        frame = frame.f_back
-    return frame is not None
-
-
-def is_second_run() -> bool:
-    """Whether a checkpointed segment is run again, for what autograd saves in it alone."""
-    return "recomputation" in _checkpoint_hook()
-
-
-def sends_in_this_run() -> bool:
-    """Whether gradients go out: of the two runs of a checkpointed segment in one."""
-    return not is_second_run() and not is_first_run()
 
 
 # Gradients go out inside these functions: in a compiled graph they would run through a part of it

@@ -19,7 +19,7 @@ LAYERS = (
     {"fastdni", "__main__", "explain", "bench", "compat", "distributed"},
     {"network", "interfaces", "recurrent", "graphs", "conversion"},
     {"training"},
-    {"synthesizers", "scopes"},
+    {"synthesizers", "scopes", "checkpoint"},
     {"agreement"},
     {"ops"},
     {"backend"},

@@ -292,6 +292,16 @@ def test_send_is_a_mean_squared_error_over_all_elements(wrap):
 
 
 @kinds
+def test_a_message_of_another_dtype_is_compared_in_the_synthesizers(wrap):
+    synthesizer = make_synthesizer()
+    twin = copy.deepcopy(synthesizer)
+    trigger, message = upstream(BATCH, WIDTH)[0], torch.randn(BATCH, WIDTH)
+    dni.UnidirectionalInterface(wrap(synthesizer)).send(message, trigger)
+    F.mse_loss(plain_synthesizer(twin, trigger.detach(), None), message.double()).backward()
+    expect(gradients(synthesizer), gradients(twin))
+
+
+@kinds
 def test_forward_interface_sends_then_receives(wrap):
     synthesizer = make_synthesizer(trigger_dim=4)
     twin = copy.deepcopy(synthesizer)

@@ -100,7 +100,7 @@ OptimizerBinding bind_optimizer(const std::string& caller, const Placement& plac
                 " numbers, got ", groups.size());
   FASTDNI_CHECK(settings.size() % kSettings == 0, caller, ": settings must be rows of ", kSettings);
   const int64_t rows = settings.size() / kSettings;
-  OptimizerBinding binding;
+  OptimizerBinding binding(shapes.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
     FASTDNI_CHECK(next < state.size(), caller, ": state holds too few tensors: ", state.size());

@@ -44,6 +44,8 @@ enum class Layout { any, contiguous };
 // What is left to do once everything is checked, and what is held until it is done.
 class OptimizerBinding {
  public:
+  explicit OptimizerBinding(size_t parameters = 0) { steps_.reserve(parameters); }
+
   // A tensor's memory, or that of a copy where its elements do not follow one another.
   void* memory_of(const Tensor& tensor);
   // A step count on the CPU.

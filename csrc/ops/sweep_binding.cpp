@@ -124,25 +124,22 @@ void bind_statistics(const std::string& caller, Plan& plan, const Tensors& stati
 }  // namespace
 
 void keep_apart(Plan& plan, SweepInputs& inputs) {
-  const auto size = static_cast<int64_t>(plan.dtype == ScalarType::Double ? 8 : 4);
   const auto apart = [&](Tensor& given) {
     const auto* begin = static_cast<const char*>(given.data_ptr());
     const char* end = begin + given.numel() * 8;  // of any dtype
-    const auto meets = [&](const void* written, const Shape& shape) {
-      int64_t count = 1;
-      for (int64_t n : shape) count *= n;
+    const auto meets = [&](const void* written, int64_t bytes) {
       const auto* first = static_cast<const char*>(written);
-      return written != nullptr && first < end && begin < first + count * size;
+      return written != nullptr && first < end && begin < first + bytes;
     };
     bool found = false;
-    for (size_t i = 0; i < plan.expected.parameters.size(); ++i) {
+    for (size_t i = 0; i < plan.parameter_bytes.size(); ++i) {
       const ParameterMemory& memory = plan.memory.parameters[i];
       for (const void* written : {memory.value, memory.first, memory.second}) {
-        found = found || meets(written, plan.expected.parameters[i]);
+        found = found || meets(written, plan.parameter_bytes[i]);
       }
     }
-    for (size_t i = 0; i < plan.expected.statistics.size(); ++i) {
-      found = found || meets(plan.memory.statistics[i], plan.expected.statistics[i]);
+    for (size_t i = 0; i < plan.statistic_bytes.size(); ++i) {
+      found = found || meets(plan.memory.statistics[i], plan.statistic_bytes[i]);
     }
     if (found) given = torch::stable::clone(given);
   };

@@ -27,7 +27,8 @@ SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
 // Copies data that lies in memory which the step writes, once everything is bound.
 void keep_apart(Plan& plan, SweepInputs& inputs);
 
-// Whether the tensors of the last step are still such as it was given.
+// Whether the tensors of the last step are still such as it was given; to be asked before it is
+// repeated.
 bool can_be_repeated(const Plan& plan);
 
 // Binds what optimizers are given: see ops/optimizer_binding.h.

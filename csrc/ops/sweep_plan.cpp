@@ -55,6 +55,13 @@ Plan::Plan(NetworkSpec network, ScalarType dtype, std::optional<int32_t> gpu,
   memory.parameters.resize(expected.parameters.size());
   memory.statistics.resize(expected.statistics.size());
   memory.active.resize(spec.stages.size() + 1);
+  const auto bytes = [&](const Shape& shape) {
+    int64_t count = dtype == ScalarType::Double ? 8 : 4;
+    for (int64_t n : shape) count *= n;
+    return count;
+  };
+  for (const Shape& shape : expected.parameters) parameter_bytes.push_back(bytes(shape));
+  for (const Shape& shape : expected.statistics) statistic_bytes.push_back(bytes(shape));
 }
 
 SweepBackend::SweepBackend(Device device, MakeSweep make) {

@@ -74,6 +74,7 @@ struct Plan {
   Signature expected;
   std::unique_ptr<Sweep> sweep;  // none: the plan has rules alone, and others run its steps
   StepMemory memory;             // filled at each step; here to keep its allocations
+  std::vector<int64_t> parameter_bytes, statistic_bytes;
   LastStep last;
   int64_t steps = 0;         // whole steps that were taken
   bool goes_on = false;      // a forward part waits for its update

@@ -16,7 +16,8 @@ from fastdni.ops.runners import RUNNERS
 from fastdni.reference import OptimizerSettings, SweepStage, SynthesizerParameters
 
 _DEVICES = backend.kernel_devices("sweep_")
-_repeat = torch.ops.fastdni.sweep_repeat_.default
+# What OpOverload calls: at small sizes its own call would be seen.
+_repeat = torch.ops.fastdni.sweep_repeat_.default._op
 # (caller, target, batch, outputs, criterion): raises unless the target fits.
 sweep_check_target = torch.ops.fastdni.sweep_check_target.default
 # Nothing here is differentiable: autograd looks past these ops, which saves a `no_grad` at each

@@ -22,7 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdni import reference
-from fastdni.training.synthesis import FusedSynthesis, ModuleSynthesis, synthesize
+from fastdni.training.synthesis import (
+    FusedSynthesis,
+    ModuleSynthesis,
+    squared_error,
+    synthesize,
+)
 
 TRUE = (1.0, 0.0)  # what is sent by default
 
@@ -111,7 +116,7 @@ class Prediction:
             scale: that of the error's gradient, scale e; by default 2 / size(0).
             send: (a, b): what is sent on is a g + b g^.
             updates: who updates M; None: the gradients are added to `p.grad`.
-            learn: False leaves M as it is.
+            learn: False leaves M as it is; the loss is then the message's own.
 
         Returns:
             The loss, 0-d, and what is sent on, both detached.
@@ -125,7 +130,7 @@ class Prediction:
             loss = self._made.learn(target, scale, updates)
         else:
             check_shape(self.message, target)
-            loss = self._made.loss(target, scale)
+            loss, _ = squared_error(self.message, target, scale)
         return loss, mixed(send, target, self.message)
 
     def gradients(

@@ -17,6 +17,7 @@ from fastdni.training.watch import Watch
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss, output, synthesis losses
 
+_increment_version = torch._C._increment_version
 _grad = attrgetter("grad")
 _kind = attrgetter("shape", "dtype", "device", "layout")
 
@@ -167,7 +168,7 @@ class Repetition:
         output, loss, synthesis_loss = ops.sweep_repeat_(
             self._plan, self._part.input(x), target, context, self._settings, caller
         )
-        torch.autograd.graph.increment_version(self._versions)
+        _increment_version(self._versions)
         self._optimizers.mark_called()
         if not self._no_gradients.unchanged():
             _drop_gradients(self._parameters)

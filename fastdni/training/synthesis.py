@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdni import ops, reference
+from fastdni.checkpoint import is_checkpointed
 from fastdni.reference import SynthesizerParameters
-from fastdni.scopes import is_checkpointed
 from fastdni.synthesizers import plain_parameters, required_context
 from fastdni.training.updates import Gradients
 
@@ -96,18 +96,12 @@ class FusedSynthesis:
                 return
         raise ValueError(ops.FROZEN)
 
-    def loss(self, target: Tensor, scale: float | None) -> Tensor:
-        prediction = self.message if self._is_current() else self._evaluate()[0]
-        return _loss(prediction, target, scale)[0]
-
     def gradients(self, target: Tensor, scale: float | None) -> tuple[Tensor, list[Tensor]]:
         known = (self.message, self._hidden) if self._is_current() else self._evaluate()
         h, ctx, parameters = self._arguments()
-        if target.dtype != h.dtype:  # under autocast: the error is formed in float32
-            target = target.to(reference.accumulate_dtype(h.dtype))
         bias = len(parameters.biases) > 0
         return ops.synthesizer_bwd(
-            target, *known, h, ctx, parameters.weights, bias, "batchmean", scale
+            _beside(h, target), *known, h, ctx, parameters.weights, bias, "batchmean", scale
         )
 
     def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
@@ -126,11 +120,17 @@ class FusedSynthesis:
             return loss
         known = (self.message, self._hidden) if self._is_current() else (None, None)
         updates = _IntoGrad() if updates is None else updates
+        h, ctx = self.trigger, self._ctx
         loss, _, _ = ops.boundary_(
-            parameters, self.trigger, self._ctx, target, *updates.state(tensors), scale, *known
+            parameters, h, ctx, _beside(h, target), *updates.state(tensors), scale, *known
         )
         updates.commit()
         return loss
+
+
+def _beside(h: Tensor, target: Tensor) -> Tensor:
+    """A target in the dtype that errors beside h are formed in: float32, say, under autocast."""
+    return target if target.dtype == h.dtype else target.to(reference.accumulate_dtype(h.dtype))
 
 
 def _fitted(context: Tensor, trigger: Tensor) -> Tensor:
@@ -192,12 +192,9 @@ class ModuleSynthesis:
         if not self._current().requires_grad:
             raise ValueError(ops.FROZEN)
 
-    def loss(self, target: Tensor, scale: float | None) -> Tensor:
-        return _loss(self.message, target, scale)[0]
-
     def gradients(self, target: Tensor, scale: float | None) -> tuple[Tensor, list[Tensor | None]]:
         learning, made = self.learning, self._current()
-        loss, error = _loss(made.detach(), target, scale)
+        loss, error = squared_error(made.detach(), target, scale)
         if torch.compiler.is_compiling():
             return loss, [error]
         kept = graph_is_kept()
@@ -216,7 +213,7 @@ class ModuleSynthesis:
 
     def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
         made = self._current()
-        loss, error = _loss(made.detach(), target, scale)
+        loss, error = squared_error(made.detach(), target, scale)
         if updates is None:
             torch.autograd.backward(made, error)
         else:
@@ -256,7 +253,7 @@ def graph_is_kept() -> bool:
     return torch.compiler.is_compiling() or _keep_graph is None or _keep_graph()
 
 
-def _loss(prediction: Tensor, target: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def squared_error(prediction: Tensor, target: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """scale / 2 sum(e^2), and its gradient scale e."""
     dtype = prediction.dtype
     if target.dtype != dtype:

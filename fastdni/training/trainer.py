@@ -47,16 +47,20 @@ class Trainer:
         update_mask: Iterable[bool] | None,
     ) -> Results:
         """See `DecoupledSequential.step`; for GRADIENTS as the optimizer its `backward`."""
-        given = (x, target, optimizer, criterion, context, update_mask)
         if self.lock._is_owned():
             raise RuntimeError(
                 f"{caller}: a step of this network is under way, which called this one"
             )
         with self.lock:
-            if self._last is not None and self._last.is_like(*given):
-                return self._last.take(caller, x, target, context)
+            last = self._last
+            if last is not None and last.is_like(
+                x, target, optimizer, criterion, context, update_mask
+            ):
+                return last.take(caller, x, target, context)
             self._last = None
-            return self._prepare(net, caller, *given)()
+            return self._prepare(
+                net, caller, x, target, optimizer, criterion, context, update_mask
+            )()
 
     def _prepare(
         self, net, caller, x, target, optimizer, criterion, context, update_mask
