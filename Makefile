@@ -2,6 +2,7 @@
 # make test    the test suite, a sample of its tables: five minutes on two cores
 # make test-all  every combination of them (TESTS='tests/test_sweep.py ...': of these files)
 # make bench   the CPU benchmarks      make lint   ruff, clang-format, the README's tables
+# make test-mutants  plants faults in the engine and the rules: each must be found
 # make test-triton   Triton's tests with its newest release, beside the one that is installed
 # make test-emulated a CUDA build of torch (6 GB, in build/), and device tests on an emulated GPU
 # make gpu     on a machine with a CUDA GPU: builds for it, tests, measures (GPU=--quick: 8 minutes)
@@ -32,7 +33,7 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-triton test-emulated bench gpu lint format build clean
+.PHONY: demo test test-all test-mutants test-triton test-emulated bench gpu lint format build clean
 
 demo: build
 	$(RUN) examples/mnist_fcn.py
@@ -42,6 +43,9 @@ test: build
 
 test-all: build
 	$(RUN) -m pytest --all $(SPREAD) $(TESTS)
+
+test-mutants: build
+	$(RUN) tests/mutants $(MUTANTS)
 
 test-triton: build
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \

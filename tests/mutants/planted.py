@@ -10,23 +10,248 @@ class Mutant(NamedTuple):
     tests: str  # arguments of pytest: those of the subject, one of which must fail
 
 
+_STALE = "tests/test_stale.py"
+_WATCH, _OPTIMIZERS = "fastdni/training/watch.py", "fastdni/training/optimizers.py"
+_UPDATES, _RUNNING = "fastdni/training/updates.py", "fastdni/training/running.py"
+_BINDING = "csrc/ops/sweep_binding.cpp"
+
 MUTANTS = [
+    # ---- what is not watched ----
+    Mutant(_WATCH, '("momentum", "eps", "track', '("momentum", "track', f"{_STALE} -k norm_eps"),
     Mutant(
-        "fastdni/watch.py",
-        '_NORM_OPTIONS = ("training", "momentum", "eps", "track_running_stats")',
-        '_NORM_OPTIONS = ("training", "momentum", "track_running_stats")',
-        "tests/test_stale.py -k norm",
+        _WATCH,
+        'watch.items(own, ("forward", *MODULE_HOOKS))',
+        "watch.items(own, MODULE_HOOKS)",
+        f"{_STALE} -k a_forward_attribute",
     ),
     Mutant(
-        "fastdni/watch.py",
-        'entries.append((own, "forward"))',
-        "pass",
-        "tests/test_stale.py -k a_forward_attribute",
+        _WATCH,
+        'watch.items(own, ("forward", *MODULE_HOOKS))',
+        'watch.items(own, ("forward",))',
+        f"{_STALE} -k a_dictionary_of",
+    ),
+    Mutant(
+        _WATCH,
+        '"_backward_hooks", "_post_accumulate_grad_hooks")\n\n\nclass',
+        '"_backward_hooks")\n\n\nclass',
+        f"{_STALE} -k a_post_accumulate_hook",
+    ),
+    Mutant(
+        _WATCH,
+        '_PARAMETER_MARKS = ("requires_grad", ',
+        "_PARAMETER_MARKS = (",
+        f"{_STALE} -k frozen",
+    ),
+    Mutant(
+        _WATCH,
+        "        watch.size(own[name])\n    if not",
+        "        pass\n    if not",
+        f"{_STALE} -k a_forward_hook",
+    ),
+    Mutant(
+        _WATCH,
+        '        watch.items(own, ("training",))',
+        "        pass",
+        f"{_STALE} -k norm_in_eval",
+    ),
+    Mutant(
+        _WATCH,
+        "            watch.items(own[kind], own[kind])\n        watch.size",
+        "            pass\n        watch.size",
+        f"{_STALE} -k another_parameter",
+    ),
+    Mutant(
+        _WATCH,
+        "            watch.kind(module)\n",
+        "",
+        f"{_STALE} -k another_class",
+    ),
+    Mutant(
+        _WATCH,
+        '        watch.attributes(kind, ("forward",))',
+        "        pass",
+        f"{_STALE} -k patched",
+    ),
+    Mutant(
+        _WATCH,
+        '("param_groups", "state", *OPTIMIZER_HOOKS)',
+        '("param_groups", *OPTIMIZER_HOOKS)',
+        f"{_STALE} -k another_state",
+    ),
+    Mutant(
+        _WATCH,
+        '        watch._facts.append(("item", own, "step", own.get("step")))\n',
+        "",
+        f"{_STALE} -k a_step_attribute",
+    ),
+    Mutant(
+        _WATCH,
+        '        watch.attributes(type(optimizer), ("step",))\n',
+        "",
+        f"{_STALE} -k a_patched_step",
+    ),
+    Mutant(
+        _WATCH,
+        "        watch.items(groups, range(len(groups)))\n",
+        "",
+        f"{_STALE} -k a_groups_dictionary_replaced",
+    ),
+    Mutant(
+        _WATCH,
+        '                watch.items(group["params"], range(len(group["params"])))\n',
+        "",
+        f"{_STALE} -k a_parameter_exchanged",
+    ),
+    Mutant(
+        _WATCH,
+        '("params", *options, *of_tensors)',
+        "(*options, *of_tensors)",
+        f"{_STALE} -k a_list_of_parameters_replaced",
+    ),
+    Mutant(
+        _UPDATES,
+        "            watch.items(entries[parameter], keys)\n",
+        "",
+        f"{_STALE} -k replaced",
+    ),
+    Mutant(
+        _UPDATES,
+        "            watch.items(entries, (parameter,))\n",
+        "",
+        f"{_STALE} -k a_state_entry",
+    ),
+    # ---- what is not noticed, or not checked ----
+    Mutant(
+        _RUNNING,
+        "            and self._optimizers.are(optimizer)\n",
+        "",
+        "tests/test_turns.py -k optimizer",
+    ),
+    Mutant(
+        _RUNNING,
+        "            and self._unchanged()\n",
+        "",
+        f"{_STALE} -k another",
+    ),
+    Mutant(
+        _RUNNING,
+        "            and self._plan.can_be_repeated()\n",
+        "",
+        "tests/test_turns.py -k neighbours_dtype",
+    ),
+    Mutant(
+        _RUNNING,
+        "            update_mask is None\n            and criterion",
+        "            True\n            and criterion",
+        "tests/test_turns.py -k masks",
+    ),
+    Mutant(
+        _RUNNING,
+        "        if plan.steps == taken:\n",
+        "        if True:\n",
+        "tests/test_interruption.py",
+    ),
+    Mutant(
+        _RUNNING,
+        "        _increment_version(self._versions)\n",
+        "",
+        "tests/test_network.py -k versions",
+    ),
+    Mutant(
+        _OPTIMIZERS,
+        "        if any(map(group.get, _UNFUSED_OPTIONS)):\n",
+        "        if False:\n",
+        "tests/test_network.py -k other_optimizers",
+    ),
+    Mutant(
+        _OPTIMIZERS,
+        "        if type(optimizer) is not SGD and _rounds(group):\n",
+        "        if False:\n",
+        "tests/test_accepted.py -k tensor",
+    ),
+    Mutant(
+        _OPTIMIZERS,
+        "        if _tensor_numbers(group):\n",
+        "        if False:\n",
+        "tests/test_turns.py -k the_reason",
+    ),
+    Mutant(
+        _UPDATES,
+        '_torch_optimizer._get_scalar_dtype(group.get("fused"))',
+        "torch.float32",
+        f"{_STALE} -k float64",
+    ),
+    Mutant(
+        _UPDATES,
+        "        if len(set(places)) < len(places):\n",
+        "        if False:\n",
+        f"{_STALE} -k one_tensor",
+    ),
+    Mutant(
+        "fastdni/training/trainer.py",
+        "        with self.lock:\n            last",
+        "        if True:\n            last",
+        "tests/test_threads.py",
+    ),
+    Mutant(
+        "fastdni/training/trainer.py",
+        "        if repeatable and self._version == version:\n",
+        "        if repeatable:\n",
+        "tests/test_lifetimes.py",
+    ),
+    Mutant(
+        "fastdni/training/structure.py",
+        "        return self.watch.unchanged() and [*map(_layout, self.parameters)] == self._layouts",
+        "        return self.watch.unchanged()",
+        "tests/test_network.py -k another_dtype_between_steps",
+    ),
+    Mutant(
+        "fastdni/training/parts.py",
+        "        if self._output.requires_grad:\n            if part.boundary is None:\n",
+        "        if self._output.requires_grad:\n            if part.boundary is None and self._loss.requires_grad:\n",  # noqa: E501
+        "tests/test_accepted.py -k graph",
+    ),
+    # ---- rules in C++ ----
+    Mutant(
+        _BINDING,
+        "labels[r] < outputs) || labels[r] == kIgnoreIndex",
+        "labels[r] <= outputs) || labels[r] == kIgnoreIndex",
+        "tests/test_turns.py -k label_out_of_bounds",
+    ),
+    Mutant(
+        _BINDING,
+        "FASTDNI_CHECK(labels[r] < width,",
+        "FASTDNI_CHECK(labels[r] <= width,",
+        "tests/test_network_arguments.py",
+    ),
+    Mutant(
+        _BINDING,
+        "!stage.batch_norm || spec.batch > 1",
+        "!stage.batch_norm || spec.batch > 0",
+        "tests/test_network_arguments.py -k row",
+    ),
+    Mutant(
+        _BINDING,
+        "    if (found) given = torch::stable::clone(given);\n",
+        "",
+        "tests/test_turns.py -k memory",
+    ),
+    Mutant(
+        "csrc/ops/optimizer_binding.cpp",
+        "          memory.step = 1 + host_number(step);\n",
+        "          memory.step = host_number(step);\n",
+        "tests/test_network.py -k own_step",
+    ),
+    Mutant(
+        "csrc/ops/optimizer_binding.cpp",
+        "      ++*mutable_data<double>(*step);\n",
+        "      ++*mutable_data<float>(*step);\n",
+        f"{_STALE} -k float64",
     ),
     Mutant(
         "csrc/ops/sweep.cpp",
+        "  last.known = false;\n",
         "",
-        "",
-        "tests/test_turns.py -k label",
+        "tests/test_sweep.py -k what_a_repeated_step_refuses",
     ),
 ]
