@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TREES = ROOT / "build" / "mutants"
 COPIED = ("fastdni", "csrc", "tests", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md")
 PATIENCE = 300  # seconds, after which tests count as failed
+FOR_A_BUILD = 1200
 FAILED, NO_TESTS = 1, 5  # exit statuses of pytest
 
 
@@ -45,7 +46,7 @@ def copy_tree(name: str) -> pathlib.Path:
     return tree
 
 
-def run(tree: pathlib.Path, *command: str) -> tuple[int, str]:
+def run(tree: pathlib.Path, *command: str, patience: int = PATIENCE) -> tuple[int, str]:
     """Exit status and output of a Python command in a tree."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "FASTDNI_CUDA": "0"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a file may change twice within a second
@@ -57,7 +58,7 @@ def run(tree: pathlib.Path, *command: str) -> tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE,
+            timeout=patience,
         )
     except subprocess.TimeoutExpired:
         return FAILED, "timed out"
@@ -65,7 +66,7 @@ def run(tree: pathlib.Path, *command: str) -> tuple[int, str]:
 
 
 def build(tree: pathlib.Path) -> None:
-    status, said = run(tree, "setup.py", "--quiet", "build_ext", "--inplace")
+    status, said = run(tree, "setup.py", "--quiet", "build_ext", "--inplace", patience=FOR_A_BUILD)
     if status:
         raise RuntimeError(said[-2000:])
 

@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "fastdni/training/structure.py",
-        "        return self.watch.unchanged() and [*map(_layout, self.parameters)] == self._layouts",
+        "        return self.watch.unchanged() and [*map(_layout, self.parameters)] == self._layouts",  # noqa: E501
         "        return self.watch.unchanged()",
         "tests/test_network.py -k another_dtype_between_steps",
     ),
