@@ -208,6 +208,8 @@ def load_the_network_by_assignment(side, number):
     state = {k: v.clone() for k, v in side.net.state_dict().items()}
     side.net.load_state_dict(state, assign=True)
     side.hold_their_own()
+    for optimizer in side.optimizers:  # state of no parameter is nothing that torch can save
+        optimizer.state.clear()
     side.optimizers[0].add_param_group({"params": list(side.net.parameters())})
 
 
@@ -222,7 +224,7 @@ def load_the_optimizers_from_json(side, number):
     """Tuples come back as lists."""
     for optimizer in side.optimizers:
         state = copy.deepcopy(optimizer.state_dict())
-        state["param_groups"] = json.loads(json.dumps(state["param_groups"]))
+        state["param_groups"] = json.loads(json.dumps(state["param_groups"], default=float))
         optimizer.load_state_dict(state)
 
 
