@@ -5,7 +5,7 @@ sections 2 and 3; the equations of a step are in `fastdni.reference.sweep`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -16,12 +16,6 @@ from fastdni.scopes import outside_compiled_graphs
 from fastdni.training.trainer import GRADIENTS, Trainer
 
 Criterion = str | Callable[[Tensor, Tensor], Tensor]
-
-
-@cache
-def _outside(method: Callable) -> Callable:
-    # A compiler would hand the step copies of the parameters, for it to update.
-    return outside_compiled_graphs(method)
 
 
 class StepResult(NamedTuple):
@@ -176,9 +170,7 @@ class DecoupledSequential(nn.Module):
             the number of threads.
         """
         if is_compiling():
-            return _outside(DecoupledSequential.step)(
-                self, x, target, optimizer, criterion, context, update_mask
-            )
+            return _step_outside(self, x, target, optimizer, criterion, context, update_mask)
         return _result(
             self._trainer.step(
                 self, "net.step", x, target, optimizer, criterion, context, update_mask
@@ -210,11 +202,14 @@ class DecoupledSequential(nn.Module):
                     torch.distributed.all_reduce(p.grad.div_(torch.distributed.get_world_size()))
         """
         if is_compiling():
-            return _outside(DecoupledSequential.backward)(
-                self, x, target, criterion, context, update_mask
-            )
+            return _backward_outside(self, x, target, criterion, context, update_mask)
         return _result(
             self._trainer.step(
                 self, "net.backward", x, target, GRADIENTS, criterion, context, update_mask
             )
         )
+
+
+# A compiler would hand a step copies of the parameters, for it to update.
+_step_outside = outside_compiled_graphs(DecoupledSequential.step)
+_backward_outside = outside_compiled_graphs(DecoupledSequential.backward)
