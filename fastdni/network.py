@@ -210,6 +210,6 @@ class DecoupledSequential(nn.Module):
         )
 
 
-# In functions that are compiled: a compiler would hand a step copies of the parameters to update.
+# A compiler would hand a step copies of the parameters, for it to update.
 _step_outside = outside_compiled_graphs(DecoupledSequential.step)
 _backward_outside = outside_compiled_graphs(DecoupledSequential.backward)
