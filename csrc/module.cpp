@@ -179,6 +179,19 @@ PYBIND11_MODULE(_C, m) {
           "statistics; -1 where there is none.")
       .def_readonly("launches", &PlanHandle::launches, "How a GPU's launches divide the step.")
       .def_readonly("workspace_bytes", &PlanHandle::workspace_bytes, "Memory that the plan holds.");
+  m.def(
+      "plan_results",
+      [](int64_t handle) {
+        const auto plan = fastdni::find_plan(handle);
+        const fastdni::NetworkSpec& spec = plan->spec;
+        int64_t boundaries = 0;
+        for (const auto& stage : spec.stages) boundaries += stage.synthesizer.present();
+        return py::make_tuple(spec.stages.back().outputs, boundaries, spec.unlocked(),
+                              spec.input_gradient);
+      },
+      py::arg("handle"),
+      "Of a plan's results: the output's width, the number of boundaries, whether there are losses "
+      "of inputs, whether the gradient of x.");
 #if defined(FASTDNI_CUDA)
   m.def(
       "cuda_versions",

@@ -208,22 +208,28 @@ def load_the_network_by_assignment(side, number):
     state = {k: v.clone() for k, v in side.net.state_dict().items()}
     side.net.load_state_dict(state, assign=True)
     side.hold_their_own()
-    for optimizer in side.optimizers:  # state of no parameter is nothing that torch can save
-        optimizer.state.clear()
     side.optimizers[0].add_param_group({"params": list(side.net.parameters())})
+
+
+def saved(optimizer):
+    """An optimizer's state dict; of state of parameters that it has lost torch can make none."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter in [p for p in optimizer.state if id(p) not in held]:
+        del optimizer.state[parameter]
+    return copy.deepcopy(optimizer.state_dict())
 
 
 @action
 def load_the_optimizers(side, number):
     for optimizer in side.optimizers:
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.load_state_dict(saved(optimizer))
 
 
 @action
 def load_the_optimizers_from_json(side, number):
     """Tuples come back as lists."""
     for optimizer in side.optimizers:
-        state = copy.deepcopy(optimizer.state_dict())
+        state = saved(optimizer)
         state["param_groups"] = json.loads(json.dumps(state["param_groups"], default=float))
         optimizer.load_state_dict(state)
 

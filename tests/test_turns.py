@@ -187,6 +187,21 @@ def test_a_label_out_of_bounds(label, where, row):
     net.step(optimizer=optimizer, **given)
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_label_beyond_the_context(repeated):
+    """The first that has no place in it, among the classes that the network knows."""
+    net = network((7, 9, 6, CONTEXT + 3), context=True)
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    given = batch(net)
+    for _ in range(3 if repeated else 0):
+        net.step(optimizer=optimizer, **given)
+    kept = [t.clone() for t in net.state_dict().values()]
+    given["target"][2] = CONTEXT
+    with pytest.raises(RuntimeError, match=f"label {CONTEXT} has no place"):
+        net.step(optimizer=optimizer, **given)
+    assert all(map(torch.equal, kept, net.state_dict().values()))
+
+
 def test_the_reason_of_a_step_that_was_repeated():
     """Whoever asks between two repeated steps is told, and the next step is no other."""
     net, optimizer, twin, own = pairs = made("adam")

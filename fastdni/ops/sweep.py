@@ -4,7 +4,6 @@ The formulas, shapes and letters are those of `fastdni.reference.sweep`, the upd
 `fastdni.reference.optimizer_update`.
 """
 
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -29,16 +28,12 @@ for _op in (
 ):  # fmt: skip
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
-_plans: "weakref.WeakValueDictionary[int, SweepPlan]" = weakref.WeakValueDictionary()
-
 
 def _fake_results(handle: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, loss and synthesis losses of a plan, without values."""
-    stages = _plans[handle].stages
-    boundaries = sum(stage.synthesizer is not None for stage in stages)
-    unlocked = stages[0].input_synthesizer is not None
+    outputs, boundaries, unlocked, _ = _C.plan_results(handle)
     losses = x.new_empty((2, boundaries) if unlocked else (boundaries,))
-    return x.new_empty(len(x), stages[-1].weight.shape[0]), x.new_empty(()), losses
+    return x.new_empty(len(x), outputs), x.new_empty(()), losses
 
 
 @torch.library.register_fake("fastdni::sweep_")
@@ -52,7 +47,7 @@ def _(
 @torch.library.register_fake("fastdni::sweep_forward_")
 def _(plan, caller, x, target, context, network_input, parameters, statistics, active):
     output, loss, _ = _fake_results(plan, x)
-    return output, loss, x.new_empty(x.shape if _plans[plan].input_gradient else (0,))
+    return output, loss, x.new_empty(x.shape if _C.plan_results(plan)[3] else (0,))
 
 
 @torch.library.register_fake("fastdni::sweep_update_")
@@ -161,7 +156,6 @@ class SweepPlan:
         self.runner = runner(self)
         # Whether the last step's tensors are such as it was given.
         self.can_be_repeated = self._rules.can_be_repeated
-        _plans[self.handle] = self
 
     @property
     def parameter_stages(self) -> list[int]:

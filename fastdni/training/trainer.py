@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fastdni.training import arguments
@@ -58,9 +59,13 @@ class Trainer:
             ):
                 return last.take(caller, x, target, context)
             self._last = None
-            return self._prepare(
-                net, caller, x, target, optimizer, criterion, context, update_mask
-            )()
+            given = (x, target, optimizer, criterion, context, update_mask)
+            mode = torch.is_grad_enabled()
+            try:
+                return self._prepare(net, caller, *given)()
+            finally:
+                # An exception from outside may arrive on the way into a `no_grad`.
+                torch._C._set_grad_enabled(mode)
 
     def _prepare(
         self, net, caller, x, target, optimizer, criterion, context, update_mask

@@ -121,7 +121,10 @@ def judge_all(name: str, mutants: list[Mutant]) -> int:
         verdict = judge(tree, mutant)
         failed += verdict != "killed"
         line = f"{verdict:10} {time.monotonic() - start:4.0f} s  {mutant.file}: "
-        print(line + mutant.new.strip().splitlines()[0], flush=True)
+        print(
+            line + (mutant.new.strip() or f"without {mutant.old.strip()}").splitlines()[0],
+            flush=True,
+        )
     if name == "compiled":
         build(tree)  # as it was, for the next time
     return failed

@@ -222,7 +222,7 @@ MUTANTS = [
         _BINDING,
         "FASTDNI_CHECK(labels[r] < width,",
         "FASTDNI_CHECK(labels[r] <= width,",
-        "tests/test_network_arguments.py",
+        "tests/test_turns.py -k beyond_the_context",
     ),
     Mutant(
         _BINDING,
