@@ -133,3 +133,6 @@ def reproducible():
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.set_num_threads(threads)
+    differentiated = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert differentiated, "the test left autograd off for those that follow"
