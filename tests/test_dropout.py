@@ -62,12 +62,19 @@ def test_dropout_is_torchs(place, p, where):
         assert_same(net, twin)
 
 
-@pytest.mark.parametrize("place", ["after the activation", "after a norm"])
-def test_dropout_leaves_stages_fused(place):
-    net = dropping(place, 0.5)
+def test_dropout_in_front_of_the_network_leaves_it_fused():
+    net = dropping("first", 0.5)
     optimizer = OPTIMIZERS["adam"](net.parameters())
     rows = fastdni.explain(net, batch(net)["x"], optimizer).rows
     assert [row["fused"] for row in rows] == [True] * 3
+
+
+@pytest.mark.parametrize("place", ["after the activation", "after a norm"])
+def test_dropout_leaves_the_other_stages_fused(place):
+    net = dropping(place, 0.5)
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    rows = fastdni.explain(net, batch(net)["x"], optimizer).rows
+    assert [row["fused"] for row in rows] == [False, True, True]
 
 
 def test_dropout_that_changes():
