@@ -47,6 +47,20 @@ def test_data_in_the_memory_of_the_network(case, kind):
     assert_same_state(optimizer, own)
 
 
+def test_a_context_in_the_memory_of_a_running_mean():
+    """Read once more after the statistics have moved."""
+    net = network((7, 6 * CONTEXT, 6, 5), norm=True, context=True, bias=False)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    twin, own = twin_of(net, optimizer)
+    for seed in range(5):
+        given, expected = batch(net, seed=seed), batch(net, seed=seed)
+        given["context"] = net.stages[0][1].running_mean.view(6, CONTEXT)
+        expected["context"] = twin.stages[0][1].running_mean.view(6, CONTEXT).clone()
+        net.step(optimizer=optimizer, **given)
+        plain_step(twin, optimizer=own, **expected)
+        assert_same(net, twin)
+
+
 # ---- surroundings, and how a step is called ----
 
 

@@ -81,8 +81,6 @@ class Trainer:
         parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
         (part, *others) = parts
         if not others and part.fused and part.takes(step.x, step.x):
-            if not part.plan(len(step.x)).can_repeat:
-                arguments.check_inputs(structure, step)
             updates = self._fused_updates(part, step)
             if updates is not None:
                 return partial(self._run_whole, structure, part, step, updates, (target, context))

@@ -240,7 +240,7 @@ MUTANTS = [
         "csrc/ops/optimizer_binding.cpp",
         "          memory.step = 1 + host_number(step);\n",
         "          memory.step = host_number(step);\n",
-        "tests/test_network.py -k own_step",
+        "tests/test_turns.py -k optimizers_in_turns",
     ),
     Mutant(
         "csrc/ops/optimizer_binding.cpp",
