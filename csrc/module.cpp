@@ -57,6 +57,7 @@ fastdni::StageSpec stage_spec(const py::dict& given) {
   spec.outputs = py::cast<int64_t>(given["outputs"]);
   spec.bias = py::cast<bool>(given["bias"]);
   spec.activation = fastdni::activation_named(kPlan, py::cast<std::string>(given["activation"]));
+  spec.dropout = py::cast<bool>(given["dropout"]);
   if (!given["batch_norm"].is_none()) {
     const auto norm = py::cast<py::dict>(given["batch_norm"]);
     spec.batch_norm = true;

@@ -83,7 +83,7 @@ def _rows(net: DecoupledSequential, x: Tensor, optimizer, criterion: Criterion) 
             if taken:
                 row |= _of_sweep(part, structure, number, len(x), of_updates)
             else:
-                row |= _of_autograd(part, structure, number, autocast)
+                row |= _of_autograd(part, structure, number, autocast, len(x))
             rows.append(row)
     return rows
 
@@ -120,13 +120,19 @@ def _of_sweep(
 
 
 def _of_autograd(
-    part: FusedPart | LocalPart, structure: Structure, number: int, autocast: torch.dtype | None
+    part: FusedPart | LocalPart,
+    structure: Structure,
+    number: int,
+    autocast: torch.dtype | None,
+    batch: int,
 ) -> dict:
     reason = structure.reasons[number]
     if reason is None and part.fused:
         reason = "the input of these stages is not (B, K)"
     elif reason is None and autocast not in (None, torch.bfloat16):
         reason = f"autocast to {autocast}"
+    elif reason is None and not structure.takes_dropout(number, autocast, batch):
+        reason = "no kernels of its backend have Dropout"
     elif reason is None:
         reason = "the criterion is a callable"
     kernel = "autograd of the stage"

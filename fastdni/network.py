@@ -44,10 +44,10 @@ class DecoupledSequential(nn.Module):
     M_l(h, ctx) of its own output, and updates at once; M_l learns from the gradient that the stage
     above finds.
 
-    Stages of the form `Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]` with a
+    Stages of the form `Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity] [Dropout]` with a
     `BasicSynthesizer`, under SGD, Adam or AdamW of torch.optim, run fused, in one call for all of
-    them; everything else takes local autograd, with the same result. `fastdni.explain` tells which
-    and why.
+    them (with Dropout on the CPU alone); everything else takes local autograd, with the same
+    result. `fastdni.explain` tells which and why.
 
     Args:
         stages: S + 1 modules; the last one makes the output.

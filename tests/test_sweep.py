@@ -260,7 +260,7 @@ def test_a_long_batch_is_right():
 def test_ops_are_registered_as_they_behave():
     one, plan, state, groups, settings = arguments()
     active = [1] * 4
-    lists = (plan.parameters, plan.statistics)
+    lists = ([], plan.parameters, plan.statistics)  # no noise
     first = (plan.handle, "test", one.x, one.target, None, *lists)
     names = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
@@ -269,7 +269,7 @@ def test_ops_are_registered_as_they_behave():
         test_utils=names,
     )
     ops.sweep_(plan, one.x, one.target, None, state, groups, settings, active, repeatable=True)
-    again = (plan.handle, "test", one.x, one.target, None, settings)
+    again = (plan.handle, "test", one.x, one.target, None, [], settings)
     repeat = torch.ops.fastdni.sweep_repeat_.default
     torch.library.opcheck(repeat, again, test_utils=("test_schema", "test_autograd_registration"))
     # What it writes no schema says: it is not for those who trace.
@@ -360,7 +360,7 @@ def test_autograd_looks_past_the_ops():
 def test_raw_ops_refuse_what_does_not_fit(change, message):
     one, plan, state, groups, settings = arguments()
     given = {"plan": plan.handle, "caller": "sweep", "x": one.x, "target": one.target}
-    given |= {"context": None, "parameters": list(plan.parameters)}
+    given |= {"context": None, "noise": [], "parameters": list(plan.parameters)}
     given |= {"statistics": list(plan.statistics), "state": state, "groups": groups}
     given |= {"settings": settings, "active": [1] * 4, "repeatable": False}
     before = [t.clone() for t in (*plan.parameters, *plan.statistics, *state)]
@@ -412,12 +412,12 @@ def test_plans_of_rules_alone_run_nothing():
     lists = (plan.parameters, plan.statistics)
     with pytest.raises(RuntimeError, match="plan must be one that runs steps, got rules alone"):
         torch.ops.fastdni.sweep_forward_(
-            plan.handle, "sweep", one.x, one.target, None, None, *lists, [1] * 4
+            plan.handle, "sweep", one.x, one.target, None, None, [], *lists, [1] * 4
         )
     running = arguments()[1]
     with pytest.raises(RuntimeError, match="plan must be one of rules alone, got one that runs"):
         torch.ops.fastdni.sweep_check_forward(
-            running.handle, "sweep", one.x, one.target, None, None, *lists, [1] * 4
+            running.handle, "sweep", one.x, one.target, None, None, [], *lists, [1] * 4
         )
 
 
@@ -491,11 +491,13 @@ def test_a_plan_says_how_a_gpu_divides_the_step():
 def test_a_plan_lives_as_long_as_its_object():
     one, plan, state, groups, settings = arguments()
     assert plan.workspace_bytes > 0
-    given = [one.x, one.target, None, plan.parameters, plan.statistics, state, groups, settings]
+    lists = [[], plan.parameters, plan.statistics, state, groups]
     handle = plan.handle
     del plan
     with pytest.raises(RuntimeError, match="live plan"):
-        torch.ops.fastdni.sweep_(handle, "sweep", *given, [1] * 4, False)
+        torch.ops.fastdni.sweep_(
+            handle, "sweep", one.x, one.target, None, *lists, settings, [1] * 4, False
+        )
 
 
 @pytest.mark.parametrize("settings", ["adam", "nesterov"])

@@ -17,8 +17,8 @@ struct SynthesizerSpec {
   bool present() const { return !widths.empty(); }
 };
 
-// Linear [BatchNorm1d] [activation], the synthesizer M of the gradient of its output, and in
-// complete unlock the synthesizer I of the output itself.
+// Linear [BatchNorm1d] [activation] [Dropout], the synthesizer M of the gradient of its output, and
+// in complete unlock the synthesizer I of the output itself.
 struct StageSpec {
   int64_t inputs = 0, outputs = 0;
   bool bias = true;
@@ -26,6 +26,7 @@ struct StageSpec {
   double momentum = 0.1;  // negative: the running statistics are plain averages
   double eps = 1e-5;
   Activation activation = Activation::identity;
+  bool dropout = false;  // h is multiplied by noise that each step is given
   SynthesizerSpec synthesizer, input_synthesizer;
 };
 

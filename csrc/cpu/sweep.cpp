@@ -231,6 +231,7 @@ class CpuSweep final : public Sweep {
     }
     for (const auto& [width, context] : contexts_) pack_later(context, program);
 
+    int32_t dropouts = 0;
     for (size_t s = 0; s < net_.stages.size(); ++s) {
       Stage<T>& stage = net_.stages[s];
       stage.x = s == 0     ? x_
@@ -238,7 +239,9 @@ class CpuSweep final : public Sweep {
                            : net_.stages[s - 1].h;
       stage.h = arena_.activations(stage.spec.outputs, true,
                                    gradient_synthesizers[s] != nullptr && !unlocked);
-      stage.z = stage.spec.batch_norm ? arena_.matrix(stage.spec.outputs) : stage.h->rows;
+      stage.phi = stage.spec.dropout ? arena_.matrix(stage.spec.outputs) : stage.h->rows;
+      if (stage.spec.dropout) stage.noise = dropouts++;
+      stage.z = stage.spec.batch_norm ? arena_.matrix(stage.spec.outputs) : stage.phi;
       stage.dz = arena_.matrix(stage.spec.outputs);
       if (unlocked && input_synthesizers[s] != nullptr) {
         stage.next_input =

@@ -32,7 +32,7 @@ class Passes {
     } else {
       cpu::finish_rows<isa, T>(stage.z, net_.value(stage.numbers.bias), nullptr,
                                stage.spec.activation, rows);
-      if (&stage == &net_.stages.back()) write_output(stage, rows);
+      finish(stage, rows);
     }
   }
 
@@ -72,8 +72,8 @@ class Passes {
   }
 
   void normalize(Stage<T>& stage, Rows rows) {
-    cpu::normalize_rows<isa, T>(stage.z, norm(stage), stage.spec.activation, stage.h->rows, rows);
-    if (&stage == &net_.stages.back()) write_output(stage, rows);
+    cpu::normalize_rows<isa, T>(stage.z, norm(stage), stage.spec.activation, stage.phi, rows);
+    finish(stage, rows);
   }
 
   void evaluate(Evaluation<T>& evaluation, Rows rows) {
@@ -107,9 +107,13 @@ class Passes {
     }
     if (stage.sent == nullptr) criterion(stage, rows, b);
     if (!net_.active(s)) return;
-    const Matrix<const T> grad =
+    Matrix<const T> grad =
         stage.sent == nullptr ? Matrix<const T>(stage.dz) : stage.sent->prediction->rows;
-    cpu::activation_gradient_rows<isa, T>(grad, h, stage.spec.activation, stage.dz, rows);
+    if (stage.noise != kNone) {
+      cpu::drop_rows<isa, T>(grad, noise(stage), stage.dz, rows);
+      grad = stage.dz;
+    }
+    cpu::activation_gradient_rows<isa, T>(grad, stage.phi, stage.spec.activation, stage.dz, rows);
     if (stage.spec.batch_norm) {
       const int64_t at = b * stage.spec.outputs;
       cpu::column_dots<isa, T>(stage.dz, stage.z, rows, stage.block_sums + at,
@@ -197,6 +201,19 @@ class Passes {
   cpu::BatchNorm<T> norm(const Stage<T>& stage) const {
     return {stage.mean, stage.inverse, net_.value(stage.numbers.norm_weight),
             net_.value(stage.numbers.norm_bias)};
+  }
+
+  // From phi(u) to h, and to the output.
+  void finish(const Stage<T>& stage, Rows rows) {
+    if (stage.noise != kNone) {
+      cpu::drop_rows<isa, T>(stage.phi, noise(stage), stage.h->rows, rows);
+    }
+    if (&stage == &net_.stages.back()) write_output(stage, rows);
+  }
+
+  Matrix<const T> noise(const Stage<T>& stage) const {
+    const int64_t outputs = stage.spec.outputs;
+    return {static_cast<const T*>(net_.memory->noise[stage.noise]), outputs, outputs};
   }
 
   void write_output(const Stage<T>& stage, Rows rows) {

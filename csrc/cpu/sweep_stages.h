@@ -47,8 +47,10 @@ struct Stage {
   StageParameters numbers;
   Activations<T>* x = nullptr;
   Activations<T>* h = nullptr;
-  Matrix<T> z;   // with BatchNorm, normalised; without, the same as h
-  Matrix<T> dz;  // the gradient of h, of u and of z, one after the other
+  Matrix<T> phi;          // phi(u); without Dropout the same as h
+  int32_t noise = kNone;  // of Dropout: its number among the step's
+  Matrix<T> z;            // with BatchNorm, normalised; without, the same as phi
+  Matrix<T> dz;           // the gradient of h, of u and of z, one after the other
   T* mean = nullptr;
   T* inverse = nullptr;
   T* block_sums = nullptr;              // (blocks, outputs): means, then sums of du

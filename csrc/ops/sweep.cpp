@@ -1,5 +1,5 @@
-// sweep: one training step of consecutive decoupled stages, `Linear [BatchNorm1d] [activation]`
-// with their synthesizers. The equations are in fastdni/reference/sweep.py.
+// sweep: one training step of consecutive decoupled stages, `Linear [BatchNorm1d] [activation]
+// [Dropout]` with their synthesizers. The equations are in fastdni/reference/sweep.py.
 //
 //   sweep_           the whole step of a whole network
 //   sweep_repeat_    the same step as the last one with other data and other numbers: the same
@@ -72,14 +72,14 @@ struct StepArguments {
 
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
                                               const Tensor& x, const OptionalTensor& target,
-                                              const OptionalTensor& context,
+                                              const OptionalTensor& context, const Tensors& noise,
                                               const StepArguments& given) {
   FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
                     !plan.spec.input_gradient,
                 caller, ": plan must be one of a whole network");
   plan.goes_on = false;
   plan.memory.like = &x;
-  SweepInputs inputs = bind_forward(caller, plan, x, target, context, {}, given.parameters,
+  SweepInputs inputs = bind_forward(caller, plan, x, target, context, {}, noise, given.parameters,
                                     given.statistics, given.active);
   OptimizerBinding optimizer =
       bind_optimizer(caller, plan, given.state, given.groups, given.settings);
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& p
 
 std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string& caller,
                                               const Tensor& x, const OptionalTensor& target,
-                                              const OptionalTensor& context,
+                                              const OptionalTensor& context, const Tensors& noise,
                                               const Tensors& parameters, const Tensors& statistics,
                                               const Tensors& state, const Integers& groups,
                                               const std::vector<double>& settings,
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
   const std::lock_guard<std::mutex> lock(plan->in_use);
   LastStep& last = plan->last;
   last.known = false;
-  auto results = whole_step(caller, *plan, x, target, context,
+  auto results = whole_step(caller, *plan, x, target, context, noise,
                             {parameters, statistics, state, groups, settings, active});
   if (repeatable) {
     last.parameters.borrow(parameters);
@@ -122,25 +122,25 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
 // The tensors are looked at again: a parameter's `data` may be another one by now.
 std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::string& caller,
                                                 const Tensor& x, const OptionalTensor& target,
-                                                const OptionalTensor& context,
+                                                const OptionalTensor& context, const Tensors& noise,
                                                 const std::vector<double>& settings) {
   const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   const LastStep& last = plan->last;
   FASTDNI_CHECK(last.known, caller, ": plan has no step to repeat");
-  return whole_step(caller, *plan, x, target, context,
+  return whole_step(caller, *plan, x, target, context, noise,
                     {last.parameters.tensors(), last.statistics.tensors(), last.state.tensors(),
                      last.groups, settings, last.active});
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep_forward(
     int64_t handle, const std::string& caller, const Tensor& x, const OptionalTensor& target,
-    const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& parameters,
-    const Tensors& statistics, const Integers& active) {
+    const OptionalTensor& context, const OptionalTensor& network_input, const Tensors& noise,
+    const Tensors& parameters, const Tensors& statistics, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   plan->goes_on = false;
-  const SweepInputs inputs = bind_forward(caller, *plan, x, target, context, network_input,
+  const SweepInputs inputs = bind_forward(caller, *plan, x, target, context, network_input, noise,
                                           parameters, statistics, active);
   plan->memory.like = &x;
   Tensor output = make_output(*plan, x), loss = make_loss(*plan, x);
@@ -174,12 +174,13 @@ Tensor sweep_update(int64_t handle, const std::string& caller, const OptionalTen
 // The rules of both parts, for those who run a plan's steps themselves.
 void check_forward(int64_t handle, const std::string& caller, const Tensor& x,
                    const OptionalTensor& target, const OptionalTensor& context,
-                   const OptionalTensor& network_input, const Tensors& parameters,
-                   const Tensors& statistics, const Integers& active) {
+                   const OptionalTensor& network_input, const Tensors& noise,
+                   const Tensors& parameters, const Tensors& statistics, const Integers& active) {
   const std::shared_ptr<Plan> plan = find_plan(caller, handle, false);
   const std::lock_guard<std::mutex> lock(plan->in_use);
   plan->goes_on = false;
-  bind_forward(caller, *plan, x, target, context, network_input, parameters, statistics, active);
+  bind_forward(caller, *plan, x, target, context, network_input, noise, parameters, statistics,
+               active);
   plan->goes_on = true;
 }
 
@@ -197,23 +198,24 @@ void check_update(int64_t handle, const std::string& caller, const OptionalTenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
-      "sweep_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
+      "sweep_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, Tensor[] noise, "
       "Tensor(a!)[] parameters, Tensor(b!)[] statistics, Tensor(c!)[] state, int[] groups, "
       "float[] settings, int[] active, bool repeatable) -> "
       "(Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
       "sweep_repeat_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
-      "float[] settings) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
+      "Tensor[] noise, float[] settings) -> (Tensor output, Tensor loss, Tensor synthesis_loss)");
   m.def(
       "sweep_forward_(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
-      "Tensor? network_input, Tensor[] parameters, Tensor(a!)[] statistics, int[] active) -> "
-      "(Tensor output, Tensor loss, Tensor input_gradient)");
+      "Tensor? network_input, Tensor[] noise, Tensor[] parameters, Tensor(a!)[] statistics, "
+      "int[] active) -> (Tensor output, Tensor loss, Tensor input_gradient)");
   m.def(
       "sweep_update_(int plan, str caller, Tensor? gradient, Tensor(a!)[] parameters, "
       "Tensor(b!)[] state, int[] groups, float[] settings, int[] active) -> Tensor synthesis_loss");
   m.def(
       "sweep_check_forward(int plan, str caller, Tensor x, Tensor? target, Tensor? context, "
-      "Tensor? network_input, Tensor[] parameters, Tensor[] statistics, int[] active) -> ()");
+      "Tensor? network_input, Tensor[] noise, Tensor[] parameters, Tensor[] statistics, "
+      "int[] active) -> ()");
   m.def(
       "sweep_check_update(int plan, str caller, Tensor? gradient, Tensor[] parameters, "
       "Tensor[] state, int[] groups, float[] settings, int[] active) -> ()");

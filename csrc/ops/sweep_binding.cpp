@@ -95,6 +95,22 @@ void bind_inputs(Plan& plan, const SweepInputs& inputs) {
   plan.memory.network_input = inputs.network_input ? inputs.network_input->data_ptr() : nullptr;
 }
 
+void bind_noise(const std::string& caller, Plan& plan, const Tensors& noise) {
+  const auto& stages = plan.spec.stages;
+  const size_t dropouts = std::count_if(stages.begin(), stages.end(),
+                                        [](const StageSpec& stage) { return stage.dropout; });
+  FASTDNI_CHECK(noise.size() == dropouts, caller, ": noise must hold ", dropouts,
+                " tensors, one for each stage with Dropout, got ", noise.size());
+  auto& bound = plan.memory.noise;
+  bound.clear();
+  for (const StageSpec& stage : stages) {
+    if (!stage.dropout) continue;
+    const Tensor& drawn = noise[bound.size()];
+    check_values(caller, "noise", drawn, {plan.spec.batch, stage.outputs}, plan.dtype, plan);
+    bound.push_back(drawn.data_ptr());
+  }
+}
+
 void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
                      const Integers& active) {
   const auto& shapes = plan.expected.parameters;
@@ -197,8 +213,9 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
 
 SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
                          const OptionalTensor& target, const OptionalTensor& context,
-                         const OptionalTensor& network_input, const Tensors& parameters,
-                         const Tensors& statistics, const Integers& active) {
+                         const OptionalTensor& network_input, const Tensors& noise,
+                         const Tensors& parameters, const Tensors& statistics,
+                         const Integers& active) {
   SweepInputs inputs = check_inputs(caller, plan, x, target, context);
   FASTDNI_CHECK(network_input.has_value() == plan.spec.separate_input, caller,
                 ": network_input must be given to plans with a separate input, and to no others");
@@ -209,6 +226,7 @@ SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
                  plan.dtype, plan);
   }
   bind_inputs(plan, inputs);
+  bind_noise(caller, plan, noise);
   bind_parameters(caller, plan, parameters, active);
   bind_statistics(caller, plan, statistics);
   return inputs;

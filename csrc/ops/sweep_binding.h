@@ -18,11 +18,12 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
                   const std::string& criterion);
 
 // Binds what a forward part is given; what had to be made contiguous is in the result, which must
-// live as long as the part is at work.
+// live as long as the part is at work, as must the others.
 SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
                          const OptionalTensor& target, const OptionalTensor& context,
-                         const OptionalTensor& network_input, const Tensors& parameters,
-                         const Tensors& statistics, const Integers& active);
+                         const OptionalTensor& network_input, const Tensors& noise,
+                         const Tensors& parameters, const Tensors& statistics,
+                         const Integers& active);
 
 // Copies data that lies in memory which the step writes, once everything is bound.
 void keep_apart(Plan& plan, SweepInputs& inputs);

@@ -1,5 +1,6 @@
 #include "ops/sweep_plan.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -73,6 +74,9 @@ std::shared_ptr<Plan> make_plan(NetworkSpec spec, ScalarType dtype, std::optiona
   check_spec(spec);
   std::unique_ptr<Sweep> sweep;
   if (runs) {
+    const auto drops = [](const StageSpec& stage) { return stage.dropout; };
+    FASTDNI_CHECK(!gpu || std::none_of(spec.stages.begin(), spec.stages.end(), drops),
+                  "sweep: a GPU's plan must have no stage with Dropout");
     const MakeSweep make = sweep_makers()[static_cast<size_t>(gpu ? Device::gpu : Device::cpu)];
     FASTDNI_CHECK(make != nullptr, "sweep: this build has no kernels for a ", gpu ? "GPU" : "CPU");
     sweep = make(spec, dtype);

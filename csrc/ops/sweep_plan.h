@@ -21,6 +21,7 @@ struct StepMemory {
   const void* network_input = nullptr;  // (batch, K) what I predicts from, where that is not x
   const void* target = nullptr;         // (batch,) int64 or (batch, outputs)
   const void* context = nullptr;        // (batch, C); without one the labels, as one-hot vectors
+  std::vector<const void*> noise;       // (batch, outputs) of each stage with Dropout
   std::vector<ParameterMemory> parameters;
   std::vector<void*> statistics;
   std::vector<bool> active;  // by stage

@@ -10,6 +10,7 @@ from fastdni.ops.sweep import (
     sweep_check_target,
     sweep_forward_,
     sweep_repeat_,
+    sweep_takes_dropout,
     sweep_update_,
 )
 from fastdni.ops.synthesizer import (
@@ -33,6 +34,7 @@ __all__ = [
     "sweep_check_target",
     "sweep_forward_",
     "sweep_repeat_",
+    "sweep_takes_dropout",
     "sweep_update_",
     "synthesizer_bwd",
     "synthesizer_fwd",

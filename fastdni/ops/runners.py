@@ -36,14 +36,14 @@ class Runner:
         self._pending = None  # what a forward part leaves for its update
 
     def step(
-        self, plan, caller, x, target, context, state, groups, settings, active, repeatable=False
+        self, plan, caller, x, target, context, noise, state, groups, settings, active, repeatable
     ) -> Results:
         """A whole step: see `fastdni.ops.sweep_`."""
-        output, loss, _ = self.forward(plan, caller, x, target, context, None, active)
+        output, loss, _ = self.forward(plan, caller, x, target, context, None, noise, active)
         losses = self.update(plan, caller, None, state, groups, settings, active)
         return output, loss, losses
 
-    def forward(self, plan, caller, x, target, context, network_input, active) -> Results:
+    def forward(self, plan, caller, x, target, context, network_input, noise, active) -> Results:
         """Its first part: see `fastdni.ops.sweep_forward_`."""
         raise NotImplementedError
 
@@ -58,16 +58,16 @@ class Compiled(Runner):
     compiled = True
 
     def step(
-        self, plan, caller, x, target, context, state, groups, settings, active, repeatable=False
+        self, plan, caller, x, target, context, noise, state, groups, settings, active, repeatable
     ) -> Results:
         return _sweep(
-            plan.handle, caller, x, target, context, plan.parameters, plan.statistics, state,
-            groups, settings, active, repeatable,
+            plan.handle, caller, x, target, context, noise, plan.parameters, plan.statistics,
+            state, groups, settings, active, repeatable,
         )  # fmt: skip
 
-    def forward(self, plan, caller, x, target, context, network_input, active) -> Results:
+    def forward(self, plan, caller, x, target, context, network_input, noise, active) -> Results:
         return _forward(
-            plan.handle, caller, x, target, context, network_input, plan.parameters,
+            plan.handle, caller, x, target, context, network_input, noise, plan.parameters,
             plan.statistics, active,
         )  # fmt: skip
 
@@ -84,23 +84,25 @@ class Triton(Runner):
 
     def __init__(self, plan):
         super().__init__(plan)
+        if any(stage.dropout for stage in plan.stages):
+            raise RuntimeError("sweep: a plan for Triton must have no stage with Dropout")
         backend.triton.load()
         module = importlib.import_module("fastdni.triton.sweep")
         self.structure = module.Structure(plan.stages, plan.criterion, plan.precision)
 
     def step(
-        self, plan, caller, x, target, context, state, groups, settings, active, repeatable=False
+        self, plan, caller, x, target, context, noise, state, groups, settings, active, repeatable
     ) -> Results:
         lists = (plan.parameters, plan.statistics)
-        _check_forward(plan.handle, caller, x, target, context, None, *lists, active)
+        _check_forward(plan.handle, caller, x, target, context, None, noise, *lists, active)
         _check_update(plan.handle, caller, None, lists[0], state, groups, settings, active)
         with torch.no_grad():
             return torch.ops.fastdni.triton_sweep_(
                 self.structure.number, x, target, context, *lists, state, groups, settings, active
             )
 
-    def forward(self, plan, caller, x, target, context, network_input, active) -> Results:
-        lists = (plan.parameters, plan.statistics)
+    def forward(self, plan, caller, x, target, context, network_input, noise, active) -> Results:
+        lists = (noise, plan.parameters, plan.statistics)
         _check_forward(plan.handle, caller, x, target, context, network_input, *lists, active)
         done = self._pending = self.structure.forward(
             plan.stages, x, target, context, active, network_input, plan.input_gradient
@@ -117,13 +119,13 @@ class Triton(Runner):
 class Reference(Runner):
     """The equations in plain PyTorch."""
 
-    def forward(self, plan, caller, x, target, context, network_input, active) -> Results:
-        lists = (plan.parameters, plan.statistics)
+    def forward(self, plan, caller, x, target, context, network_input, noise, active) -> Results:
+        lists = (noise, plan.parameters, plan.statistics)
         _check_forward(plan.handle, caller, x, target, context, network_input, *lists, active)
         with torch.autocast(x.device.type, enabled=False):
             done = self._pending = reference.sweep(
                 plan.stages, x, target, context, plan.criterion, list(map(bool, active)),
-                plan.precision == "bfloat16", network_input,
+                plan.precision == "bfloat16", network_input, noise,
             )  # fmt: skip
         return done.output, done.loss, done.input_gradient
 

@@ -15,6 +15,7 @@ from fastdni.ops.runners import RUNNERS
 from fastdni.reference import OptimizerSettings, SweepStage, SynthesizerParameters
 
 _DEVICES = backend.kernel_devices("sweep_")
+_DROPOUT = ("cpu", "reference")  # the backends that have it
 # What OpOverload calls: at small sizes its own call would be seen.
 _repeat = torch.ops.fastdni.sweep_repeat_.default._op
 # (caller, target, batch, outputs, criterion): raises unless the target fits.
@@ -38,14 +39,14 @@ def _fake_results(handle: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("fastdni::sweep_")
 def _(
-    plan, caller, x, target, context, parameters, statistics, state, groups, settings, active,
-    repeatable,
+    plan, caller, x, target, context, noise, parameters, statistics, state, groups, settings,
+    active, repeatable,
 ):  # fmt: skip
     return _fake_results(plan, x)
 
 
 @torch.library.register_fake("fastdni::sweep_forward_")
-def _(plan, caller, x, target, context, network_input, parameters, statistics, active):
+def _(plan, caller, x, target, context, network_input, noise, parameters, statistics, active):
     output, loss, _ = _fake_results(plan, x)
     return output, loss, x.new_empty(x.shape if _C.plan_results(plan)[3] else (0,))
 
@@ -81,6 +82,7 @@ def _stage_spec(stage: SweepStage) -> dict:
         "outputs": stage.weight.shape[0],
         "bias": stage.bias is not None,
         "activation": stage.activation,
+        "dropout": stage.dropout,
         "batch_norm": None
         if norm is None
         else {
@@ -104,6 +106,11 @@ def sweep_backend(stages: Sequence[SweepStage], batch: int, precision: str) -> s
         if backend.takes_triton(weight.device, largest, precision):
             return "triton"
     return name
+
+
+def sweep_takes_dropout(stages: Sequence[SweepStage], batch: int, precision: str) -> bool:
+    """Whether the backend that serves a sweep has Dropout."""
+    return sweep_backend(stages, batch, precision) in _DROPOUT
 
 
 class SweepPlan:
@@ -206,6 +213,7 @@ def sweep_(
     active: list[int],
     caller: str = "sweep",
     repeatable: bool = False,
+    noise: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A step of a whole network, in place: parameters, optimizer state, running statistics.
 
@@ -220,6 +228,7 @@ def sweep_(
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         caller: whom error messages name.
         repeatable: whether `sweep_repeat_` may follow.
+        noise: (B, N) for each stage with Dropout, from below: what its output is multiplied by.
 
     Returns:
         The output (B, N), the loss (), and the synthesis losses: (S,), or in complete unlock
@@ -229,7 +238,7 @@ def sweep_(
         RuntimeError: a shape, dtype, label or state does not fit; nothing has been written then.
     """
     return plan.runner.step(
-        plan, caller, x, target, context, state, groups, settings, active, repeatable
+        plan, caller, x, target, context, noise, state, groups, settings, active, repeatable
     )
 
 
@@ -240,6 +249,7 @@ def sweep_repeat_(
     context: Tensor | None,
     settings: list[float],
     caller: str = "sweep",
+    noise: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last `sweep_` of a plan again, on other data: it takes and writes the same parameters,
     statistics and state.
@@ -250,7 +260,7 @@ def sweep_repeat_(
     Args, returns, raises:
         As `sweep_`; also RuntimeError where the plan's last step was not repeatable.
     """
-    return _repeat(plan.handle, caller, x, target, context, settings)
+    return _repeat(plan.handle, caller, x, target, context, noise, settings)
 
 
 def sweep_forward_(
@@ -261,6 +271,7 @@ def sweep_forward_(
     active: list[int],
     caller: str = "sweep",
     network_input: Tensor | None = None,
+    noise: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The part of a step that needs nothing from above: F, S and D of every stage.
 
@@ -274,7 +285,7 @@ def sweep_forward_(
         with; the loss () where the plan has a criterion; the gradient of x (B, K) where the plan
         wants it.
     """
-    return plan.runner.forward(plan, caller, x, target, context, network_input, active)
+    return plan.runner.forward(plan, caller, x, target, context, network_input, noise, active)
 
 
 def sweep_update_(

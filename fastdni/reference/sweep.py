@@ -2,14 +2,15 @@
 
 Jaderberg et al. 2016 (arXiv 1608.05343), sections 2 and 3. Stage l of L, batch B:
 
-    F   z = x W^T + b;   u = BN(z) if the stage has one;   h = phi(u)
+    F   z = x W^T + b;   u = BN(z) if the stage has one;   h = phi(u) * m
     S   g^ = M(h, ctx)
-        du = g^ * phi'(u) (topmost stage: the criterion's gradient);   dz = du through BN
+        du = g^ * m * phi'(u) (topmost stage: the criterion's gradient);   dz = du through BN
     D   delta = dz W, the target of the synthesizer below
         e = g^_below - delta;   synthesis loss = ||e||^2 / B
     U   dW = dz^T x, db = sum dz, dgamma = sum du z~, dbeta = sum du (z~ the normalised z);
         those of M as in `fastdni.reference.synthesizer_bwd`
 
+m is the noise of Dropout, 0 or 1 / (1 - p) for each element; without Dropout there is none.
 A stage's input x is the output of the stage below. In complete unlock (section 2.3) it is I(x_0,
 ctx), which a second synthesizer predicts from the network's input x_0 and regresses on the output h
 that the stage below really makes: e = I(x_0, ctx) - h. M is then regressed at I(x_0, ctx) as well.
@@ -18,7 +19,7 @@ No gradient passes from one stage to another, or through M, I or ctx. All are ta
 parameters as they were before the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class SweepStage(NamedTuple):
     activation: str  # "identity", "relu", "tanh" or "sigmoid"
     synthesizer: SynthesizerParameters | None = None
     input_synthesizer: SynthesizerParameters | None = None
+    dropout: bool = False  # each step brings noise
 
     def parameters(self) -> list[Tensor]:
         """Those that there are, in the order of the sweep's gradients."""
@@ -175,6 +177,7 @@ def sweep(
     active: list[bool],
     bfloat16: bool = False,
     network_input: Tensor | None = None,
+    noise: Sequence[Tensor] = (),
 ) -> SweepResult:
     """Losses and gradients of a step; moves the running statistics and nothing else.
 
@@ -189,6 +192,7 @@ def sweep(
         bfloat16: round the operands of every product to bfloat16.
         network_input: what input synthesizers predict from, where that is not x: these stages are
             then a part of a network.
+        noise: (B, N) for each stage with Dropout, from below.
     """
     product = _rounded_product if bfloat16 else torch.matmul
 
@@ -202,7 +206,7 @@ def sweep(
         if stage.input_synthesizer is not None
     ]
     outputs, backwards, predictions = [], [], []
-    h = x
+    h, drawn = x, iter(noise)
     for index, stage in enumerate(stages):
         stage_input = made[index - 1].prediction if unlocked and index > 0 else h
         z = product(stage_input, stage.weight.t())
@@ -211,9 +215,12 @@ def sweep(
         u, normalized, inverse = z, None, None
         if stage.norm is not None:
             u, normalized, inverse = _normalize(z, stage.norm)
-        h = _ACTIVATIONS[stage.activation][0](u)
+        h = phi = _ACTIVATIONS[stage.activation][0](u)
+        m = next(drawn) if stage.dropout else None
+        if m is not None:
+            h = phi * m
         outputs.append(h)
-        backwards.append((stage_input, normalized, inverse))
+        backwards.append((stage_input, normalized, inverse, phi, m))
         if stage.synthesizer is not None:
             predictions.append(evaluate(stage.synthesizer, h))
 
@@ -227,9 +234,11 @@ def sweep(
             own_gradients.append(None)
             deltas.append(None)
             continue
-        stage_input, normalized, inverse = backwards[index]
+        stage_input, normalized, inverse, phi, m = backwards[index]
         sent = loss_gradient if stage.synthesizer is None else predictions[index].prediction
-        du = _ACTIVATIONS[stage.activation][1](sent, outputs[index])
+        if m is not None:
+            sent = sent * m
+        du = _ACTIVATIONS[stage.activation][1](sent, phi)
         of_norm = []
         dz = du
         if stage.norm is not None:

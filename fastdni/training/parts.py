@@ -8,6 +8,7 @@ lets them make their updates. What belongs to one step is in the passes, none of
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdni import ops
 from fastdni.reference import SweepStage, accumulate_dtype
@@ -37,6 +38,7 @@ class FusedPart:
         self.stages: list[SweepStage] = [stage.sweep for stage in stages]
         self.first, self.precision = first, precision
         self._before = stages[0].before
+        self._dropping = [(stage.sweep.weight, stage.p) for stage in stages if stage.sweep.dropout]
         self._flattens = any(map(flattens, self._before))
         self._unlocked = self.stages[0].input_synthesizer is not None
         self._how = {
@@ -91,6 +93,10 @@ class FusedPart:
         cast = x.dtype != dtype and (self.first > 0 or self.precision == "bfloat16")
         return x.to(dtype) if cast else x
 
+    def noise(self, batch: int) -> list[Tensor]:
+        """What Dropout multiplies by: torch's random numbers, in the order of the stages."""
+        return [F.dropout(weight.new_ones(batch, len(weight)), p) for weight, p in self._dropping]
+
     def begin(self, x: Tensor, step: Step) -> "_FusedPass":
         """F, S and D of its stages."""
         return _FusedPass(self, x, step)
@@ -108,7 +114,7 @@ class _FusedPass:
             # In complete unlock the output is what the next stage gets instead.
             self.output, self.loss, self._input_gradient = ops.sweep_forward_(
                 plan, part.input(x), target, step.context, part.active(step), step.caller,
-                network_input,
+                network_input, part.noise(len(x)),
             )  # fmt: skip
 
     def backward(self, gradient: Tensor | None) -> Tensor | None:

@@ -87,7 +87,7 @@ def run_whole(
         updates.put_in_place()
         output, loss, synthesis_loss = ops.sweep_(
             plan, part.input(step.x), step.target, step.context, updates.state, groups, settings,
-            part.active(step), step.caller, repeatable,
+            part.active(step), step.caller, repeatable, part.noise(len(step.x)),
         )  # fmt: skip
     except BaseException:
         if plan.steps == taken:
@@ -166,8 +166,9 @@ class Repetition:
         if self._labels is not None:
             target, context = self._labels(target, context)
         output, loss, synthesis_loss = ops.sweep_repeat_(
-            self._plan, self._part.input(x), target, context, self._settings, caller
-        )
+            self._plan, self._part.input(x), target, context, self._settings, caller,
+            self._part.noise(len(x)),
+        )  # fmt: skip
         _increment_version(self._versions)
         self._optimizers.mark_called()
         if not self._no_gradients.unchanged():

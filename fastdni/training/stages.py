@@ -10,11 +10,13 @@ from fastdni.reference import SweepNorm, SweepStage
 from fastdni.synthesizers import BasicSynthesizer, is_changed, plain_parameters
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
-FORM = "[Flatten] Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity]"
+FORM = "[Flatten] Linear [BatchNorm1d] [ReLU | Tanh | Sigmoid | Identity] [Dropout]"
 DTYPES = (torch.float32, torch.float64)
 
+# What leaves the shape as it is.
+_KEEPING = (nn.BatchNorm1d, nn.Dropout, *ACTIVATIONS)
 # What the classes compute, as long as nobody patches them.
-_FUSED = (nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, nn.BatchNorm1d, *ACTIVATIONS)
+_FUSED = (nn.Sequential, nn.Flatten, nn.Linear, *_KEEPING)
 _FORWARDS = {kind: kind.forward for kind in _FUSED}
 
 
@@ -23,11 +25,12 @@ class Unfused(Exception):
 
 
 class FusedStage(NamedTuple):
-    """A stage as the sweep sees it, and the layers before, which make the sweep's input: Flatten,
-    and in front of the whole network Dropout."""
+    """A stage as the sweep sees it; the layers before, which make the sweep's input: Flatten, and
+    in front of the whole network Dropout; and with what probability its own Dropout drops."""
 
     sweep: SweepStage
     before: tuple[nn.Module, ...]
+    p: float
 
 
 def layers_of(stage: nn.Module) -> list[nn.Module]:
@@ -42,7 +45,7 @@ def flattens(layer: nn.Module) -> bool:
 
 def _parse_layers(
     stage: nn.Module, lowest: bool
-) -> tuple[tuple[nn.Module, ...], nn.Linear, nn.BatchNorm1d | None, str]:
+) -> tuple[tuple[nn.Module, ...], nn.Linear, nn.BatchNorm1d | None, str, nn.Dropout | None]:
     layers = layers_of(stage)
     begin = 0
     while begin < len(layers) and _prepares(layers[begin], lowest):
@@ -51,9 +54,10 @@ def _parse_layers(
     if rest and type(rest[0]) is nn.Linear:
         linear, *rest = rest
         norm = rest.pop(0) if rest and type(rest[0]) is nn.BatchNorm1d else None
-        if not rest or (len(rest) == 1 and type(rest[0]) in ACTIVATIONS):
-            activation = ACTIVATIONS[type(rest[0])] if rest else "identity"
-            return before, linear, norm, activation
+        phi = type(rest.pop(0)) if rest and type(rest[0]) in ACTIVATIONS else nn.Identity
+        dropout = rest.pop(0) if rest and type(rest[0]) is nn.Dropout else None
+        if not rest:
+            return before, linear, norm, ACTIVATIONS[phi], dropout
     kinds = [type(layer).__name__ for layer in layers]
     raise Unfused(f"{' -> '.join(kinds) or 'nothing'} is not {FORM}")
 
@@ -61,6 +65,17 @@ def _parse_layers(
 def _prepares(layer: nn.Module, lowest: bool) -> bool:
     """Whether a layer in front of a Linear is none of the sweep's business."""
     return flattens(layer) or (lowest and type(layer) is nn.Dropout and not layer.inplace)
+
+
+def _probability(dropout: nn.Dropout | None) -> float:
+    """With what probability a layer drops, as it is now."""
+    if dropout is None or not dropout.training:
+        return 0.0
+    if dropout.inplace:  # autograd has something to say about that
+        raise Unfused("its Dropout works in place")
+    if not isinstance(dropout.p, int | float):
+        raise Unfused("its Dropout's p is not a number")
+    return dropout.p
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -141,13 +156,14 @@ def parse(
     """
     if _has_any_global_hook():
         raise Unfused("there are hooks on all modules")
-    before, linear, norm, activation = _parse_layers(stage, lowest)
+    before, linear, norm, activation, dropout = _parse_layers(stage, lowest)
     for module in stage.modules():
         kind = type(module)
         if is_changed(module) or (kind in _FORWARDS and kind.forward is not _FORWARDS[kind]):
             raise Unfused(f"its {kind.__name__} has hooks or another forward")
     weight, bias = _parameter(linear, "weight"), _parameter(linear, "bias")
     outputs, inputs = weight.shape
+    p = _probability(dropout)
     sweep = SweepStage(
         weight,
         bias,
@@ -155,9 +171,10 @@ def parse(
         activation,
         _synthesizer_of(synthesizer, outputs, outputs),
         _synthesizer_of(input_synthesizer, network_inputs, outputs),
+        dropout=p != 0,
     )
     _check_parameters(sweep)
-    return FusedStage(sweep, before)
+    return FusedStage(sweep, before, p)
 
 
 def has_norm(stage: nn.Module) -> bool:
@@ -182,7 +199,7 @@ def plain_head(stage: nn.Module) -> nn.Linear | None:
     """The Linear of a stage whose output is (B, outputs) for certain."""
     layers = [layer for layer in layers_of(stage) if not flattens(layer)]
     plain = layers and type(layers[0]) is nn.Linear
-    if plain and all(type(layer) in (nn.BatchNorm1d, *ACTIVATIONS) for layer in layers[1:]):
+    if plain and all(type(layer) in _KEEPING for layer in layers[1:]):
         return layers[0]
     return None
 

@@ -148,10 +148,18 @@ class Structure:
         if key not in self._parts:
             if len(self._parts) == _MAX_DIVISIONS:
                 del self._parts[next(iter(self._parts))]
-            self._parts[key] = self._divided(criterion, autocast, servers)
+            self._parts[key] = self._divided(criterion, autocast, batch, servers)
         return self._parts[key]
 
-    def _divided(self, criterion, autocast, servers) -> list:
+    def takes_dropout(self, number: int, autocast: torch.dtype | None, batch: int) -> bool:
+        """Whether a stage that a sweep can run has no Dropout, or its backend has that, too."""
+        sweep = self.parsed[number].sweep
+        if not sweep.dropout:
+            return True
+        precision = backend.precision(sweep.weight.device, autocast)
+        return ops.sweep_takes_dropout([sweep], batch, precision)
+
+    def _divided(self, criterion, autocast, batch, servers) -> list:
         parts: list[FusedPart | LocalPart] = []
         run: list[FusedStage] = []
 
@@ -166,7 +174,7 @@ class Structure:
         for number, stage in enumerate(self.parsed):
             top = number == len(self) - 1
             unlike = autocast not in (None, torch.bfloat16) or (top and criterion is None)
-            if stage is None or unlike:
+            if stage is None or unlike or not self.takes_dropout(number, autocast, batch):
                 close(number)
                 parts.append(self.local_part(number))
                 continue

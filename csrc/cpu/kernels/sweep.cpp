@@ -68,6 +68,18 @@ void activation_gradient_rows(Matrix<const T> grad, Matrix<const T> h, Activatio
 }
 
 template <Isa isa, class T>
+void drop_rows(Matrix<const T> values, Matrix<const T> noise, Matrix<T> out, Rows rows) {
+  const int64_t columns = out.columns;
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const T* value = values.row(r);
+    const T* factor = noise.row(r);
+    T* dropped = out.row(r);
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) dropped[c] = value[c] * factor[c];
+  }
+}
+
+template <Isa isa, class T>
 void column_moments(Matrix<T> z, const T* bias, Rows rows, T* __restrict__ mean,
                     T* __restrict__ squares) {
   const int64_t columns = z.columns;
@@ -266,6 +278,7 @@ void update(const Update<accumulate_t<T>>& rule, const T* grad, T* parameter, T*
   template void finish_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, const T*, Activation, Rows); \
   template void activation_gradient_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>,    \
                                                               Activation, Matrix<T>, Rows);        \
+  template void drop_rows<Isa::FASTDNI_ISA, T>(Matrix<const T>, Matrix<const T>, Matrix<T>, Rows); \
   template void column_moments<Isa::FASTDNI_ISA, T>(Matrix<T>, const T*, Rows, T*, T*);            \
   template void normalize_rows<Isa::FASTDNI_ISA, T>(Matrix<T>, const BatchNorm<T>&, Activation,    \
                                                     Matrix<T>, Rows);                              \

@@ -36,6 +36,10 @@ template <Isa isa, class T>
 void activation_gradient_rows(Matrix<const T> grad, Matrix<const T> h, Activation activation,
                               Matrix<T> du, Rows rows);
 
+// out = values * noise, Dropout there and back; values and out may be one matrix.
+template <Isa isa, class T>
+void drop_rows(Matrix<const T> values, Matrix<const T> noise, Matrix<T> out, Rows rows);
+
 // Of one block of rows: the mean of each column of z + b (z gets b added), and the sum of squared
 // differences from that mean.
 template <Isa isa, class T>
