@@ -73,6 +73,27 @@ def test_another_optimizer_with_the_same_groups():
         take(net, one, twin, of, batch(net, seed=seed))
 
 
+def test_parameters_that_change_their_groups():
+    """In the groups' own lists, which stay as long as they were."""
+    net = network(n_hidden=1, context=True)
+    twin = copy.deepcopy(net)
+    optimizer, own = (
+        torch.optim.SGD(
+            [
+                {"params": n.stage_parameters(), "lr": 0.01},
+                {"params": n.synthesizer_parameters(), "lr": 0.001},
+            ]
+        )
+        for n in (net, twin)
+    )
+    for seed in range(6):
+        if seed == 4:
+            for each in (optimizer, own):
+                one, other = (group["params"] for group in each.param_groups)
+                one[0], other[0] = other[0], one[0]
+        take(net, optimizer, twin, own, batch(net, seed=seed))
+
+
 def test_optimizers_in_turns():
     net, optimizer, twin, own = made("adam")
     others = torch.optim.SGD(net.parameters(), lr=0.01), torch.optim.SGD(twin.parameters(), lr=0.01)

@@ -100,7 +100,7 @@ MUTANTS = [
         _WATCH,
         '                watch.items(group["params"], range(len(group["params"])))\n',
         "",
-        f"{_STALE} -k a_parameter_exchanged",
+        "tests/test_turns.py -k change_their_groups",
     ),
     Mutant(
         _WATCH,
