@@ -211,7 +211,25 @@ MUTANTS = [
         "        if self._output.requires_grad:\n            if part.boundary is None and self._loss.requires_grad:\n",  # noqa: E501
         "tests/test_accepted.py -k graph",
     ),
+    Mutant(
+        _WATCH,
+        'nn.Dropout: ("p", "inplace")',
+        'nn.Dropout: ("inplace",)',
+        "tests/test_dropout.py -k that_changes",
+    ),
+    Mutant(
+        "fastdni/training/stages.py",
+        "    if dropout is None or not dropout.training:\n",
+        "    if dropout is None:\n",
+        "tests/test_dropout.py -k that_changes",
+    ),
     # ---- rules in C++ ----
+    Mutant(
+        _BINDING,
+        "FASTDNI_CHECK(noise.size() == dropouts,",
+        "FASTDNI_CHECK(noise.size() >= dropouts,",
+        "tests/test_dropout.py -k one_tensor_for_each",
+    ),
     Mutant(
         _BINDING,
         "labels[r] < outputs) || labels[r] == kIgnoreIndex",
