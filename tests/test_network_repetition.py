@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from network_cases import OPTIMIZERS, batch, local, network, snapshot
+from network_cases import OPTIMIZERS, batch, local, network, snapshot, state_of
 
 import fastdni
 from fastdni import ops
@@ -143,8 +143,11 @@ def test_a_repeated_step_leaves_what_an_optimizer_leaves():
     optimizer._opt_called = False
     parameter = net.stages[0][0].weight
     parameter.grad = torch.ones_like(parameter)
+    written = [*net.parameters(), *state_of(optimizer)]
+    before = [tensor._version for tensor in written]
     net.step(optimizer=optimizer, **batch(net))
     assert optimizer._opt_called and parameter.grad is None
+    assert all(t._version > version for t, version in zip(written, before, strict=True))
 
 
 def test_batches_of_another_size(repeated):

@@ -137,7 +137,7 @@ MUTANTS = [
         _RUNNING,
         "            and self._plan.can_be_repeated()\n",
         "",
-        "tests/test_turns.py -k neighbours_dtype",
+        f"{_STALE} -k data_transposed",
     ),
     Mutant(
         _RUNNING,
@@ -155,7 +155,7 @@ MUTANTS = [
         _RUNNING,
         "        _increment_version(self._versions)\n",
         "",
-        "tests/test_network.py -k versions",
+        "tests/test_network_repetition.py -k leaves_what",
     ),
     Mutant(
         _OPTIMIZERS,
@@ -192,12 +192,6 @@ MUTANTS = [
         "        with self.lock:\n            last",
         "        if True:\n            last",
         "tests/test_threads.py",
-    ),
-    Mutant(
-        "fastdni/training/trainer.py",
-        "        if repeatable and self._version == version:\n",
-        "        if repeatable:\n",
-        "tests/test_lifetimes.py",
     ),
     Mutant(
         "fastdni/training/structure.py",
