@@ -69,7 +69,7 @@ def explain(
 
 def _rows(net: DecoupledSequential, x: Tensor, optimizer, criterion: Criterion) -> list[dict]:
     structure = net._trainer.structure(net, "explain")
-    optimizers = net._trainer.optimizers("explain", optimizer)
+    optimizers = net._trainer.optimizers(structure, "explain", optimizer)
     of_updates = optimizers.reason
     if of_updates is None:
         of_updates = Updates(optimizers, structure.parameters).reason

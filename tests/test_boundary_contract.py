@@ -14,13 +14,15 @@ from interface_cases import (
     kinds,
     make_synthesizer,
 )
+from network_cases import OPTIMIZERS
 from plain_dni import plain_synthesizer
+from plain_step import assert_same_state
 from torch import nn
 
 import fastdni as dni
 from fastdni import ops, reference
-from fastdni.reference import OptimizerSettings
 from fastdni.training.boundary import Boundary, context_for
+from fastdni.training.optimizers import Optimizers
 
 
 def normal(*shape):
@@ -183,38 +185,43 @@ def test_a_plain_tensor_in_a_parameters_place_learns():
 # ---- updates ----
 
 
-class Momentum:
-    """Updates by SGD with momentum, as a torch.optim optimizer would make them."""
-
-    settings = ops.flat([OptimizerSettings("sgd_momentum", 0.1, a=0.9)])
-
-    def __init__(self):
-        self.buffers, self.pending, self.done = {}, {}, 0
-
-    def state(self, parameters):
-        self.pending = {p: torch.zeros_like(p) for p in parameters if p not in self.buffers}
-        found = self.buffers | self.pending
-        return [found[p] for p in parameters], [0] * len(parameters), self.settings
-
-    def commit(self):
-        self.buffers |= self.pending
-        self.done += 1
+def optimizers_of(synthesizer, kind="nesterov"):
+    optimizer = OPTIMIZERS[kind](synthesizer.parameters())
+    return optimizer, Optimizers("regress", optimizer, list(synthesizer.parameters()))
 
 
 @kinds
-def test_updates_are_made_in_the_same_call(wrap):
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_updates_are_made_in_the_same_call(wrap, kind):
     synthesizer = make_synthesizer()
     twin = copy.deepcopy(synthesizer)
-    updates, optimizer = Momentum(), torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    (optimizer, optimizers), (own, _) = (optimizers_of(s, kind) for s in (synthesizer, twin))
     boundary = Boundary(wrap(synthesizer))
     for _ in range(3):
         h, g = normal(BATCH, WIDTH), normal(BATCH, WIDTH)
-        boundary.predict(h).regress(g, updates=updates)
+        boundary.predict(h).regress(g, optimizers=optimizers)
         for p, grad in zip(twin.parameters(), regressed(twin, h, g)[1], strict=True):
             p.grad = grad
-        optimizer.step()
+        own.step()
         expect(list(synthesizer.parameters()), list(twin.parameters()))
-    assert updates.done == 3 and all(grad is None for grad in gradients(synthesizer))
+    assert_same_state(optimizer, own)
+    assert all(grad is None for grad in gradients(synthesizer))
+
+
+def test_updates_under_autocast():
+    """Of gradients that are worked out in bfloat16."""
+    synthesizer = make_synthesizer().float()
+    twin = copy.deepcopy(synthesizer)
+    (optimizer, optimizers), (own, _) = (optimizers_of(s, "adam") for s in (synthesizer, twin))
+    for _ in range(3):
+        h, g = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
+        with torch.autocast("cpu", torch.bfloat16):
+            Boundary(synthesizer).predict(h).regress(g, optimizers=optimizers)
+            Boundary(twin).predict(h).regress(g)
+        own.step()
+        own.zero_grad()
+        torch.testing.assert_close(list(synthesizer.parameters()), list(twin.parameters()))
+    assert optimizer.state.keys() == set(synthesizer.parameters())
 
 
 def test_what_has_no_part_in_a_prediction_is_not_updated():
@@ -226,22 +233,37 @@ def test_what_has_no_part_in_a_prediction_is_not_updated():
         def forward(self, trigger, context):
             return self.used(trigger)
 
-    synthesizer, updates = Half(), Momentum()
+    synthesizer = Half()
+    optimizer, optimizers = optimizers_of(synthesizer)
     before = [p.clone() for p in synthesizer.parameters()]
     Boundary(synthesizer).predict(normal(BATCH, WIDTH)).regress(
-        normal(BATCH, WIDTH), updates=updates
+        normal(BATCH, WIDTH), optimizers=optimizers
     )
     changed = [not torch.equal(p, b) for p, b in zip(synthesizer.parameters(), before, strict=True)]
-    assert changed == [True, True, False, False] and len(updates.buffers) == 2
+    assert changed == [True, True, False, False] and len(optimizer.state) == 2
+
+
+@kinds
+def test_what_no_optimizer_holds_is_not_updated(wrap):
+    synthesizer = make_synthesizer()
+    first, *others = synthesizer.parameters()
+    optimizer = torch.optim.SGD([first], 0.1)
+    optimizers = Optimizers("regress", optimizer, [first, *others])
+    before = [p.clone() for p in synthesizer.parameters()]
+    Boundary(wrap(synthesizer)).predict(normal(BATCH, WIDTH)).regress(
+        normal(BATCH, WIDTH), optimizers=optimizers
+    )
+    changed = [not torch.equal(p, b) for p, b in zip(synthesizer.parameters(), before, strict=True)]
+    assert changed == [True] + [False] * len(others)
 
 
 @kinds
 def test_an_open_prediction_sees_an_update(wrap):
     synthesizer = make_synthesizer()
-    boundary, updates = Boundary(wrap(synthesizer)), Momentum()
+    boundary, (_, optimizers) = Boundary(wrap(synthesizer)), optimizers_of(synthesizer)
     h, g = normal(2, BATCH, WIDTH), normal(2, BATCH, WIDTH)
     p, q = boundary.predict(h[0]), boundary.predict(h[1])
-    p.regress(g[0], updates=updates)
+    p.regress(g[0], optimizers=optimizers)
     loss, _ = q.regress(g[1])
     expect(loss, regressed(synthesizer, h[1], g[1])[0])
     expect(gradients(synthesizer), regressed(synthesizer, h[1], g[1])[1])
@@ -253,11 +275,12 @@ def test_an_open_prediction_sees_an_update(wrap):
 @kinds
 def test_another_shape_is_one_error_before_anything_is_written(wrap):
     synthesizer = make_synthesizer()
-    p, updates = Boundary(wrap(synthesizer)).predict(normal(BATCH, WIDTH)), Momentum()
-    for how in ({}, {"updates": updates}, {"learn": False}):
+    p = Boundary(wrap(synthesizer)).predict(normal(BATCH, WIDTH))
+    optimizer, optimizers = optimizers_of(synthesizer)
+    for how in ({}, {"optimizers": optimizers}, {"learn": False}):
         with pytest.raises(RuntimeError, match=r"must have the shape \(6, 4\)"):
             p.regress(normal(BATCH, WIDTH - 1), **how)
-    assert all(grad is None for grad in gradients(synthesizer)) and not updates.done
+    assert all(grad is None for grad in gradients(synthesizer)) and not optimizer.state
 
 
 @kinds

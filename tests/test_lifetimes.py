@@ -12,6 +12,7 @@ from plain_step import assert_same, plain_step, twin_of
 from torch import nn
 
 import fastdni
+from fastdni.training import trainer
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,48 @@ def test_an_optimizer_that_is_let_go(kind, make):
         net.step(optimizer=optimizer, **batch(net, seed=seed))
         plain_step(twin, optimizer=own, **batch(net, seed=seed))
         assert_same(net, twin)
+
+
+@makers
+def test_an_optimizer_that_goes_in_the_middle_of_a_step(make, monkeypatch):
+    """As when the garbage collector finds the cycle that it was in."""
+    net, optimizer = trained(make, "adam")
+    twin = copy.deepcopy(net)
+    old, new = (torch.optim.SGD(net.parameters(), lr=0.01) for _ in range(2))
+    own = torch.optim.SGD(twin.parameters(), lr=0.01)
+    net.step(optimizer=old, **batch(net))
+    plain_step(twin, optimizer=own, **batch(net))
+    left = [old]
+    del old
+    structure = trainer.Trainer.structure
+
+    def structure_and_collect(self, *arguments):
+        found = structure(self, *arguments)
+        left.clear()
+        return found
+
+    monkeypatch.setattr(trainer.Trainer, "structure", structure_and_collect)
+    for seed in range(3):
+        net.step(optimizer=new, **batch(net, seed=seed))
+        plain_step(twin, optimizer=own, **batch(net, seed=seed))
+        assert_same(net, twin)
+
+
+def test_what_is_forgotten_in_a_step_is_not_remembered_after_it(monkeypatch):
+    net, optimizer = trained(MAKERS["fused"], "sgd")
+    run, own = trainer.run_whole, net._trainer
+    assert own._last is not None
+
+    def run_and_forget(*arguments):
+        results = run(*arguments)
+        own.forget()
+        return results
+
+    monkeypatch.setattr(trainer, "run_whole", run_and_forget)
+    net.step(optimizer=optimizer, **batch(net), update_mask=[True] * len(net.stages))
+    assert own._last is not None  # a repeated step, in which nothing is run anew
+    net.step(optimizer=optimizer, **batch(net, rows=4))
+    assert own._last is None
 
 
 def test_optimizers_one_after_the_other_at_one_address():

@@ -3,6 +3,7 @@ other optimizers, criteria, contexts, masks, layouts, labels and surroundings, i
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,38 @@ def test_masks_in_turns(kind):
     masks = [None, None, [True, False, True], None, [False, True, True], [True, True, False]] * 2
     for seed, mask in enumerate(masks):
         take(*pairs, batch(net, seed=seed) | {"update_mask": mask})
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "adam"])
+def test_a_mask_that_stays(kind):
+    """However it is written down."""
+    net, optimizer, twin, own = pairs = made(kind)
+    mask = [True, False, True]
+    for seed, given in enumerate(
+        (mask, mask, tuple(mask), mask[:], [1, 0, 2], mask, np.array(mask), mask, mask)
+    ):
+        take(*pairs, batch(net, seed=seed) | {"update_mask": given})
+    assert net._trainer._last is not None  # it is repeated
+    mask[:] = [False, True, True]
+    for seed in range(2):
+        take(*pairs, batch(net, seed=seed) | {"update_mask": mask})
+    for wrong in ([False, True], [], "yes", [torch.ones(2), True, True]):
+        with pytest.raises(ValueError, match="update_mask must be one boolean for each of the 3"):
+            net.step(optimizer=optimizer, **batch(net), update_mask=wrong)
+    net.step(optimizer=optimizer, **batch(net), update_mask=(m for m in mask))
+    plain_step(twin, optimizer=own, **batch(net), update_mask=mask)
+    assert_same(net, twin)
+
+
+def test_a_sparse_target():
+    net, optimizer, twin, own = pairs = made("nesterov")
+    for seed in range(3):
+        given = batch(net, criterion="mse", seed=seed)
+        given["context"] = torch.randn(6, CONTEXT, dtype=torch.float64)
+        take(*pairs, given)
+        net.step(optimizer=optimizer, **given | {"target": given["target"].to_sparse()})
+        plain_step(twin, optimizer=own, **given)
+        assert_same(net, twin)
 
 
 def test_layouts_of_the_data():

@@ -5,6 +5,7 @@ given is the same everywhere: compiled steps check it themselves, the others ask
 first (`sweep_check_forward`, `sweep_check_update`).
 """
 
+import abc
 import importlib
 
 import torch
@@ -21,7 +22,7 @@ _check_update = torch.ops.fastdni.sweep_check_update.default
 Results = tuple[Tensor, Tensor, Tensor]
 
 
-class Runner:
+class Runner(abc.ABC):
     """Steps of one plan.
 
     Attributes:
@@ -43,13 +44,13 @@ class Runner:
         losses = self.update(plan, caller, None, state, groups, settings, active)
         return output, loss, losses
 
+    @abc.abstractmethod
     def forward(self, plan, caller, x, target, context, network_input, noise, active) -> Results:
         """Its first part: see `fastdni.ops.sweep_forward_`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self, plan, caller, gradient, state, groups, settings, active) -> Tensor:
         """The rest: see `fastdni.ops.sweep_update_`."""
-        raise NotImplementedError
 
 
 class Compiled(Runner):

@@ -176,8 +176,9 @@ class SweepPlan:
         return self._rules.numbers
 
     @property
-    def can_repeat(self) -> bool:
-        """Whether a step of this plan may be followed by `sweep_repeat_`."""
+    def compiled(self) -> bool:
+        """Whether a compiled backend runs it, so that `sweep_repeat_` may follow a step, and data
+        may lie in memory that the step writes."""
         return self.runner.compiled
 
     @property

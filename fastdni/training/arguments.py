@@ -45,17 +45,17 @@ def prepared(
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise RuntimeError(f"{caller}: x must be a tensor of at least one row, got {got}")
-    known = criterion in ("cross_entropy", "mse") if isinstance(criterion, str) else None
-    if known is False or (known is None and not callable(criterion)):
+    named = isinstance(criterion, str)
+    if criterion not in criteria.FUNCTIONS if named else not callable(criterion):
         raise ValueError(
             f'{caller}: criterion must be "cross_entropy", "mse" or a callable, got {criterion!r}'
         )
     name = criteria.known(criterion).name
-    if known and not isinstance(target, Tensor):
+    if named and not isinstance(target, Tensor):
         raise RuntimeError(
             f"{caller}: target must be a tensor for {name}, got {type(target).__name__}"
         )
-    if name is not None and not known and not criteria.takes(name, target, x):
+    if name is not None and not named and not criteria.takes(name, target, x):
         name = None  # what torch makes of such a target
     if context is not None and not isinstance(context, Tensor):
         raise RuntimeError(f"{caller}: context must be a tensor, got {type(context).__name__}")
@@ -118,10 +118,15 @@ def check_devices(step: Step, parameters: list[Tensor]) -> None:
 
 def keep_apart(step: Step, written: Iterable[Tensor | None]) -> None:
     """Copies data that lies in memory which the step writes, such as a running statistic."""
-    places = {t.untyped_storage().data_ptr() for t in written if t is not None and t.numel()}
+    places = [t.data_ptr() for t in written if t is not None and t.numel()]
     for name in ("x", "target", "context"):
         given = getattr(step, name)
-        if isinstance(given, Tensor) and given.untyped_storage().data_ptr() in places:
+        if not isinstance(given, Tensor):
+            continue
+        memory = given.untyped_storage()
+        begin = memory.data_ptr()
+        end = begin + memory.nbytes()
+        if any(begin <= place < end for place in places):
             setattr(step, name, given.clone())
 
 
@@ -130,7 +135,7 @@ def labels_of(structure: Structure, step: Step) -> criteria.Labels | None:
     known = criteria.known(step.criterion)
     if step.name != "cross_entropy" or not isinstance(step.target, Tensor):
         return None
-    if step.target.dtype != torch.uint8 and known.ignored == criteria.Known(None).ignored:
+    if step.target.dtype != torch.uint8 and known.ignored == criteria.IGNORED:
         return None
     modules = (*structure.synthesizers, *structure.input_synthesizers)
     widths = {getattr(module, "context_dim", None) for module in modules} - {None}
@@ -172,7 +177,11 @@ def check_inputs(structure: Structure, step: Step) -> None:
         )
     if step.name is not None:
         _check_target(structure, step, flat)
-    for synthesizer in (*structure.synthesizers, *structure.input_synthesizers):
+    every = (*structure.synthesizers, *structure.input_synthesizers)
+    named = [module for module in every if getattr(module, "context_dim", None) is not None]
+    if named and step.context is None:
+        _check_labels(step, min(module.context_dim for module in named))
+    for synthesizer in named if step.context is not None else ():
         _check_context(step, synthesizer)
 
 
@@ -198,28 +207,28 @@ def _check_target(structure: Structure, step: Step, flat: Tensor) -> None:
 
 
 def _check_context(step: Step, synthesizer: nn.Module) -> None:
-    caller, x, context, target = step.caller, step.x, step.context, step.target
-    width = getattr(synthesizer, "context_dim", None)
-    if width is None:
-        return
-    if context is not None:
-        fits = context.dim() > 0 and context.shape[-1] == width
-        if not fits or (x.dim() == 2 and context.shape != (len(x), width)):
-            raise RuntimeError(
-                f"{caller}: context must be (B, C) = ({len(x)}, {width}), got "
-                f"{tuple(context.shape)}"
-            )
-        dtype = next((p.dtype for p in synthesizer.parameters() if p.is_floating_point()), None)
-        if dtype not in (None, context.dtype) and autocast_dtype(context) is None:
-            raise RuntimeError(
-                f"{caller}: context must have the parameters' dtype {dtype}, got {context.dtype}"
-            )
-    elif not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+    caller, x, context, width = step.caller, step.x, step.context, synthesizer.context_dim
+    fits = context.dim() > 0 and context.shape[-1] == width
+    if not fits or (x.dim() == 2 and context.shape != (len(x), width)):
         raise RuntimeError(
-            f"{caller}: context must be (B, C) = ({len(x)}, {width}), got None, and target holds "
-            "no labels to make it from"
+            f"{caller}: context must be (B, C) = ({len(x)}, {width}), got {tuple(context.shape)}"
         )
-    elif target.numel() and target.device.type == "cpu" and target.max() >= width:
+    dtype = next((p.dtype for p in synthesizer.parameters() if p.is_floating_point()), None)
+    if dtype not in (None, context.dtype) and autocast_dtype(context) is None:
+        raise RuntimeError(
+            f"{caller}: context must have the parameters' dtype {dtype}, got {context.dtype}"
+        )
+
+
+def _check_labels(step: Step, width: int) -> None:
+    """Labels of which one-hot contexts can be made; `width`: that of the narrowest."""
+    caller, target = step.caller, step.target
+    if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+        raise RuntimeError(
+            f"{caller}: context must be (B, C) = ({len(step.x)}, {width}), got None, and target "
+            "holds no labels to make it from"
+        )
+    if target.numel() and target.device.type == "cpu" and target.max() >= width:
         raise RuntimeError(
             f"{caller}: context must be given, because the label {target.max()} has no place in a "
             f"one-hot context of width {width}"

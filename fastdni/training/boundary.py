@@ -16,12 +16,13 @@ have changed since. What is sent on is a g + b g^ for `send=(a, b)`, with the g^
 Source: Jaderberg et al. 2016 (arXiv 1608.05343), section 2.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdni import reference
+from fastdni.training.optimizers import Optimizers
 from fastdni.training.synthesis import (
     FusedSynthesis,
     ModuleSynthesis,
@@ -30,17 +31,6 @@ from fastdni.training.synthesis import (
 )
 
 TRUE = (1.0, 0.0)  # what is sent by default
-
-
-class Updates(Protocol):
-    """Who updates a synthesizer, in the call that regresses it."""
-
-    def state(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[int], list[float]]:
-        """State, groups and settings for these parameters, as `ops.boundary_` takes them. What has
-        to be made is made, but put nowhere yet."""
-
-    def commit(self) -> None:
-        """Called once the update is done: what `state` has made is put in its place."""
 
 
 class Boundary:
@@ -106,7 +96,7 @@ class Prediction:
         target: Tensor,
         scale: float | None = None,
         send: tuple[float, float] = TRUE,
-        updates: Updates | None = None,
+        optimizers: Optimizers | None = None,
         learn: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """e = M(h, ctx) - g;  loss = scale / 2 sum(e^2), from which M learns.
@@ -115,7 +105,8 @@ class Prediction:
             target: g, what arrived, of the message's shape.
             scale: that of the error's gradient, scale e; by default 2 / size(0).
             send: (a, b): what is sent on is a g + b g^.
-            updates: who updates M; None: the gradients are added to `p.grad`.
+            optimizers: who update M in the same call; their updates can be fused (`reason` is
+                None). By default the gradients are added to `p.grad`.
             learn: False leaves M as it is; the loss is then the message's own.
 
         Returns:
@@ -127,7 +118,7 @@ class Prediction:
         target = target.detach()
         if learn:
             self.check(target)
-            loss = self._made.learn(target, scale, updates)
+            loss = self._made.learn(target, scale, optimizers)
         else:
             check_shape(self.message, target)
             loss, _ = squared_error(self.message, target, scale)

@@ -10,7 +10,7 @@ from fastdni import reference
 from fastdni.training.watch import MODULE_HOOKS, Watch
 
 FUNCTIONS = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
-_IGNORED = -100  # the label of rows that do not count
+IGNORED = -100  # the label of rows that do not count
 _NAMES = {function: name for name, function in FUNCTIONS.items()}
 # Of torch's modules their names, what they compute as long as nobody patches them, and by what.
 _MODULES = {nn.CrossEntropyLoss: "cross_entropy", nn.MSELoss: "mse"}
@@ -25,7 +25,7 @@ class Known(NamedTuple):
     """The name of the fused criterion that a loss is, or None, and the label that it ignores."""
 
     name: str | None
-    ignored: int = _IGNORED
+    ignored: int = IGNORED
 
 
 def known(criterion) -> Known:
@@ -92,9 +92,9 @@ class Labels:
     def __call__(self, target: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if target.dtype == torch.uint8:
             target = target.long()
-        if self._ignored == _IGNORED or target.dtype != torch.int64:
+        if self._ignored == IGNORED or target.dtype != torch.int64:
             return target, context
         if context is None and self._width is not None:
             like = torch.empty(0, dtype=self._dtype, device=self._device)
             context = reference.one_hot(target, self._width, like)
-        return target.masked_fill(target == self._ignored, _IGNORED), context
+        return target.masked_fill(target == self._ignored, IGNORED), context

@@ -7,7 +7,7 @@ checkpoints, schedulers and training without fusion go on from it.
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from inspect import Parameter, signature
 
 import torch
@@ -16,13 +16,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastdni import _C
 from fastdni.reference import OptimizerSettings
-from fastdni.training.watch import Watch, has_hooks, watch_optimizers
+from fastdni.training.kept import ON_DEVICE_OPTIONS, Kept
+from fastdni.training.watch import Watch, can_be_watched, has_hooks, watch_optimizers
 
 WIDTH = len(OptimizerSettings._fields)  # of a row of settings
-# Options that ask for another update than the fused step makes, and those that say where Adam's
-# step count lives.
+# Options that ask for another update than the fused step makes.
 _UNFUSED_OPTIONS = ("amsgrad", "maximize", "differentiable")
-ON_DEVICE_OPTIONS = ("capturable", "fused")
 
 
 def _is_on_device(lr) -> bool:
@@ -102,6 +101,11 @@ def _rounds(group: dict) -> bool:
     return not exact
 
 
+def _call(method: weakref.WeakMethod, _) -> None:
+    if (alive := method()) is not None:
+        alive()
+
+
 class Optimizers:
     """What a step is given as its optimizer: one, or a sequence of them.
 
@@ -112,10 +116,11 @@ class Optimizers:
         caller: whom messages name.
         given: a torch.optim optimizer, or a list or tuple of them.
         parameters: all of the network's.
-        forget: called when one of them is gone.
+        forget: a method to call when one of them is gone.
 
     Attributes:
         reason: why the fused step cannot make their updates; None: it can.
+        groups: all of theirs; `held`: (number of the group, parameter), in their order.
         rules: of each group, its place in `reference.RULES`, when this was made.
 
     Raises:
@@ -129,7 +134,7 @@ class Optimizers:
         caller: str,
         given: Optimizer | Sequence[Optimizer],
         parameters: list[Tensor],
-        forget: Callable[[], None],
+        forget: Callable[[], None] | None = None,
     ):
         every = self._listed(given)
         if not every or not all(isinstance(o, Optimizer) for o in every):
@@ -142,9 +147,11 @@ class Optimizers:
                 raise TypeError(
                     f"{caller}: optimizer must have param_groups, got {type(optimizer).__name__}"
                 )
-        self._optimizers = [weakref.ref(o, lambda _: forget()) for o in every]
+        # The callback must not hold whose method it is: that holds this.
+        gone = None if forget is None else weakref.WeakMethod(forget)
+        self._optimizers = [weakref.ref(o, gone and partial(_call, gone)) for o in every]
         self.groups = [group for o in every for group in o.param_groups]
-        held = [(number, p) for number, group in enumerate(self.groups) for p in group["params"]]
+        self.held = held = [(n, p) for n, group in enumerate(self.groups) for p in group["params"]]
         known = {id(p) for p in parameters}
         foreign = sum(id(p) not in known for _, p in held)
         if foreign:
@@ -163,10 +170,11 @@ class Optimizers:
         self.caller = caller
         self.rates = [g["lr"] if _is_on_device(g["lr"]) else None for g in self.groups]
         self.watch: Watch | None = None
+        self._kept: Kept | None = None
         self._check_rates()
+        if all(map(can_be_watched, every)):
+            self.watch = watch_optimizers(every, (*_UNFUSED_OPTIONS, *ON_DEVICE_OPTIONS))
         if self.reason is None:
-            options = (*_UNFUSED_OPTIONS, *ON_DEVICE_OPTIONS)
-            self.watch = watch_optimizers(every, options)
             named = [(type(o).__name__, group) for o in every for group in o.param_groups]
             self._numbers = _C.OptimizerNumbers(named)
             self.rules = self.settings()[::WIDTH]
@@ -175,10 +183,20 @@ class Optimizers:
     def _listed(given: Optimizer | Sequence[Optimizer]) -> list:
         return list(given) if isinstance(given, list | tuple) else [given]
 
-    def is_current(self, given: Optimizer | Sequence[Optimizer]) -> bool:
-        """Whether it is these that are given, they hold the same parameters in the same way, and
-        their updates are fused."""
-        return self.watch is not None and self.are(given) and self.watch.unchanged()
+    def still_serve(self, given: Optimizer | Sequence[Optimizer]) -> bool:
+        """Whether it is these that are given, and all that is known of them is so.
+
+        Raises:
+            ValueError: a learning rate is not finite.
+        """
+        if self.watch is None or not (self.are(given) and self.watch.unchanged()):
+            return False
+        if any(map(_tensor_numbers, self.groups)):
+            return False
+        if self.reason is None:
+            return self.settings_if_alike() is not None
+        self._check_rates()
+        return True
 
     def are(self, given: Optimizer | Sequence[Optimizer]) -> bool:
         """Whether it is these that are given."""
@@ -221,9 +239,11 @@ class Optimizers:
                     f"{self.caller}: optimizer must have finite learning rates, got {lr}"
                 )
 
-    def have_tensors(self) -> bool:
-        """Whether any of the groups' numbers but the learning rate is a tensor."""
-        return any(map(_tensor_numbers, self.groups))
+    def kept(self) -> Kept:
+        """What they keep of the parameters, where their updates can be fused."""
+        if self._kept is None or not self._kept.watch.unchanged():
+            self._kept = Kept(self)
+        return self._kept
 
     def step(self) -> None:
         """Their own steps, on p.grad."""

@@ -17,8 +17,9 @@ from fastdni.training.criteria import FUNCTIONS
 from fastdni.training.optimizers import Optimizers
 from fastdni.training.stages import FusedStage, flattens, layers_of
 from fastdni.training.step import Step
-from fastdni.training.updates import Gradients, Updates
+from fastdni.training.updates import Gradients, Updates, updates_of
 
+increment_version = torch.autograd.graph.increment_version
 _MAX_PLANS = 8  # of a part, by batch size (an epoch has one or two)
 
 
@@ -74,10 +75,12 @@ class FusedPart:
     def updates(self, step: Step, optimizers: Optimizers | None) -> Updates | Gradients:
         """Who updates which parameter."""
         plan, active = self.plan(len(step.x)), self.active(step)
-        updated = [bool(active[s]) for s in plan.parameter_stages]
+        updated = None
+        if not all(active):
+            updated = tuple([bool(active[s]) for s in plan.parameter_stages])
         if optimizers is None:
             return Gradients(plan.parameters, updated)
-        return Updates(optimizers, plan.parameters, updated)
+        return updates_of(optimizers, plan, plan.parameters, updated)
 
     def takes(self, x: Tensor, network_input: Tensor) -> bool:
         """Whether a sweep can run on this input."""
@@ -136,18 +139,12 @@ class _FusedPass:
                 plan, self._gradient, updates.state, groups, settings, self.part.active(step),
                 step.caller,
             )  # fmt: skip
-        count_versions(updates, plan)
+        # Raw in-place ops leave alone the counters that autograd looks at.
+        increment_version([*updates.written, *plan.statistics])
+        updates.finish()
         unlocked = losses.dim() == 2
         self.synthesis_losses = list(losses[0] if unlocked else losses)
         self.input_losses = list(losses[1]) if unlocked else []
-
-
-def count_versions(updates: Updates | Gradients, plan: ops.SweepPlan) -> None:
-    """Raises the counters that autograd looks at, which raw in-place ops leave alone."""
-    written = [] if isinstance(updates, Gradients) else updates.parameters
-    torch.autograd.graph.increment_version([*written, *updates.state, *plan.statistics])
-    if isinstance(updates, Gradients):
-        updates.finish()
 
 
 class LocalPart:

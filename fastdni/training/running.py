@@ -1,5 +1,6 @@
 """How a prepared step runs: as one sweep, as that sweep once more, or part by part."""
 
+from contextlib import contextmanager
 from operator import attrgetter
 
 import torch
@@ -9,10 +10,10 @@ from fastdni import backend, ops
 from fastdni.reference import accumulate_dtype
 from fastdni.training import arguments
 from fastdni.training.criteria import watch_criterion
-from fastdni.training.parts import FusedPart, count_versions
+from fastdni.training.parts import FusedPart
 from fastdni.training.step import Step
 from fastdni.training.structure import Structure
-from fastdni.training.updates import Gradients, Updates
+from fastdni.training.updates import Gradients, Updates, updates_of
 from fastdni.training.watch import Watch
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss, output, synthesis losses
@@ -65,23 +66,52 @@ class _Surroundings:
         return backend.precision(self._device, self._autocast) != self._precision
 
 
+@contextmanager
+def _gradients_apart(parameters: list[Tensor]):
+    """`p.grad` for the step alone: what was there before is no part of it, and is back if the step
+    fails."""
+    before = [*map(_grad, parameters)]
+    _drop_gradients(parameters)
+    try:
+        yield
+    except BaseException:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+        raise
+    _drop_gradients(parameters)
+
+
 # ---- one sweep is all of the step ----
 
 
 def run_whole(
-    structure: Structure, part: FusedPart, step: Step, updates: Updates | Gradients
-) -> tuple[Results, bool]:
-    """The step in one call; and whether the next one like it may be a `Repetition`."""
+    structure: Structure, part: FusedPart, step: Step
+) -> tuple[Results, "Repetition | None"]:
+    """The step as one sweep; and what the next one like it may be."""
+    optimizers = step.optimizers
+    if optimizers is None:
+        return _sweep(structure, part, step, part.updates(step, None), False), None
+    updates = part.updates(step, optimizers) if optimizers.reason is None else None
+    if updates is None or updates.reason is not None:
+        with _gradients_apart(structure.parameters):
+            results = _sweep(structure, part, step, part.updates(step, None), False)
+            optimizers.step()
+        return results, None
+    repeatable = part.plan(len(step.x)).compiled and not updates.first and not _traced()
+    results = _sweep(structure, part, step, updates, repeatable)
+    optimizers.mark_called()
+    _drop_gradients(structure.parameters)
+    return results, Repetition(structure, part, step, updates) if repeatable else None
+
+
+def _sweep(
+    structure: Structure, part: FusedPart, step: Step, updates: Updates | Gradients,
+    repeatable: bool,
+) -> Results:  # fmt: skip
     plan = part.plan(len(step.x))
-    arguments.keep_apart(step, [*structure.written, *updates.state])
+    if not plan.compiled:  # which keeps its data apart itself
+        arguments.keep_apart(step, [*structure.written, *updates.state])
     groups, settings = updates.settings()
-    repeatable = (
-        plan.can_repeat
-        and isinstance(updates, Updates)
-        and not updates.first
-        and all(step.active)
-        and not _traced()
-    )
     taken = plan.steps
     try:
         updates.put_in_place()
@@ -93,11 +123,9 @@ def run_whole(
         if plan.steps == taken:
             updates.take_back()
         raise
-    count_versions(updates, plan)
-    if step.optimizers is not None:
-        step.optimizers.mark_called()
-        _drop_gradients(structure.parameters)
-    return (loss, output, synthesis_loss), repeatable
+    _increment_version([*updates.written, *plan.statistics])
+    updates.finish()
+    return loss, output, synthesis_loss
 
 
 class Repetition:
@@ -109,38 +137,36 @@ class Repetition:
 
     Args:
         structure, part, step, updates: of that step; neither its data nor its optimizers are kept.
-        target, context: as they were given.
     """
 
-    def __init__(
-        self, structure: Structure, part: FusedPart, step: Step, updates: Updates,
-        target: Tensor, context: Tensor | None,
-    ):  # fmt: skip
+    def __init__(self, structure: Structure, part: FusedPart, step: Step, updates: Updates):
         self._part = part
         self._plan = plan = part.plan(len(step.x))
-        self._optimizers, self._updates = step.optimizers, updates
+        self._optimizers = step.optimizers
         self._criterion, self._labels = step.criterion, step.labels
         self._x = _kind(step.x)
+        target, context = step.given
         self._target = _kind(target)
         self._context = None if context is None else _kind(context)
+        self._mask = step.active[:-1]
         self._surroundings = _Surroundings(structure.parameters[0].device)
-        self._versions = [*updates.parameters, *updates.state, *plan.statistics]
+        self._versions = [*updates.written, *plan.statistics]
         self._parameters = structure.parameters
         self._no_gradients = Watch()
         self._no_gradients.none(self._parameters, "grad")
         self._no_gradients.done()
-        kept = Watch()
-        updates.watch(kept)
+        self._watch = Watch()
         for tensor in self._versions:
-            kept.tensor(tensor)
-        watch_criterion(kept, self._criterion)
-        self._kept = kept.done(structure.watch, step.optimizers.watch)
-        self._unchanged = self._kept.unchanged
+            self._watch.tensor(tensor)
+        watch_criterion(self._watch, self._criterion)
+        optimizers = step.optimizers
+        self._watch.done(structure.watch, optimizers.watch, optimizers.kept().watch)
+        self._unchanged = self._watch.unchanged
 
     def is_like(self, x, target, optimizer, criterion, context, update_mask) -> bool:
         """Whether a step is the same but for the values of its data."""
         return (
-            update_mask is None
+            (all(self._mask) if update_mask is None else self._has_mask(update_mask))
             and criterion is self._criterion
             and type(x) is type(target) is Tensor
             and _kind(x) == self._x
@@ -156,6 +182,11 @@ class Repetition:
             and self._read()
         )
 
+    def _has_mask(self, update_mask) -> bool:
+        # Anything else may be there to be looked through once, or to be refused.
+        given = type(update_mask) in (list, tuple) and {*map(type, update_mask)} == {bool}
+        return given and [*update_mask] == self._mask
+
     def _read(self) -> bool:
         """The optimizers' numbers as they are now."""
         self._settings = self._optimizers.settings_if_alike()
@@ -167,7 +198,7 @@ class Repetition:
             target, context = self._labels(target, context)
         output, loss, synthesis_loss = ops.sweep_repeat_(
             self._plan, self._part.input(x), target, context, self._settings, caller,
-            self._part.noise(len(x)),
+            self._part.noise(self._plan.batch),
         )  # fmt: skip
         _increment_version(self._versions)
         self._optimizers.mark_called()
@@ -182,16 +213,14 @@ class Repetition:
 def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
     """The step in parts: all forward passes, all gradients, then all updates."""
     arguments.keep_apart(step, structure.written)
-    optimizers, parameters = step.optimizers, structure.parameters
+    optimizers = step.optimizers
     if optimizers is None:
         passes = _gradients(structure, parts, step)
         for each in passes:
             each.update(None)
         return _results(structure, passes)
     fused = optimizers.reason is None and _fit(structure, step)
-    before = [*map(_grad, parameters)]  # no part of this step
-    _drop_gradients(parameters)
-    try:
+    with _gradients_apart(structure.parameters):
         passes = _gradients(structure, parts, step)
         if not fused:
             for each in passes:
@@ -201,20 +230,15 @@ def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
         if fused:
             for each in passes:
                 each.update(optimizers)
-    except BaseException:
-        for parameter, grad in zip(parameters, before, strict=True):
-            parameter.grad = grad
-        raise
     if fused:
         optimizers.mark_called()
-    _drop_gradients(parameters)
     return _results(structure, passes)
 
 
 def _fit(structure: Structure, step: Step) -> bool:
     """Whether the fused updates can be made of what the optimizers keep, refused where nobody
     could: before anything is written."""
-    return Updates(step.optimizers, structure.parameters).reason is None
+    return updates_of(step.optimizers, structure, structure.parameters).reason is None
 
 
 def _gradients(structure: Structure, parts: list, step: Step) -> list:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastdni.reference import SweepNorm, SweepStage
@@ -202,8 +202,3 @@ def plain_head(stage: nn.Module) -> nn.Linear | None:
     if plain and all(type(layer) in _KEEPING for layer in layers[1:]):
         return layers[0]
     return None
-
-
-def device_of(tensors: list[Tensor], x: Tensor) -> torch.device:
-    """Where a step happens: with its parameters."""
-    return tensors[0].device if tensors else x.device

@@ -13,7 +13,8 @@ class Step:
 
     Attributes:
         caller: whom messages name.
-        x, target, context: the data.
+        x, target, context: the data, as a sweep takes it.
+        given: target and context before `labels`.
         criterion: what was given; `name`: "cross_entropy" or "mse", or None for any other callable.
         active: for each stage, and one above, whether (1) or not (0) it is updated.
         optimizers: what makes the updates; None: gradients go to p.grad.
@@ -23,6 +24,7 @@ class Step:
 
     __slots__ = (
         "caller", "x", "target", "criterion", "name", "context", "active", "optimizers", "labels",
+        "given",
     )  # fmt: skip
 
     def __init__(
@@ -36,6 +38,7 @@ class Step:
         active: list[int],
     ):
         self.caller, self.x, self.target = caller, x, target
+        self.given = target, context
         self.criterion, self.name = criterion, name
         self.context, self.active = context, active
         self.optimizers: Optimizers | None = None

@@ -1,6 +1,7 @@
 """What a network is to the engine: which of its stages a sweep can run, and which parts that makes
 of it."""
 
+from operator import attrgetter
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from fastdni.training.parts import FusedPart, LocalPart
 from fastdni.training.stages import FusedStage, Unfused, parse
 from fastdni.training.watch import watch_modules
 
+_form = attrgetter("dtype", "device", "shape")
 _MAX_DIVISIONS = 8  # of a network into parts, by criterion, arithmetic and batch size
 
 
@@ -27,10 +29,6 @@ class Network(Protocol):
     def parameters(self): ...
 
     def buffers(self): ...
-
-
-def _layout(tensor: Tensor) -> tuple:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.is_contiguous()
 
 
 class Structure:
@@ -54,12 +52,16 @@ class Structure:
         self._parse()
         self._parts: dict[tuple, list] = {}
         self.watch = watch_modules(net, ("bp_lambda", "training"))
-        self._layouts = [*map(_layout, self.parameters)]
+        self._layouts = self._layouts_now()
 
     def is_current(self) -> bool:
         """Whether modules, hooks, buffers and parameters are the same, and no parameter was frozen,
         thawed, hooked, cast, moved or reshaped."""
-        return self.watch.unchanged() and [*map(_layout, self.parameters)] == self._layouts
+        return self.watch.unchanged() and self._layouts_now() == self._layouts
+
+    def _layouts_now(self) -> list:
+        contiguous = map(Tensor.is_contiguous, self.parameters)
+        return [*map(_form, self.parameters), *contiguous]
 
     def __len__(self) -> int:
         return len(self.stages)

@@ -14,7 +14,8 @@ from fastdni import ops, reference
 from fastdni.checkpoint import is_checkpointed
 from fastdni.reference import SynthesizerParameters
 from fastdni.synthesizers import plain_parameters, required_context
-from fastdni.training.updates import Gradients
+from fastdni.training.optimizers import Optimizers
+from fastdni.training.updates import Gradients, Updates
 
 
 def synthesize(
@@ -104,27 +105,34 @@ class FusedSynthesis:
             _beside(h, target), *known, h, ctx, parameters.weights, bias, "batchmean", scale
         )
 
-    def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
+    def learn(self, target: Tensor, scale: float | None, optimizers: Optimizers | None) -> Tensor:
         parameters = plain_parameters(self._synthesizer)
         if parameters is None:  # it has become another one since
             anew = ModuleSynthesis(self._synthesizer, self.trigger, self._ctx, True)
-            return anew.learn(target, scale, updates)
+            return anew.learn(target, scale, optimizers)
         tensors = parameters.tensors()
         if len(tensors) != len(self.learning) or not all(map(is_, tensors, self.learning)):
             self._parameters, self.learning, self._stamp = parameters, tensors, None
         # What nothing is added to is handed over as it is made.
-        apart = updates is None and not all(map(_adds_up, tensors))
+        apart = optimizers is None and not all(map(_adds_up, tensors))
         if self._dtype is not None or apart:
             loss, gradients = self.gradients(target, scale)
-            _hand_over(tensors, gradients, updates)
+            _hand_over(tensors, gradients, optimizers)
             return loss
         known = (self.message, self._hidden) if self._is_current() else (None, None)
-        updates = _IntoGrad() if updates is None else updates
+        updates = Gradients(tensors) if optimizers is None else Updates(optimizers, tensors)
         h, ctx = self.trigger, self._ctx
         loss, _, _ = ops.boundary_(
-            parameters, h, ctx, _beside(h, target), *updates.state(tensors), scale, *known
+            parameters,
+            h,
+            ctx,
+            _beside(h, target),
+            updates.state,
+            *updates.settings(),
+            scale,
+            *known,
         )
-        updates.commit()
+        updates.finish()
         return loss
 
 
@@ -211,15 +219,15 @@ class ModuleSynthesis:
             self._graph = None
         return loss, list(found)
 
-    def learn(self, target: Tensor, scale: float | None, updates) -> Tensor:
+    def learn(self, target: Tensor, scale: float | None, optimizers: Optimizers | None) -> Tensor:
         made = self._current()
         loss, error = squared_error(made.detach(), target, scale)
-        if updates is None:
+        if optimizers is None:
             torch.autograd.backward(made, error)
         else:
             found = torch.autograd.grad(made, self.learning, error, allow_unused=True)
             pairs = [(p, g) for p, g in zip(self.learning, found, strict=True) if g is not None]
-            _hand_over(*map(list, zip(*pairs, strict=True)), updates)
+            _hand_over(*map(list, zip(*pairs, strict=True)), optimizers)
         self._graph = None
         return loss
 
@@ -282,10 +290,10 @@ def _adds_up(parameter: Tensor) -> bool:
     return not parameter.requires_grad or (parameter.grad is not None and _is_bare(parameter))
 
 
-def _hand_over(parameters: list[Tensor], gradients, updates) -> None:
+def _hand_over(parameters: list[Tensor], gradients, optimizers: Optimizers | None) -> None:
     """Gives parameters their gradients as autograd does, or their update."""
     pairs = [(p, g.to(p.dtype)) for p, g in zip(parameters, gradients, strict=True)]
-    if updates is None:
+    if optimizers is None:
         left = []
         for parameter, gradient in pairs:
             if not parameter.requires_grad:
@@ -297,20 +305,10 @@ def _hand_over(parameters: list[Tensor], gradients, updates) -> None:
         if left:
             torch.autograd.backward(*zip(*left, strict=True))
         return
-    state, groups, settings = updates.state(parameters)
+    updates = Updates(optimizers, parameters)
+    given = reference.assigned(parameters, updates.state, *updates.settings())
     found = {id(p): g for p, g in pairs}
     with torch.no_grad():
-        for parameter, row, own in reference.assigned(parameters, state, groups, settings):
+        for parameter, row, own in given:
             reference.wide_update(row, parameter, found[id(parameter)], own)
-    updates.commit()
-
-
-class _IntoGrad:
-    """The updates that only add gradients to `p.grad`."""
-
-    def state(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[int], list[float]]:
-        self._own = Gradients(parameters)
-        return self._own.state, *self._own.settings()
-
-    def commit(self) -> None:
-        self._own.finish()
+    updates.finish()

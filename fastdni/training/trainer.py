@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastdni.training import arguments
 from fastdni.training.optimizers import Optimizers
+from fastdni.training.parts import FusedPart
 from fastdni.training.running import Repetition, Results, run_by_parts, run_whole
 from fastdni.training.step import Step
 from fastdni.training.structure import Network, Structure
-from fastdni.training.updates import Gradients, Updates
 
 GRADIENTS = object()  # in an optimizer's place: no update
 
@@ -26,15 +26,20 @@ class Trainer:
 
     def __init__(self):
         self.lock = threading.RLock()  # of whoever works on the network
-        self._version = 0  # raised by all that makes what is known here stale
+        self._version = 0  # raised whenever something is forgotten
         self._structure: Structure | None = None
         self._optimizers: Optimizers | None = None
         self._last: Repetition | None = None
 
     def forget(self) -> None:
-        """Lets go of all that is known: what it was learnt from is about to change, or gone."""
+        """Lets go of all that is known: what it was learnt from has changed."""
+        self.forget_optimizers()
+        self._structure = None
+
+    def forget_optimizers(self) -> None:
+        """Lets go of what was found out about optimizers: one of them is gone."""
         self._version += 1
-        self._structure = self._optimizers = self._last = None
+        self._optimizers = self._last = None
 
     def step(
         self,
@@ -74,32 +79,22 @@ class Trainer:
         step = arguments.prepared(net, caller, x, target, criterion, context, update_mask)
         structure = self.structure(net, caller)
         if optimizer is not GRADIENTS:
-            step.optimizers = self.optimizers(caller, optimizer)
+            step.optimizers = self.optimizers(structure, caller, optimizer)
         arguments.check_devices(step, structure.parameters)
         arguments.check_real(caller, step.x, structure.parameters)
         arguments.normalize(structure, step)
         parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
         (part, *others) = parts
         if not others and part.fused and part.takes(step.x, step.x):
-            updates = self._fused_updates(part, step)
-            if updates is not None:
-                return partial(self._run_whole, structure, part, step, updates, (target, context))
+            return partial(self._run_whole, structure, part, step)
         arguments.check_inputs(structure, step)
         return partial(run_by_parts, structure, parts, step)
 
-    @staticmethod
-    def _fused_updates(part, step: Step) -> Updates | Gradients | None:
-        """What the sweep does with its gradients; None: the optimizers' own steps use them."""
-        if step.optimizers is not None and step.optimizers.reason is not None:
-            return None
-        updates = part.updates(step, step.optimizers)
-        return updates if updates.reason is None else None
-
-    def _run_whole(self, structure, part, step, updates, given) -> Results:
+    def _run_whole(self, structure: Structure, part: FusedPart, step: Step) -> Results:
         version = self._version
-        results, repeatable = run_whole(structure, part, step, updates)
-        if repeatable and self._version == version:
-            self._last = Repetition(structure, part, step, updates, *given)
+        results, repetition = run_whole(structure, part, step)
+        if self._version == version:
+            self._last = repetition
         return results
 
     # ---- what is known ----
@@ -113,12 +108,12 @@ class Trainer:
             self._structure = known = Structure(net)
         return known
 
-    def optimizers(self, caller: str, given) -> Optimizers:
-        """What is given as the optimizer, for the network as it was last looked at."""
+    def optimizers(self, structure: Structure, caller: str, given) -> Optimizers:
+        """What is given as the optimizer, for the network as it is."""
         known = self._optimizers
-        current = known is not None and known.is_current(given)
-        if current and known.settings_if_alike() is not None and not known.have_tensors():
-            return known
-        known = Optimizers(caller, given, self._structure.parameters, self.forget)
-        self._optimizers = known
+        if known is not None:
+            known.caller = caller
+        if known is None or not known.still_serve(given):
+            parameters, forget = structure.parameters, self.forget_optimizers
+            self._optimizers = known = Optimizers(caller, given, parameters, forget)
         return known

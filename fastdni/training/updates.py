@@ -1,39 +1,35 @@
 """Who updates which parameter in a step: the optimizers, or nobody, and gradients go to p.grad."""
 
-import itertools
+import weakref
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as _torch_optimizer
 
 from fastdni.ops import flat
-from fastdni.reference import RULES, OptimizerSettings
-from fastdni.training.optimizers import ON_DEVICE_OPTIONS, WIDTH, Optimizers
-from fastdni.training.watch import Watch
+from fastdni.reference import OptimizerSettings
+from fastdni.training.optimizers import WIDTH, Optimizers
 
-# What a rule keeps of a parameter, in the order of the sweep.
-_KEPT = {
-    "sgd": (),
-    "sgd_momentum": ("momentum_buffer",),
-    "adam": ("exp_avg", "exp_avg_sq", "step"),
-    "adamw": ("exp_avg", "exp_avg_sq", "step"),
-}
+_MAX_KNOWN = 16  # parts, batch sizes and masks
+_DAMPENING = OptimizerSettings._fields.index("b")
 
 
 class Updates:
     """Which optimizer group updates which parameter, and what the optimizers keep of these.
 
     Args:
-        optimizers: whose.
-        parameters: those of a sweep, in its order.
-        updated: for each of them whether a mask lets it be updated.
+        optimizers: whose; their updates can be fused.
+        parameters: those of a sweep or of a synthesizer, in its order.
+        updated: for each of them whether a mask lets it be updated; by default all are.
 
     Attributes:
         parameters: those that are updated.
         state: what is kept of them, in the sweep's order.
         groups: of every parameter its row of the settings, or -1.
         reason: why the fused step cannot make these updates; None: it can.
+
+    Raises:
+        RuntimeError: what an optimizer keeps of one of them fits no step.
     """
 
     def __init__(
@@ -42,102 +38,46 @@ class Updates:
         parameters: list[Tensor],
         updated: Iterable[bool] | None = None,
     ):
-        self._optimizers = optimizers
-        free = parameters if updated is None else itertools.compress(parameters, updated)
-        learning = {id(p) for p in free if p.requires_grad}
-        self.groups = groups = [
-            optimizers.group_of.get(id(p), -1) if id(p) in learning else -1 for p in parameters
-        ]
-        self._chosen = [(p, g) for p, g in zip(parameters, groups, strict=True) if g >= 0]
-        self.parameters = [p for p, _ in self._chosen]
+        self._optimizers = weakref.ref(optimizers)  # which keep this: see `updates_of`
+        kept = optimizers.kept()
+        self.groups: list[int] = []
+        self.parameters: list[Tensor] = []
         self.state: list[Tensor] = []
-        self._made: list[tuple] = []  # (the entry's place, parameter, state made for it)
-        self._fresh: set[int] = set()  # parameters with a new momentum buffer
-        self.reason: str | None = None
-        self._find()
-
-    def _find(self) -> None:
-        optimizers, places = self._optimizers, []
-        for parameter, number in self._chosen:
-            group, owner = optimizers.groups[number], optimizers.owner_of[number]()
-            keys = _KEPT[RULES[int(optimizers.rules[number])]]
-            # `get`: a look into a defaultdict must not leave an entry behind.
-            kept = owner.state.get(parameter) or {}
-            made = self._missing(parameter, group, keys, kept)
-            if made:
-                self._made.append((owner.state, parameter, made))
-            found = made or kept
-            if not all(isinstance(found.get(key), Tensor) for key in keys):
-                raise RuntimeError(
-                    f"{optimizers.caller}: optimizer state must hold {', '.join(keys)}, got "
-                    f"{', '.join(kept) or 'nothing'}"
-                )
-            own = [found[key] for key in keys]
-            self._check(parameter, keys, own)
-            self.state += own
-            places += [tensor.data_ptr() for tensor in own if tensor.numel() > 0]
-            if optimizers.rates[number] is not None:
-                self.state.append(optimizers.rates[number])
-        if len(set(places)) < len(places):
-            self.reason = "parameters have optimizer state in common"
-        # As their own step would add them.
-        self._made.sort(key=lambda entry: optimizers.order[id(entry[1])])
-
-    def _missing(self, parameter: Tensor, group: dict, keys: tuple, kept: dict) -> dict:
-        """What an optimizer's first step would make."""
-        if keys == ("momentum_buffer",) and kept.get("momentum_buffer") is None:
-            self._fresh.add(id(parameter))
-            return {"momentum_buffer": _zeros(parameter)}
-        if keys and not kept:
-            dtype = _torch_optimizer._get_scalar_dtype(group.get("fused"))
-            on_device = any(map(group.get, ON_DEVICE_OPTIONS))
-            device = parameter.device if on_device else "cpu"
-            made = {"step": torch.zeros((), dtype=dtype, device=device)}
-            return made | {key: _zeros(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        return {}
-
-    def _check(self, parameter: Tensor, keys: tuple, own: list[Tensor]) -> None:
-        for key, tensor in zip(keys, own, strict=True):
-            if key == "step":
-                right = tensor.numel() == 1
-                fits = tensor.dtype in (torch.float32, torch.float64)
-            else:
-                fits = tensor.dtype == parameter.dtype
-                # torch adds a gradient to momentum in another dtype, not to Adam's averages.
-                right = fits or (key == "momentum_buffer" and tensor.is_floating_point())
-                right = right and tensor.shape == parameter.shape
-                fits = fits and tensor.device == parameter.device and tensor.is_contiguous()
-            if not right:
-                raise RuntimeError(
-                    f"{self._optimizers.caller}: a parameter's optimizer state {key} must be "
-                    f"{parameter.dtype} {tuple(parameter.shape)}, got {tensor.dtype} "
-                    f"{tuple(tensor.shape)}"
-                )
-            if not fits:
-                self.reason = f"a parameter's optimizer state {key} is not contiguous in its dtype"
-
-    def watch(self, watch: Watch) -> None:
-        """Adds to a watch that the optimizers keep these tensors."""
-        optimizers = self._optimizers
-        for parameter, number in self._chosen:
-            keys = _KEPT[RULES[int(optimizers.rules[number])]]
-            if not keys:
+        self.reason: str | None = kept.reason
+        self._made: list[tuple[dict, Tensor, dict]] = []  # place, parameter, state made for it
+        rows = len(optimizers.groups)
+        for parameter, free in zip(parameters, _all_or(updated, parameters), strict=True):
+            group = optimizers.group_of.get(id(parameter), -1) if free else -1
+            if group < 0 or not parameter.requires_grad:
+                self.groups.append(-1)
                 continue
-            entries = optimizers.owner_of[number]().state
-            watch.items(entries, (parameter,))
-            watch.items(entries[parameter], keys)
+            entry = kept.of[id(parameter)]
+            if entry.misfit is not None:
+                raise RuntimeError(f"{optimizers.caller}: {entry.misfit}")
+            self.reason = self.reason or entry.reason
+            tensors = entry.tensors
+            if entry.is_missing:
+                made = entry.made(parameter)
+                tensors = [made[key] for key in entry.keys]
+                self._made.append((entry.state, parameter, made))
+                if "momentum_buffer" in made:
+                    group += rows
+            self.parameters.append(parameter)
+            self.groups.append(group)
+            self.state += tensors
+            self.state += entry.further
+        # As their own step would add them.
+        self._made.sort(key=lambda made: optimizers.order[id(made[1])])
 
     def settings(self) -> tuple[list[int], list[float]]:
         """Groups and settings of this step. A new momentum buffer is the gradient itself, undamped:
-        from rows of their own."""
-        settings = self._optimizers.settings()
-        if not self._fresh:
+        from further rows."""
+        optimizers = self._optimizers()
+        settings = optimizers.settings()
+        if max(self.groups, default=-1) < len(optimizers.groups):
             return self.groups, settings
-        rows, chosen = len(self._optimizers.groups), iter(self.parameters)
-        fresh = [g >= 0 and id(next(chosen)) in self._fresh for g in self.groups]
-        groups = [g + rows if own else g for g, own in zip(self.groups, fresh, strict=True)]
-        undamped = [0.0 if i % WIDTH == 4 else x for i, x in enumerate(settings)]
-        return groups, settings + undamped
+        undamped = [0.0 if i % WIDTH == _DAMPENING else x for i, x in enumerate(settings)]
+        return self.groups, settings + undamped
 
     @property
     def first(self) -> bool:
@@ -146,22 +86,52 @@ class Updates:
 
     def put_in_place(self) -> None:
         """Hands the optimizers the state that is made for this step."""
-        for entries, parameter, made in self._made:
-            entries[parameter].update(made)
+        for state, parameter, made in self._made:
+            state[parameter].update(made)
 
     def take_back(self) -> None:
         """Undoes that, for a step that was not taken."""
-        for entries, parameter, made in self._made:
-            kept = entries.get(parameter)
+        for state, parameter, made in self._made:
+            kept = state.get(parameter)
             for key in made if kept is not None else ():
                 if kept.get(key) is made[key]:
                     del kept[key]
             if kept is not None and not kept:
-                del entries[parameter]
+                del state[parameter]
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What the sweep writes."""
+        return [*self.parameters, *self.state]
+
+    def finish(self) -> None:
+        """What is left to do when the sweep has run."""
+        self.put_in_place()
 
 
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+def updates_of(
+    optimizers: Optimizers, owner, parameters: list[Tensor], updated: tuple[bool, ...] | None = None
+) -> Updates:
+    """The same, made once for as long as the optimizers keep what they do.
+
+    Args:
+        owner: whose parameters these are, always the same.
+        Others as `Updates`.
+    """
+    known = optimizers.kept().updates
+    key = (owner, updated)
+    found = known.get(key)
+    if found is None:
+        found = Updates(optimizers, parameters, updated)
+        if not found.first:  # what is made is made for one step
+            if len(known) >= _MAX_KNOWN:
+                known.clear()
+            known[key] = found
+    return found
+
+
+def _all_or(updated: Iterable[bool] | None, parameters: list[Tensor]) -> Iterable[bool]:
+    return [True] * len(parameters) if updated is None else updated
 
 
 class Gradients:
@@ -174,17 +144,16 @@ class Gradients:
         self.parameters: list[Tensor] = []  # not changed themselves
         self.groups, self.state = [], []
         self._pending: list[tuple[Tensor, Tensor]] = []
-        free = parameters if updated is None else itertools.compress(parameters, updated)
-        learning = {id(p) for p in free if p.requires_grad}
-        for parameter in parameters:
-            if id(parameter) not in learning:
+        for parameter, free in zip(parameters, _all_or(updated, parameters), strict=True):
+            if not (free and parameter.requires_grad):
                 self.groups.append(-1)
                 continue
             grad = parameter.grad
             adds = grad is not None and grad.layout == torch.strided and grad.is_contiguous()
             adds = adds and grad.dtype == parameter.dtype
             if not adds:
-                grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+                grad = torch.empty_like(parameter)
+                grad = grad if grad.is_contiguous() else grad.contiguous()
                 self._pending.append((parameter, grad))
             self.groups.append(int(adds))
             self.state.append(grad)
@@ -197,6 +166,11 @@ class Gradients:
         """Gradients are put in place when they are made."""
 
     take_back = put_in_place
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What the sweep writes."""
+        return self.state
 
     def finish(self) -> None:
         """Hands over what could not be added where it belongs."""

@@ -155,7 +155,7 @@ def watch_optimizers(optimizers: list[Optimizer], options: Iterable[str]) -> Wat
     """Optimizers, borrowed: their hooks, state, groups, the parameters and options in these.
 
     Args:
-        optimizers: of torch.optim's own classes.
+        optimizers: each `can_be_watched`.
         options: keys of the groups; a learning rate that is a tensor is watched besides.
     """
     watch = Watch()
@@ -180,6 +180,13 @@ def watch_optimizers(optimizers: list[Optimizer], options: Iterable[str]) -> Wat
                 watch.items(group["params"], range(len(group["params"])))
                 watch.size(group["params"])
     return watch.done()
+
+
+def can_be_watched(optimizer: Optimizer) -> bool:
+    """Whether what an optimizer works with is its own: a wrapper may take it from another."""
+    own = vars(optimizer)
+    ordinary = all(name in own for name in ("param_groups", "state", *OPTIMIZER_HOOKS))
+    return ordinary and isinstance(own["param_groups"], list)
 
 
 def has_hooks(optimizer: Optimizer) -> bool:
