@@ -143,6 +143,27 @@ class Problem:
             )
         return [*results, *plan.parameters, *state, *plan.statistics]
 
+    def like(self, results: list[Tensor]) -> list[Tensor]:
+        """For each result of `run` one that is made of terms as large: of a bias in front of a
+        BatchNorm, whose gradient is what rounding leaves of zero, and of what is kept of it, those
+        of the weight beside it. Else itself."""
+        with use_backend("reference"):
+            plan = ops.SweepPlan(self.given, self.batch, self.criterion)
+        updated = [i for i, s in enumerate(plan.parameter_stages) if self.active[s]]
+        kept = len(fresh_state(self.settings, [torch.ones(1)]))  # of each parameter
+        first = 3  # after loss, output and synthesis losses
+        state = first + len(plan.parameters)
+        like = list(results)
+        for stage, numbers in zip(self.given, plan.numbers, strict=True):
+            bias, weight = numbers["bias"], numbers["weight"]
+            if stage.norm is None or stage.bias is None:
+                continue
+            like[first + bias] = results[first + weight]
+            for i in range(kept if bias in updated else 0):
+                own, other = (state + kept * updated.index(p) + i for p in (bias, weight))
+                like[own] = results[other]
+        return like
+
 
 # (stages, problem) by name: every kind of stage, synthesizer and criterion, odd sizes.
 CASES = {

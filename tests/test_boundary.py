@@ -85,9 +85,11 @@ class Case:
         scale = self.scale
         if of is reference and scale is None:
             scale = 2 / max(self.p.target.shape[0], 1)
-        results = of.boundary_(*self.arguments(), scale, *known)
+        return [*of.boundary_(*self.arguments(), scale, *known), *self.written()]
+
+    def written(self) -> list[torch.Tensor]:
         kept = [tensor for tensor in self.state if tensor.dim() > 0]
-        return [*results, *self.p.parameters.tensors(), *kept]
+        return [*self.p.parameters.tensors(), *kept]
 
     def counts(self) -> list[float]:
         return [tensor.item() for tensor in self.state if tensor.dim() == 0]
@@ -100,9 +102,10 @@ def assert_right(case: Case) -> None:
     plain, wide = case.to(dtype), case.to(torch.float64)
     prediction, *hidden = forward(ops, case.p)
     assert_near([prediction], forward(reference, wide.p)[:1], forward(reference, plain.p)[:1])
+    before = [None, None, None, *wide.to(torch.float64).written()]
     found = case.run()
     oracle = wide.run(reference, prediction.double(), [h.double() for h in hidden])
-    assert_near(found, oracle, plain.run(reference, prediction, hidden))
+    assert_near(found, oracle, plain.run(reference, prediction, hidden), before)
     assert torch.equal(found[1], prediction) or not prediction.isfinite().all()
     assert case.counts() == wide.counts()
 

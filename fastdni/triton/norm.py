@@ -51,6 +51,9 @@ def norm_kernel(
         old = tl.load(running_variance + c, mask=inside)
         variance = squares / (rows - 1)
         tl.store(running_variance + c, old + momentum * (variance - old), mask=inside)
+    if gamma is not None:
+        scale = tl.load(gamma + c, mask=inside, other=0.0)
+        shift = tl.load(beta + c, mask=inside, other=0.0)
     for start in range(0, rows, ROWS):
         n = start + r
         here = (n < rows)[:, None] & inside[None, :]
@@ -58,8 +61,7 @@ def norm_kernel(
         u = (tl.load(z + at, mask=here, other=0.0) - mean[None, :]) * inverse[None, :]
         tl.store(normalized + at, u, mask=here)
         if gamma is not None:
-            scale = tl.load(gamma + c, mask=inside, other=0.0)
-            u = u * scale[None, :] + tl.load(beta + c, mask=inside, other=0.0)[None, :]
+            u = u * scale[None, :] + shift[None, :]
         tl.store(h + at, activated(u, ACTIVATION), mask=here)
 
 
