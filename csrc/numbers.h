@@ -26,7 +26,7 @@ class OptimizerNumbers {
   // (common/optimizer.h). NaN for a learning rate that is in a GPU's memory: to look at it would be
   // to wait. The dictionaries are kept by whoever made this.
   pybind11::list rows() const {
-    pybind11::list rows(7 * groups_.size());
+    pybind11::list rows(kOptimizerNumbers * groups_.size());
     size_t at = 0;
     for (const Group& group : groups_) {
       const auto put = [&](double number) {

@@ -29,6 +29,9 @@ struct OptimizerSettings {
   bool operator==(const OptimizerSettings&) const = default;
 };
 
+// Its members, in their order, where they come as a row of numbers.
+constexpr int kOptimizerNumbers = 7;
+
 // A number that lives in a GPU's memory, as float32 or as float64; null where it does not.
 struct DeviceNumber {
   void* at = nullptr;

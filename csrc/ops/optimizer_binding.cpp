@@ -5,12 +5,10 @@
 namespace fastdni {
 namespace {
 
-constexpr size_t kSettings = 7;  // numbers of a row
-
 OptimizerSettings settings_of(const std::vector<double>& settings, int64_t group) {
   OptimizerSettings result;
   if (group < 0) return result;
-  const double* row = settings.data() + group * kSettings;
+  const double* row = settings.data() + group * kOptimizerNumbers;
   result.rule = static_cast<Rule>(static_cast<int>(row[0]));
   result.lr = row[1];
   result.weight_decay = row[2];
@@ -98,8 +96,9 @@ OptimizerBinding bind_optimizer(const std::string& caller, const Placement& plac
                                 std::vector<ParameterMemory>& parameters) {
   FASTDNI_CHECK(groups.size() == shapes.size(), caller, ": groups must hold ", shapes.size(),
                 " numbers, got ", groups.size());
-  FASTDNI_CHECK(settings.size() % kSettings == 0, caller, ": settings must be rows of ", kSettings);
-  const int64_t rows = settings.size() / kSettings;
+  FASTDNI_CHECK(settings.size() % kOptimizerNumbers == 0, caller, ": settings must be rows of ",
+                kOptimizerNumbers);
+  const int64_t rows = settings.size() / kOptimizerNumbers;
   OptimizerBinding binding(shapes.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
