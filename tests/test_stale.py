@@ -113,6 +113,43 @@ def test_many_counts_in_float64_are_exact():
     assert {e["step"].item() for e in optimizer.state.values()} == {2.0**24 + 3}
 
 
+# ---- state that is given other data ----
+
+
+@pytest.mark.parametrize("path", ["repeated", "in parts", "in turns"])
+@pytest.mark.parametrize("kind", ["nesterov", "adam"])
+def test_state_of_another_layout(kind, path):
+    """Which torch's own step takes."""
+    net, optimizer, twin, own = pairs = made(kind, widths=(7, 7, 7, 5))
+    if path == "in parts":
+        for n in (net, twin):
+            n.stages[1].append(nn.Softsign())
+    masks = [[True, False, True], [True, True, False]] if path == "in turns" else [None]
+    for seed in range(4):
+        take(*pairs, batch(net, seed=seed) | {"update_mask": masks[seed % len(masks)]})
+    for each in (optimizer, own):
+        for entry in each.state.values():
+            for key, tensor in entry.items():
+                if tensor.shape == (7, 7):
+                    entry[key].data = tensor.data.t().contiguous().t()
+    for seed in range(4):
+        take(*pairs, batch(net, seed=seed) | {"update_mask": masks[seed % len(masks)]})
+
+
+@pytest.mark.parametrize("path", ["repeated", "in turns"])
+def test_state_of_another_shape(path):
+    net, optimizer, *_ = made("nesterov")
+    masks = [[True, False, True], [True, True, False]] if path == "in turns" else [None]
+    for seed in range(4):
+        net.step(optimizer=optimizer, **batch(net), update_mask=masks[seed % len(masks)])
+    buffer = optimizer.state[net.stages[0][0].weight]["momentum_buffer"]
+    buffer.data = buffer.data[:3]
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match=r"net.step: a parameter's optimizer state .*\(3, 7\)"):
+        net.step(optimizer=optimizer, **batch(net), update_mask=masks[0])
+    assert all(map(torch.equal, before, net.parameters()))
+
+
 # ---- weights that are no parameters ----
 
 

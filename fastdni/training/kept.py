@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
 
 from fastdni.reference import RULES
-from fastdni.training.watch import Watch
+from fastdni.training.watch import Watch, layouts
 
 # Options that say where Adam's step count lives.
 ON_DEVICE_OPTIONS = ("capturable", "fused")
@@ -72,6 +72,7 @@ class Kept:
     def __init__(self, optimizers):
         self.of: dict[int, Entry] = {}
         self.updates: dict = {}
+        self._tensors: list[Tensor] = []
         self.watch = Watch()
         places: list[int] = []
         for number, parameter in optimizers.held:
@@ -84,6 +85,7 @@ class Kept:
             tensors, misfit, reason = _found(parameter, keys, kept)
             entry = Entry(state, optimizers.groups[number], keys, tensors, further, misfit, reason)
             self.of[id(parameter)] = entry
+            self._tensors += tensors
             places += [tensor.data_ptr() for tensor in tensors if tensor.numel() > 0]
             if keys:
                 self.watch.items(state, (parameter,))
@@ -92,6 +94,11 @@ class Kept:
         shared = len(set(places)) < len(places)
         self.reason = "parameters have optimizer state in common" if shared else None
         self.watch.done()
+        self._layouts = layouts(self._tensors)
+
+    def is_current(self) -> bool:
+        """Whether it is so, and no tensor was given other data of another form."""
+        return self.watch.unchanged() and layouts(self._tensors) == self._layouts
 
 
 def _found(parameter: Tensor, keys: tuple, kept: dict) -> tuple[list, str | None, str | None]:

@@ -194,6 +194,8 @@ class Optimizers:
         if any(map(_tensor_numbers, self.groups)):
             return False
         if self.reason is None:
+            if self._kept is not None and not self._kept.is_current():
+                self._kept = None
             return self.settings_if_alike() is not None
         self._check_rates()
         return True

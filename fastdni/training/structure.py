@@ -1,19 +1,17 @@
 """What a network is to the engine: which of its stages a sweep can run, and which parts that makes
 of it."""
 
-from operator import attrgetter
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdni import backend, ops
 from fastdni.synthesizers import BasicSynthesizer
 from fastdni.training.parts import FusedPart, LocalPart
 from fastdni.training.stages import FusedStage, Unfused, parse
-from fastdni.training.watch import watch_modules
+from fastdni.training.watch import layouts, watch_modules
 
-_form = attrgetter("dtype", "device", "shape")
 _MAX_DIVISIONS = 8  # of a network into parts, by criterion, arithmetic and batch size
 
 
@@ -52,16 +50,12 @@ class Structure:
         self._parse()
         self._parts: dict[tuple, list] = {}
         self.watch = watch_modules(net, ("bp_lambda", "training"))
-        self._layouts = self._layouts_now()
+        self._layouts = layouts(self.parameters)
 
     def is_current(self) -> bool:
         """Whether modules, hooks, buffers and parameters are the same, and no parameter was frozen,
         thawed, hooked, cast, moved or reshaped."""
-        return self.watch.unchanged() and self._layouts_now() == self._layouts
-
-    def _layouts_now(self) -> list:
-        contiguous = map(Tensor.is_contiguous, self.parameters)
-        return [*map(_form, self.parameters), *contiguous]
+        return self.watch.unchanged() and layouts(self.parameters) == self._layouts
 
     def __len__(self) -> int:
         return len(self.stages)

@@ -10,6 +10,7 @@ them in his hands.
 """
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 import torch.nn.modules.module as _module
 from torch import Tensor, nn
@@ -39,6 +40,14 @@ _OPTIONS = {
 }
 _FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential)
 _PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+_form = attrgetter("dtype", "device", "shape")
+
+
+def layouts(tensors: list[Tensor]) -> list:
+    """What a tensor that is given other data may change besides: whether a sweep can take it."""
+    return [*map(_form, tensors), *map(Tensor.is_contiguous, tensors)]
 
 
 class Watch:
