@@ -131,3 +131,25 @@ def snapshot(net, optimizer) -> list[Tensor]:
 def structure(net: DecoupledSequential):
     """What the engine knows of the network: `.reasons` why stages are not fused, `.parts`."""
     return net._trainer.structure(net, "test")
+
+
+# ---- shorter ----
+
+
+def same(a, b, tolerance=1e-12):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def optimizer_of(net):
+    return OPTIMIZERS["sgd"](net.parameters())
+
+
+def steps_of(net, optimizer, count=3, **how) -> list[Tensor]:
+    """The parameters, statistics and results after some steps."""
+    return train(net, optimizer, steps=count, **how)
+
+
+def reasons(net, optimizer, **how) -> list[str]:
+    """Of each stage why it is not fused."""
+    return [row["reason"] for row in fastdni.explain(net, batch(net)["x"], optimizer, **how).rows]

@@ -161,7 +161,7 @@ MUTANTS = [
         _OPTIMIZERS,
         "        if any(map(group.get, _UNFUSED_OPTIONS)):\n",
         "        if False:\n",
-        "tests/test_network.py -k other_optimizers",
+        "tests/test_network_optimizers.py -k other_optimizers",
     ),
     Mutant(
         _OPTIMIZERS,
@@ -197,7 +197,7 @@ MUTANTS = [
         "fastdni/training/structure.py",
         "        return self.watch.unchanged() and [*map(_layout, self.parameters)] == self._layouts",  # noqa: E501
         "        return self.watch.unchanged()",
-        "tests/test_network.py -k another_dtype_between_steps",
+        "tests/test_network_optimizers.py -k another_dtype_between_steps",
     ),
     Mutant(
         "fastdni/training/parts.py",
