@@ -117,6 +117,21 @@ def test_what_torch_cannot_step_with_is_refused(rate):
     assert all(map(torch.equal, kept, net.parameters()))
 
 
+@makers
+def test_a_rate_that_is_not_finite_where_the_optimizers_own_step_is_taken(make):
+    net = make()
+    optimizer = torch.optim.RMSprop(net.parameters(), lr=0.001)
+    for seed in range(3):
+        net.step(optimizer=optimizer, **batch(net, seed=seed))
+    optimizer.param_groups[0]["lr"] = float("nan")
+    kept = [t.clone() for t in net.state_dict().values()]
+    with pytest.raises(ValueError, match="net.step: optimizer must have finite learning rates"):
+        net.step(optimizer=optimizer, **batch(net))
+    assert all(map(torch.equal, kept, net.state_dict().values()))
+    optimizer.param_groups[0]["lr"] = 0.002
+    compare(net, optimizer, 2)
+
+
 # ---- layouts of state and parameters ----
 
 

@@ -12,7 +12,7 @@ class Mutant(NamedTuple):
 
 _STALE = "tests/test_stale.py"
 _WATCH, _OPTIMIZERS = "fastdni/training/watch.py", "fastdni/training/optimizers.py"
-_UPDATES, _RUNNING = "fastdni/training/updates.py", "fastdni/training/running.py"
+_KEPT, _RUNNING = "fastdni/training/kept.py", "fastdni/training/running.py"
 _BINDING = "csrc/ops/sweep_binding.cpp"
 
 MUTANTS = [
@@ -32,8 +32,8 @@ MUTANTS = [
     ),
     Mutant(
         _WATCH,
-        '"_backward_hooks", "_post_accumulate_grad_hooks")\n\n\nclass',
-        '"_backward_hooks")\n\n\nclass',
+        '"_backward_hooks", "_post_accumulate_grad_hooks")\n\n\n_form',
+        '"_backward_hooks")\n\n\n_form',
         f"{_STALE} -k a_post_accumulate_hook",
     ),
     Mutant(
@@ -74,8 +74,8 @@ MUTANTS = [
     ),
     Mutant(
         _WATCH,
-        '("param_groups", "state", *OPTIMIZER_HOOKS)',
-        '("param_groups", *OPTIMIZER_HOOKS)',
+        'watch.items(own, ("param_groups", "state", *OPTIMIZER_HOOKS)',
+        'watch.items(own, ("param_groups", *OPTIMIZER_HOOKS)',
         f"{_STALE} -k another_state",
     ),
     Mutant(
@@ -109,14 +109,14 @@ MUTANTS = [
         f"{_STALE} -k a_list_of_parameters_replaced",
     ),
     Mutant(
-        _UPDATES,
-        "            watch.items(entries[parameter], keys)\n",
+        _KEPT,
+        "                    self.watch.items(state[parameter], keys)\n",
         "",
         f"{_STALE} -k replaced",
     ),
     Mutant(
-        _UPDATES,
-        "            watch.items(entries, (parameter,))\n",
+        _KEPT,
+        "                self.watch.items(state, (parameter,))\n",
         "",
         f"{_STALE} -k a_state_entry",
     ),
@@ -141,9 +141,45 @@ MUTANTS = [
     ),
     Mutant(
         _RUNNING,
-        "            update_mask is None\n            and criterion",
-        "            True\n            and criterion",
-        "tests/test_turns.py -k masks",
+        "(all(self._mask) if update_mask is None else self._has_mask(update_mask))",
+        "(update_mask is None or self._has_mask(update_mask))",
+        "tests/test_turns.py -k mask",
+    ),
+    Mutant(
+        _RUNNING,
+        " and {*map(type, update_mask)} == {bool}",
+        "",
+        "tests/test_turns.py -k mask",
+    ),
+    Mutant(
+        _KEPT,
+        " and layouts(self._tensors) == self._layouts",
+        "",
+        f"{_STALE} -k state_of_another_layout",
+    ),
+    Mutant(
+        "fastdni/training/updates.py",
+        "        if not found.first:  # what is made is made for one step\n",
+        "        if True:\n",
+        "tests/test_turns.py -k mask",
+    ),
+    Mutant(
+        "fastdni/training/updates.py",
+        "    key = (owner, updated)\n",
+        "    key = owner\n",
+        "tests/test_turns.py -k mask",
+    ),
+    Mutant(
+        "fastdni/training/trainer.py",
+        "        if self._version == version:\n",
+        "        if True:\n",
+        "tests/test_lifetimes.py -k forgotten",
+    ),
+    Mutant(
+        _OPTIMIZERS,
+        "        self._check_rates()\n        return True\n",
+        "        return True\n",
+        "tests/test_accepted.py -k own_step_is_taken",
     ),
     Mutant(
         _RUNNING,
@@ -176,15 +212,15 @@ MUTANTS = [
         "tests/test_turns.py -k the_reason",
     ),
     Mutant(
-        _UPDATES,
-        '_torch_optimizer._get_scalar_dtype(group.get("fused"))',
+        _KEPT,
+        '_torch_optimizer._get_scalar_dtype(self.group.get("fused"))',
         "torch.float32",
         f"{_STALE} -k float64",
     ),
     Mutant(
-        _UPDATES,
-        "        if len(set(places)) < len(places):\n",
-        "        if False:\n",
+        _KEPT,
+        "len(set(places)) < len(places)",
+        "False",
         f"{_STALE} -k one_tensor",
     ),
     Mutant(
@@ -195,8 +231,8 @@ MUTANTS = [
     ),
     Mutant(
         "fastdni/training/structure.py",
-        "        return self.watch.unchanged() and [*map(_layout, self.parameters)] == self._layouts",  # noqa: E501
-        "        return self.watch.unchanged()",
+        " and layouts(self.parameters) == self._layouts",
+        "",
         "tests/test_network_optimizers.py -k another_dtype_between_steps",
     ),
     Mutant(
