@@ -11,6 +11,9 @@ from network_cases import OPTIMIZERS, batch, local, network
 from plain_step import assert_same, assert_same_state, plain_step, twin_of
 from torch import nn
 
+import fastdni
+from fastdni import reference
+
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
 
 FIRES = 1500
@@ -289,3 +292,25 @@ def test_an_error_while_a_step_is_repeated_is_not_taken_for_a_refusal():
     with pytest.raises(Mine):
         net.step(optimizer=optimizer, **given)
     assert all(map(torch.equal, kept, net.parameters()))
+
+
+def test_a_first_step_that_is_broken_off_in_the_reference(monkeypatch):
+    """In the middle of its updates: the next one begins with state of its own."""
+    net = network()
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    update, calls = reference.optimizer_update, []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Stop
+        update(*arguments)
+
+    with fastdni.use_backend("reference"):
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "optimizer_update", broken)
+            with pytest.raises(Stop):
+                net.step(optimizer=optimizer, **batch(net))
+        assert not optimizer.state
+        net.step(optimizer=optimizer, **batch(net))
+    assert {entry["step"].item() for entry in optimizer.state.values()} == {1.0}

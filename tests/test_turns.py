@@ -169,6 +169,7 @@ def test_a_mask_that_stays(kind):
     for seed in range(2):
         take(*pairs, batch(net, seed=seed) | {"update_mask": mask})
     for wrong in ([False, True], [], "yes", [torch.ones(2), True, True]):
+        take(*pairs, batch(net) | {"update_mask": mask})
         with pytest.raises(ValueError, match="update_mask must be one boolean for each of the 3"):
             net.step(optimizer=optimizer, **batch(net), update_mask=wrong)
     net.step(optimizer=optimizer, **batch(net), update_mask=(m for m in mask))

@@ -111,7 +111,7 @@ MUTANTS = [
     Mutant(
         _KEPT,
         "                    self.watch.items(state[parameter], keys)\n",
-        "",
+        "                    pass\n",
         f"{_STALE} -k replaced",
     ),
     Mutant(
@@ -161,7 +161,7 @@ MUTANTS = [
         "fastdni/training/updates.py",
         "        if not found.first:  # what is made is made for one step\n",
         "        if True:\n",
-        "tests/test_turns.py -k mask",
+        "tests/test_interruption.py -k in_the_reference",
     ),
     Mutant(
         "fastdni/training/updates.py",
@@ -239,7 +239,7 @@ MUTANTS = [
         "fastdni/training/parts.py",
         "        if self._output.requires_grad:\n            if part.boundary is None:\n",
         "        if self._output.requires_grad:\n            if part.boundary is None and self._loss.requires_grad:\n",  # noqa: E501
-        "tests/test_accepted.py -k graph",
+        "tests/test_accepted.py -k that_torch_refuses",
     ),
     Mutant(
         _WATCH,
