@@ -13,7 +13,7 @@ from fastdni.training.criteria import known
 from fastdni.training.parts import FusedPart, LocalPart
 from fastdni.training.stages import layers_of
 from fastdni.training.structure import Structure
-from fastdni.training.updates import Updates
+from fastdni.training.updates import updates_of
 
 _COLUMNS = ("stage", "fused", "backend", "kernel", "reason")
 
@@ -72,7 +72,7 @@ def _rows(net: DecoupledSequential, x: Tensor, optimizer, criterion: Criterion) 
     optimizers = net._trainer.optimizers(structure, "explain", optimizer)
     of_updates = optimizers.reason
     if of_updates is None:
-        of_updates = Updates(optimizers, structure.parameters).reason
+        of_updates = updates_of(optimizers, structure, structure.parameters).reason
     name, autocast = known(criterion).name, autocast_dtype(x)
     inputs = _inputs(net, x)
     rows = []

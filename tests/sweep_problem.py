@@ -98,7 +98,12 @@ def fresh_state(settings: OptimizerSettings, parameters: list[Tensor]) -> list[T
 
 
 class Problem:
-    """A step and all that it changes."""
+    """A step and all that it changes.
+
+    Args:
+        seed: of the data; by default the number of rows.
+        rate: the learning rate, in place of that of the settings.
+    """
 
     def __init__(
         self,
@@ -109,9 +114,11 @@ class Problem:
         explicit_context=False,
         masked=(),
         dtype=torch.float64,
+        seed=None,
+        rate=None,
     ):
         classes, inputs = given[-1].weight.shape[0], given[0].weight.shape[1]
-        generator = torch.Generator().manual_seed(batch)
+        generator = torch.Generator().manual_seed(batch if seed is None else seed)
         self.x = torch.randn(batch, inputs, generator=generator, dtype=torch.float64)
         self.target = torch.randint(min(classes, CONTEXT), (batch,), generator=generator)
         if criterion == "mse":
@@ -122,6 +129,8 @@ class Problem:
             self.context = torch.randn(batch, CONTEXT, generator=generator, dtype=torch.float64)
         self.given, self.batch, self.criterion, self.dtype = given, batch, criterion, dtype
         self.settings = OPTIMIZERS[settings]
+        if rate is not None:
+            self.settings = self.settings._replace(lr=rate)
         self.active = [int(s not in masked) for s in range(len(given) + 1)]
 
     def run(self, backend: str, dtype: torch.dtype | None = None, steps=1, **how) -> list[Tensor]:
@@ -142,27 +151,6 @@ class Problem:
                 plan, x, target, context, state, groups, ops.flat([self.settings]), self.active
             )
         return [*results, *plan.parameters, *state, *plan.statistics]
-
-    def like(self, results: list[Tensor]) -> list[Tensor]:
-        """For each result of `run` one that is made of terms as large: of a bias in front of a
-        BatchNorm, whose gradient is what rounding leaves of zero, and of what is kept of it, those
-        of the weight beside it. Else itself."""
-        with use_backend("reference"):
-            plan = ops.SweepPlan(self.given, self.batch, self.criterion)
-        updated = [i for i, s in enumerate(plan.parameter_stages) if self.active[s]]
-        kept = len(fresh_state(self.settings, [torch.ones(1)]))  # of each parameter
-        first = 3  # after loss, output and synthesis losses
-        state = first + len(plan.parameters)
-        like = list(results)
-        for stage, numbers in zip(self.given, plan.numbers, strict=True):
-            bias, weight = numbers["bias"], numbers["weight"]
-            if stage.norm is None or stage.bias is None:
-                continue
-            like[first + bias] = results[first + weight]
-            for i in range(kept if bias in updated else 0):
-                own, other = (state + kept * updated.index(p) + i for p in (bias, weight))
-                like[own] = results[other]
-        return like
 
 
 # (stages, problem) by name: every kind of stage, synthesizer and criterion, odd sizes.

@@ -258,6 +258,29 @@ def test_what_no_optimizer_holds_is_not_updated(wrap):
 
 
 @kinds
+@pytest.mark.parametrize("case", ["RMSprop", "amsgrad", "one state for two"])
+def test_an_update_that_cannot_be_fused_is_refused(wrap, case):
+    synthesizer = make_synthesizer()
+    parameters = list(synthesizer.parameters())
+    if case == "RMSprop":
+        optimizer = torch.optim.RMSprop(parameters)
+    elif case == "amsgrad":
+        optimizer = torch.optim.Adam(parameters, amsgrad=True)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        buffer = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+        for parameter in parameters:
+            if parameter.shape == buffer.shape:
+                optimizer.state[parameter]["momentum_buffer"] = buffer
+    optimizers = Optimizers("regress", optimizer, parameters)
+    before = [p.clone() for p in parameters]
+    p = Boundary(wrap(synthesizer)).predict(normal(BATCH, WIDTH))
+    with pytest.raises(ValueError, match="regress: the update must be one that can be fused: "):
+        p.regress(normal(BATCH, WIDTH), optimizers=optimizers)
+    assert all(map(torch.equal, before, parameters))
+
+
+@kinds
 def test_an_open_prediction_sees_an_update(wrap):
     synthesizer = make_synthesizer()
     boundary, (_, optimizers) = Boundary(wrap(synthesizer)), optimizers_of(synthesizer)

@@ -44,22 +44,10 @@ def problem(case, **how) -> Problem:
     return Problem(given, rows, criterion, settings, masked=masked, **how)
 
 
-def largest(tensor) -> float:
-    return tensor.abs().nan_to_num().max().item() if tensor.numel() else 0.0
-
-
-def assert_equal(found, wanted, tolerance, like=None, plain=None):
-    """Within `tolerance` of each tensor's largest value (or of one).
-
-    Args:
-        like: see `Problem.like`: the larger value of both counts.
-        plain: what plain PyTorch makes of it in the dtype of `found`. 3 times what that is off is
-            allowed, too: a BatchNorm over three rows takes digits from whoever computes it.
-    """
+def assert_equal(found, wanted, tolerance):
+    """Within `tolerance` of each tensor's largest value (or of one)."""
     for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        scale = max(largest(b), 1, 0 if like is None else largest(like[number]))
-        if plain is not None:
-            scale = max(scale, 3 * largest(plain[number] - b) / tolerance)
+        scale = max(b.abs().nan_to_num().max().item(), 1) if b.numel() else 1
         torch.testing.assert_close(
             a, b, rtol=0, atol=tolerance * scale, equal_nan=True,
             msg=lambda m, n=number: f"tensor {n} of {len(found)}: {m}",
@@ -68,9 +56,9 @@ def assert_equal(found, wanted, tolerance, like=None, plain=None):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_results_are_right(case):
-    one = problem(case)
-    found, wanted = one.run("cpu", steps=2), one.run("reference", steps=2)
-    assert_equal(found, wanted, 1e-10, one.like(wanted))
+    # With 0.1 a first step may leave gradients of 1e5, and the second few digits.
+    one = problem(case, rate=0.01)
+    assert_equal(one.run("cpu", steps=2), one.run("reference", steps=2), 1e-10)
 
 
 # Without a bias in front of a BatchNorm, whose gradient is what rounding leaves of zero.
@@ -80,12 +68,11 @@ PRECISE = [case for case in CASES[::3] if not (case[0] and case[7])]
 @pytest.mark.parametrize("case", PRECISE, ids=lambda case: "-".join(map(str, case)))
 def test_float32_results_are_right(case):
     """One step to 1e-5 of each tensor's largest value; the longest sums have 61 terms."""
-    one = problem(case, dtype=torch.float32)
-    found, plain = one.run("cpu"), one.run("reference")
+    # The default's three rows leave a column of a BatchNorm nearly no variance, and few digits.
+    one = problem(case, dtype=torch.float32, seed=1)
+    found, oracle = one.run("cpu"), one.run("reference", torch.float64)
     assert {t.dtype for t in found} <= {torch.float32, torch.int64}
-    results = (found, one.run("reference", torch.float64), plain)
-    found, oracle, plain = ([t.double() for t in result] for result in results)
-    assert_equal(found, oracle, 1e-5, plain=plain)
+    assert_equal([t.double() for t in found], [t.double() for t in oracle], 1e-5)
 
 
 @pytest.mark.parametrize("widths", [(1, 1, 1), (7, 1, 33, 2), (65, 257, 130, 10), (3,) * 22])

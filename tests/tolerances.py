@@ -36,7 +36,7 @@ TOLERANCES = {
 
 
 def assert_near(
-    actual: Tensor | Sequence[Tensor], oracle: Tensor | Sequence[Tensor], plain=None, before=None
+    actual: Tensor | Sequence[Tensor], oracle: Tensor | Sequence[Tensor], plain=None
 ) -> None:
     """Asserts that tensors are within tolerance of the float64 oracle.
 
@@ -46,13 +46,10 @@ def assert_near(
         plain: the same computed by plain PyTorch in the dtypes of `actual`. It says which dtypes
             are right, and what is infinite or NaN (the oracle may have more range). By default the
             oracle rounded to actual's dtypes.
-        before: of each tensor that is added to in place what it was, or None: where the sum cancels
-            its terms were rounded at their own size.
     """
     if isinstance(actual, Tensor):
         actual, oracle, plain = [actual], [oracle], None if plain is None else [plain]
     plain = [o.to(a) for a, o in zip(actual, oracle, strict=True)] if plain is None else plain
-    before = [None] * len(actual) if before is None else before
     for number, (a, o, p) in enumerate(zip(actual, oracle, plain, strict=True)):
         name = f"tensor {number} of {len(actual)}, {a.dtype} {tuple(a.shape)}"
         assert (a.dtype, a.shape, a.device) == (p.dtype, p.shape, p.device), name
@@ -65,11 +62,8 @@ def assert_near(
         a, o, p = a[finite].double(), o[finite], p[finite].double()
         times, units = TOLERANCES[actual[number].dtype]
         error, plain_error = (a - o).abs().max(), (p - o).abs().max()
-        largest = o.abs().max()
-        if before[number] is not None:
-            largest = max(largest, before[number][finite].abs().max())
-        bound = times * plain_error + units * torch.finfo(actual[number].dtype).eps * largest
+        bound = times * plain_error + units * torch.finfo(actual[number].dtype).eps * o.abs().max()
         assert error <= bound, (
             f"{name}: off by {error:.3g}, allowed {bound:.3g}; plain PyTorch is off by "
-            f"{plain_error:.3g}, the largest value is {largest:.3g}"
+            f"{plain_error:.3g}, the largest value is {o.abs().max():.3g}"
         )

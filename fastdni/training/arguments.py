@@ -123,7 +123,7 @@ def keep_apart(step: Step, written: Iterable[Tensor | None]) -> None:
         given = getattr(step, name)
         if not isinstance(given, Tensor):
             continue
-        memory = given.untyped_storage()
+        memory = given.untyped_storage()  # of all that may be a view of the same
         begin = memory.data_ptr()
         end = begin + memory.nbytes()
         if any(begin <= place < end for place in places):
@@ -178,11 +178,12 @@ def check_inputs(structure: Structure, step: Step) -> None:
     if step.name is not None:
         _check_target(structure, step, flat)
     every = (*structure.synthesizers, *structure.input_synthesizers)
-    named = [module for module in every if getattr(module, "context_dim", None) is not None]
-    if named and step.context is None:
-        _check_labels(step, min(module.context_dim for module in named))
-    for synthesizer in named if step.context is not None else ():
-        _check_context(step, synthesizer)
+    takers = [module for module in every if getattr(module, "context_dim", None) is not None]
+    if step.context is not None:
+        for synthesizer in takers:
+            _check_context(step, synthesizer)
+    elif takers:
+        _check_labels(step, min(module.context_dim for module in takers))
 
 
 def _check_target(structure: Structure, step: Step, flat: Tensor) -> None:
@@ -207,6 +208,7 @@ def _check_target(structure: Structure, step: Step, flat: Tensor) -> None:
 
 
 def _check_context(step: Step, synthesizer: nn.Module) -> None:
+    """A context that was given, for a synthesizer that takes one."""
     caller, x, context, width = step.caller, step.x, step.context, synthesizer.context_dim
     fits = context.dim() > 0 and context.shape[-1] == width
     if not fits or (x.dim() == 2 and context.shape != (len(x), width)):

@@ -105,15 +105,16 @@ class Prediction:
             target: g, what arrived, of the message's shape.
             scale: that of the error's gradient, scale e; by default 2 / size(0).
             send: (a, b): what is sent on is a g + b g^.
-            optimizers: who update M in the same call; their updates can be fused (`reason` is
-                None). By default the gradients are added to `p.grad`.
+            optimizers: who update M in the same call. By default the gradients are added to
+                `p.grad`.
             learn: False leaves M as it is; the loss is then the message's own.
 
         Returns:
             The loss, 0-d, and what is sent on, both detached.
 
         Raises:
-            As `check`; nothing has been written then.
+            As `check`, and ValueError where the optimizers' updates cannot be fused; nothing has
+            been written then.
         """
         target = target.detach()
         if learn:

@@ -101,7 +101,7 @@ def _rounds(group: dict) -> bool:
     return not exact
 
 
-def _call(method: weakref.WeakMethod, _) -> None:
+def _call_if_alive(method: weakref.WeakMethod, _) -> None:
     if (alive := method()) is not None:
         alive()
 
@@ -149,7 +149,7 @@ class Optimizers:
                 )
         # The callback must not hold whose method it is: that holds this.
         gone = None if forget is None else weakref.WeakMethod(forget)
-        self._optimizers = [weakref.ref(o, gone and partial(_call, gone)) for o in every]
+        self._optimizers = [weakref.ref(o, gone and partial(_call_if_alive, gone)) for o in every]
         self.groups = [group for o in every for group in o.param_groups]
         self.held = held = [(n, p) for n, group in enumerate(self.groups) for p in group["params"]]
         known = {id(p) for p in parameters}

@@ -120,7 +120,7 @@ class FusedSynthesis:
             _hand_over(tensors, gradients, optimizers)
             return loss
         known = (self.message, self._hidden) if self._is_current() else (None, None)
-        updates = Gradients(tensors) if optimizers is None else Updates(optimizers, tensors)
+        updates = Gradients(tensors) if optimizers is None else _fused_updates(optimizers, tensors)
         h, ctx = self.trigger, self._ctx
         loss, _, _ = ops.boundary_(
             parameters,
@@ -290,6 +290,17 @@ def _adds_up(parameter: Tensor) -> bool:
     return not parameter.requires_grad or (parameter.grad is not None and _is_bare(parameter))
 
 
+def _fused_updates(optimizers: Optimizers, parameters: list[Tensor]) -> Updates:
+    """Refuses optimizers whose own step would have to be taken."""
+    reason = optimizers.reason
+    if reason is None:
+        updates = Updates(optimizers, parameters)
+        reason = updates.reason
+    if reason is not None:
+        raise ValueError(f"{optimizers.caller}: the update must be one that can be fused: {reason}")
+    return updates
+
+
 def _hand_over(parameters: list[Tensor], gradients, optimizers: Optimizers | None) -> None:
     """Gives parameters their gradients as autograd does, or their update."""
     pairs = [(p, g.to(p.dtype)) for p, g in zip(parameters, gradients, strict=True)]
@@ -305,7 +316,7 @@ def _hand_over(parameters: list[Tensor], gradients, optimizers: Optimizers | Non
         if left:
             torch.autograd.backward(*zip(*left, strict=True))
         return
-    updates = Updates(optimizers, parameters)
+    updates = _fused_updates(optimizers, parameters)
     given = reference.assigned(parameters, updates.state, *updates.settings())
     found = {id(p): g for p, g in pairs}
     with torch.no_grad():

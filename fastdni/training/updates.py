@@ -46,7 +46,7 @@ class Updates:
         self.reason: str | None = kept.reason
         self._made: list[tuple[dict, Tensor, dict]] = []  # place, parameter, state made for it
         rows = len(optimizers.groups)
-        for parameter, free in zip(parameters, _all_or(updated, parameters), strict=True):
+        for parameter, free in zip(parameters, _flags(updated, parameters), strict=True):
             group = optimizers.group_of.get(id(parameter), -1) if free else -1
             if group < 0 or not parameter.requires_grad:
                 self.groups.append(-1)
@@ -112,7 +112,7 @@ class Updates:
 def updates_of(
     optimizers: Optimizers, owner, parameters: list[Tensor], updated: tuple[bool, ...] | None = None
 ) -> Updates:
-    """The same, made once for as long as the optimizers keep what they do.
+    """`Updates`, made once for as long as the optimizers keep the same tensors.
 
     Args:
         owner: whose parameters these are, always the same.
@@ -130,7 +130,8 @@ def updates_of(
     return found
 
 
-def _all_or(updated: Iterable[bool] | None, parameters: list[Tensor]) -> Iterable[bool]:
+def _flags(updated: Iterable[bool] | None, parameters: list[Tensor]) -> Iterable[bool]:
+    """For each parameter whether it may be updated: all, where nothing is said."""
     return [True] * len(parameters) if updated is None else updated
 
 
@@ -144,7 +145,7 @@ class Gradients:
         self.parameters: list[Tensor] = []  # not changed themselves
         self.groups, self.state = [], []
         self._pending: list[tuple[Tensor, Tensor]] = []
-        for parameter, free in zip(parameters, _all_or(updated, parameters), strict=True):
+        for parameter, free in zip(parameters, _flags(updated, parameters), strict=True):
             if not (free and parameter.requires_grad):
                 self.groups.append(-1)
                 continue

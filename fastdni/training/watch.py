@@ -40,13 +40,11 @@ _OPTIONS = {
 }
 _FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential)
 _PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-
-
 _form = attrgetter("dtype", "device", "shape")
 
 
 def layouts(tensors: list[Tensor]) -> list:
-    """What a tensor that is given other data may change besides: whether a sweep can take it."""
+    """Of each tensor what `tensor.data = other` may change, and a sweep must know."""
     return [*map(_form, tensors), *map(Tensor.is_contiguous, tensors)]
 
 
