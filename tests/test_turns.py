@@ -30,10 +30,16 @@ OVERLAPS = {
 }
 
 
+@pytest.mark.parametrize("path", ["repeated", "in parts", "the reference"])
 @pytest.mark.parametrize("kind", ["nesterov", "adam"])
 @pytest.mark.parametrize("case", OVERLAPS)
-def test_data_in_the_memory_of_the_network(case, kind):
+def test_data_in_the_memory_of_the_network(case, kind, path, monkeypatch):
     net, optimizer, twin, own = made(kind)
+    if path == "in parts":
+        for n in (net, twin):
+            n.stages[1].append(nn.Softsign())
+    elif path == "the reference":
+        monkeypatch.setattr(fastdni.backend, "_default", "reference")
     criterion = "mse" if "target" in case else "cross_entropy"
     for seed in range(3):
         given = batch(net, criterion=criterion, seed=seed)
