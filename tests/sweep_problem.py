@@ -153,6 +153,19 @@ class Problem:
         return [*results, *plan.parameters, *state, *plan.statistics]
 
 
+def arguments(backend="cpu", **how) -> tuple:
+    """A problem, its plan, and Adam's state, groups and settings for a call of the op."""
+    one = Problem(stages(context=True, norm=True), 6, settings="adam", **how)
+    with use_backend(backend):
+        plan = ops.SweepPlan(one.given, 6, one.criterion)
+    state = [
+        t for p in plan.parameters for t in (p.clone(), p.square(), torch.tensor(1.0))
+    ]  # fmt: skip
+    settings = ops.flat([one.settings])
+    groups = [0] * len(plan.parameters)
+    return one, plan, state, groups, settings
+
+
 # (stages, problem) by name: every kind of stage, synthesizer and criterion, odd sizes.
 CASES = {
     "plain": ({}, {}),

@@ -20,8 +20,8 @@ TESTS = Path(__file__).parent
 # Of each file what runs there: kernels on the host are slow, so of many cases a few. The kernels
 # of bfloat16 tensors are the CPU's alone.
 CHOSEN = {
-    "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored or registered or repeated"
-    " or refuse or says_how or in_a_graph or long_batch",
+    "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored or long_batch",
+    "test_sweep_rules.py": "registered or repeated or refuse or says_how or in_a_graph",
     "test_network_repetition.py": "steps_are or mask",
     "test_network_edges.py": "learning_rate_in or same_step or infinite or hundred_stages",
     "test_synthesizer.py": "(zero or opcheck) and not bfloat16",

@@ -300,6 +300,6 @@ MUTANTS = [
         "csrc/ops/sweep.cpp",
         "  last.known = false;\n",
         "",
-        "tests/test_sweep.py -k what_a_repeated_step_refuses",
+        "tests/test_sweep_rules.py -k what_a_repeated_step_refuses",
     ),
 ]
