@@ -110,6 +110,11 @@ def sample(cases: Iterable, every: int = 7, kinds: Callable[..., Iterable] = val
     return chosen
 
 
+def takes_all() -> bool:
+    """Whether this is a run with --all."""
+    return _take_all
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
     return request.param

@@ -60,30 +60,15 @@ void run_update(Plan& plan, OptimizerBinding& optimizer) {
   optimizer.write_back();
 }
 
-// What a step of a whole network is given besides its data.
-struct StepArguments {
-  const Tensors& parameters;
-  const Tensors& statistics;
-  const Tensors& state;
-  const Integers& groups;
-  const std::vector<double>& settings;
-  const Integers& active;
-};
-
+// All of it, once data, parameters and statistics are bound.
 std::tuple<Tensor, Tensor, Tensor> whole_step(const std::string& caller, Plan& plan,
-                                              const Tensor& x, const OptionalTensor& target,
-                                              const OptionalTensor& context, const Tensors& noise,
-                                              const StepArguments& given) {
-  FASTDNI_CHECK(plan.spec.criterion != Criterion::none && !plan.spec.separate_input &&
-                    !plan.spec.input_gradient,
-                caller, ": plan must be one of a whole network");
+                                              const Tensor& x, SweepInputs inputs,
+                                              const Tensors& state, const Integers& groups,
+                                              const std::vector<double>& settings) {
+  OptimizerBinding optimizer = bind_optimizer(caller, plan, state, groups, settings);
+  keep_apart(plan, inputs);
   plan.goes_on = false;
   plan.memory.like = &x;
-  SweepInputs inputs = bind_forward(caller, plan, x, target, context, {}, noise, given.parameters,
-                                    given.statistics, given.active);
-  OptimizerBinding optimizer =
-      bind_optimizer(caller, plan, given.state, given.groups, given.settings);
-  keep_apart(plan, inputs);
   Tensor output = make_output(plan, x), loss = make_loss(plan, x);
   Tensor synthesis_loss = make_synthesis_loss(plan, x);
   plan.memory.gradient = nullptr;
@@ -106,8 +91,13 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
   const std::lock_guard<std::mutex> lock(plan->in_use);
   LastStep& last = plan->last;
   last.known = false;
-  auto results = whole_step(caller, *plan, x, target, context, noise,
-                            {parameters, statistics, state, groups, settings, active});
+  FASTDNI_CHECK(plan->spec.criterion != Criterion::none && !plan->spec.separate_input &&
+                    !plan->spec.input_gradient,
+                caller, ": plan must be one of a whole network");
+  auto results = whole_step(
+      caller, *plan, x,
+      bind_forward(caller, *plan, x, target, context, {}, noise, parameters, statistics, active),
+      state, groups, settings);
   if (repeatable) {
     last.parameters.borrow(parameters);
     last.statistics.borrow(statistics);
@@ -119,18 +109,18 @@ std::tuple<Tensor, Tensor, Tensor> sweep_step(int64_t handle, const std::string&
   return results;
 }
 
-// The tensors are looked at again: a parameter's `data` may be another one by now.
 std::tuple<Tensor, Tensor, Tensor> sweep_repeat(int64_t handle, const std::string& caller,
                                                 const Tensor& x, const OptionalTensor& target,
                                                 const OptionalTensor& context, const Tensors& noise,
                                                 const std::vector<double>& settings) {
   const std::shared_ptr<Plan> plan = find_plan(caller, handle, true);
   const std::lock_guard<std::mutex> lock(plan->in_use);
-  const LastStep& last = plan->last;
-  FASTDNI_CHECK(last.known, caller, ": plan has no step to repeat");
-  return whole_step(caller, *plan, x, target, context, noise,
-                    {last.parameters.tensors(), last.statistics.tensors(), last.state.tensors(),
-                     last.groups, settings, last.active});
+  LastStep& last = plan->last;
+  FASTDNI_CHECK(last.bound || can_be_repeated(*plan), caller,
+                ": plan has no step to repeat, or its tensors are not such as they were");
+  last.bound = false;
+  return whole_step(caller, *plan, x, bind_data(caller, *plan, x, target, context, noise),
+                    last.state.tensors(), last.groups, settings);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep_forward(

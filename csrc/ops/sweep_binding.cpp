@@ -111,18 +111,23 @@ void bind_noise(const std::string& caller, Plan& plan, const Tensors& noise) {
   }
 }
 
+void bind_active(Plan& plan, const Integers& active) {
+  for (size_t s = 0; s < active.size(); ++s) plan.memory.active[s] = active[s] != 0;
+}
+
 void bind_parameters(const std::string& caller, Plan& plan, const Tensors& parameters,
                      const Integers& active) {
   const auto& shapes = plan.expected.parameters;
   FASTDNI_CHECK(parameters.size() == shapes.size(), caller, ": parameters must hold ",
                 shapes.size(), " tensors, got ", parameters.size());
+  plan.last.bound = false;
   for (size_t i = 0; i < shapes.size(); ++i) {
     check_values(caller, "a parameter", parameters[i], shapes[i], plan.dtype, plan);
     plan.memory.parameters[i].value = parameters[i].data_ptr();
   }
   FASTDNI_CHECK(active.size() == plan.memory.active.size(), caller, ": active must hold ",
                 plan.memory.active.size(), " values, got ", active.size());
-  for (size_t s = 0; s < active.size(); ++s) plan.memory.active[s] = active[s] != 0;
+  bind_active(plan, active);
 }
 
 void bind_statistics(const std::string& caller, Plan& plan, const Tensors& statistics) {
@@ -165,23 +170,27 @@ void keep_apart(Plan& plan, SweepInputs& inputs) {
   bind_inputs(plan, inputs);
 }
 
-bool can_be_repeated(const Plan& plan) {
-  const LastStep& last = plan.last;
+bool can_be_repeated(Plan& plan) {
+  LastStep& last = plan.last;
+  last.bound = false;
   if (!last.known) return false;
   const Tensors& parameters = last.parameters.tensors();
   const Tensors& statistics = last.statistics.tensors();
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!has_values(parameters[i], plan.expected.parameters[i], plan.dtype)) return false;
     if (!is_placed(parameters[i], placement(plan))) return false;
+    plan.memory.parameters[i].value = parameters[i].data_ptr();
   }
   for (size_t i = 0; i < statistics.size(); ++i) {
     const ScalarType dtype = i % 3 == 2 ? ScalarType::Long : plan.dtype;
     if (!has_values(statistics[i], plan.expected.statistics[i], dtype)) return false;
+    plan.memory.statistics[i] = statistics[i].data_ptr();
   }
   for (const Tensor& kept : last.state.tensors()) {
     if (!kept.is_contiguous()) return false;
   }
-  return true;
+  bind_active(plan, last.active);
+  return last.bound = true;
 }
 
 void check_target(const std::string& caller, const Tensor& target, int64_t batch, int64_t outputs,
@@ -211,12 +220,21 @@ void check_target(const std::string& caller, const Tensor& target, int64_t batch
   }
 }
 
+SweepInputs bind_data(const std::string& caller, Plan& plan, const Tensor& x,
+                      const OptionalTensor& target, const OptionalTensor& context,
+                      const Tensors& noise) {
+  SweepInputs inputs = check_inputs(caller, plan, x, target, context);
+  bind_inputs(plan, inputs);
+  bind_noise(caller, plan, noise);
+  return inputs;
+}
+
 SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
                          const OptionalTensor& target, const OptionalTensor& context,
                          const OptionalTensor& network_input, const Tensors& noise,
                          const Tensors& parameters, const Tensors& statistics,
                          const Integers& active) {
-  SweepInputs inputs = check_inputs(caller, plan, x, target, context);
+  SweepInputs inputs = bind_data(caller, plan, x, target, context, noise);
   FASTDNI_CHECK(network_input.has_value() == plan.spec.separate_input, caller,
                 ": network_input must be given to plans with a separate input, and to no others");
   if (network_input.has_value()) {
@@ -224,9 +242,8 @@ SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
     check_values(caller, "network_input", *inputs.network_input,
                  {plan.spec.batch, plan.spec.stages[0].input_synthesizer.widths.front()},
                  plan.dtype, plan);
+    plan.memory.network_input = inputs.network_input->data_ptr();
   }
-  bind_inputs(plan, inputs);
-  bind_noise(caller, plan, noise);
   bind_parameters(caller, plan, parameters, active);
   bind_statistics(caller, plan, statistics);
   return inputs;

@@ -28,9 +28,14 @@ SweepInputs bind_forward(const std::string& caller, Plan& plan, const Tensor& x,
 // Copies data that lies in memory which the step writes, once everything is bound.
 void keep_apart(Plan& plan, SweepInputs& inputs);
 
-// Whether the tensors of the last step are still such as it was given; to be asked before it is
-// repeated.
-bool can_be_repeated(const Plan& plan);
+// Whether the tensors of the last step are still such as it was given; if so, they are bound for it
+// to be repeated once.
+bool can_be_repeated(Plan& plan);
+
+// Binds the data of a step, and nothing else: for one that `can_be_repeated`.
+SweepInputs bind_data(const std::string& caller, Plan& plan, const Tensor& x,
+                      const OptionalTensor& target, const OptionalTensor& context,
+                      const Tensors& noise);
 
 // Binds what optimizers are given: see ops/optimizer_binding.h.
 OptimizerBinding bind_optimizer(const std::string& caller, Plan& plan, const Tensors& state,

@@ -61,6 +61,7 @@ struct SweepBackend {
 // and the optimizers' numbers. Whoever repeats it keeps the tensors.
 struct LastStep {
   bool known = false;
+  bool bound = false;  // its parameters and statistics are, checked, for one repetition
   Borrowed parameters, statistics, state;
   std::vector<int64_t> groups;
   std::vector<int64_t> active;

@@ -96,6 +96,10 @@ class FusedPart:
         cast = x.dtype != dtype and (self.first > 0 or self.precision == "bfloat16")
         return x.to(dtype) if cast else x
 
+    def prepares(self, x: Tensor) -> bool:
+        """Whether the sweep may take anything but x itself, or noise besides."""
+        return bool(self._before or self._dropping) or x.dtype != self.stages[0].weight.dtype
+
     def noise(self, batch: int) -> list[Tensor]:
         """What Dropout multiplies by: torch's random numbers, in the order of the stages."""
         return [F.dropout(weight.new_ones(batch, len(weight)), p) for weight, p in self._dropping]

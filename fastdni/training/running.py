@@ -140,7 +140,7 @@ class Repetition:
     """
 
     def __init__(self, structure: Structure, part: FusedPart, step: Step, updates: Updates):
-        self._part = part
+        self._part, self._prepares = part, part.prepares(step.x)
         self._plan = plan = part.plan(len(step.x))
         self._optimizers = step.optimizers
         self._criterion, self._labels = step.criterion, step.labels
@@ -196,10 +196,12 @@ class Repetition:
         """Loss, output and synthesis losses of a step that `is_like`."""
         if self._labels is not None:
             target, context = self._labels(target, context)
+        noise = ()
+        if self._prepares:
+            x, noise = self._part.input(x), self._part.noise(self._plan.batch)
         output, loss, synthesis_loss = ops.sweep_repeat_(
-            self._plan, self._part.input(x), target, context, self._settings, caller,
-            self._part.noise(self._plan.batch),
-        )  # fmt: skip
+            self._plan, x, target, context, self._settings, caller, noise
+        )
         _increment_version(self._versions)
         self._optimizers.mark_called()
         if not self._no_gradients.unchanged():
