@@ -20,15 +20,19 @@ TESTS = Path(__file__).parent
 
 # Of each file what runs there: kernels on the host are slow, so of many cases a few, the longest
 # under --all. The kernels of bfloat16 tensors are the CPU's alone.
-LONG_ONES = (" or long_batch", " or many_rows") if takes_all() else ("", " or (many_rows and add)")
+SWEEPS, BOUNDARIES, STEPS, STAGES = (
+    (" or long_batch", "many_rows", "steps_are", " or hundred_stages")
+    if takes_all()
+    else ("", "many_rows and add", "steps_are and (momentum or adamw)", "")
+)
 CHOSEN = {
-    "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored" + LONG_ONES[0],
+    "test_sweep.py": "plain_averages or bfloat16 or part_of or ignored" + SWEEPS,
     "test_sweep_rules.py": "registered or repeated or refuse or says_how or in_a_graph",
-    "test_network_repetition.py": "steps_are or mask",
-    "test_network_edges.py": "learning_rate_in or same_step or infinite or hundred_stages",
+    "test_network_repetition.py": f"({STEPS}) or mask",
+    "test_network_edges.py": "learning_rate_in or same_step or infinite" + STAGES,
     "test_synthesizer.py": "(zero or opcheck) and not bfloat16",
     "test_boundary.py": "(optim or known or written or empty or group or learning_rate or shape"
-    f" or versions{LONG_ONES[1]}) and not bfloat16",
+    f" or versions or ({BOUNDARIES})) and not bfloat16",
     "test_agreement.py": "kernels_agree",
 }
 # Where torch's library makes every product of a step.
