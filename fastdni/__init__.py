@@ -27,6 +27,7 @@ from fastdni.interfaces import (
 )
 from fastdni.network import DecoupledSequential, StepResult
 from fastdni.ops import regression_loss
+from fastdni.recurrent import DecoupledRNN, RecurrentResult
 from fastdni.scopes import backward, defer_backward, synthesizer_context
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 
@@ -36,8 +37,10 @@ __all__ = [
     "BackwardInterface",
     "BasicSynthesizer",
     "BidirectionalInterface",
+    "DecoupledRNN",
     "DecoupledSequential",
     "ForwardInterface",
+    "RecurrentResult",
     "StepResult",
     "UnidirectionalInterface",
     "backends",

@@ -86,7 +86,7 @@ def backward(variable: Tensor, gradient: Tensor | None = None) -> None:
         gradient = torch.ones_like(variable)
     if _state.deferred is not None:
         _state.deferred.append((variable, gradient))
-    elif _in_data_parallel_forward():
+    elif in_data_parallel_forward():
         raise RuntimeError(
             "fastdni.backward: gradients made inside DistributedDataParallel's forward would not "
             "be averaged; wrap the forward and fastdni.backward(loss) in fastdni.defer_backward()"
@@ -118,7 +118,9 @@ def send_gradient(trigger: Tensor, gradient: Tensor) -> None:
 _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
-def _in_data_parallel_forward() -> bool:
+def in_data_parallel_forward() -> bool:
+    """Whether DistributedDataParallel's forward is under way, which averages what comes by
+    autograd."""
     # A private attribute: where torch has none, an interface behaves as outside.
     return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
 
@@ -131,12 +133,12 @@ def sends_with_backward_pass() -> bool:
     """
     if torch.compiler.is_compiling() or is_checkpointed():
         return True
-    return _state.deferred is None and _in_data_parallel_forward()
+    return _state.deferred is None and in_data_parallel_forward()
 
 
 def sends_by_autograd() -> bool:
     """Whether gradients must go through `backward`, and not straight to the parameters."""
-    return _state.deferred is not None or _in_data_parallel_forward()
+    return _state.deferred is not None or in_data_parallel_forward()
 
 
 # Gradients go out inside these functions: in a compiled graph they would run through a part of it

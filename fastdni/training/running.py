@@ -67,7 +67,7 @@ class _Surroundings:
 
 
 @contextmanager
-def _gradients_apart(parameters: list[Tensor]):
+def gradients_apart(parameters: list[Tensor]):
     """`p.grad` for the step alone: what was there before is no part of it, and is back if the step
     fails."""
     before = [*map(_grad, parameters)]
@@ -93,7 +93,7 @@ def run_whole(
         return _sweep(structure, part, step, part.updates(step, None), False), None
     updates = part.updates(step, optimizers) if optimizers.reason is None else None
     if updates is None or updates.reason is not None:
-        with _gradients_apart(structure.parameters):
+        with gradients_apart(structure.parameters):
             results = _sweep(structure, part, step, part.updates(step, None), False)
             optimizers.step()
         return results, None
@@ -222,7 +222,7 @@ def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
             each.update(None)
         return _results(structure, passes)
     fused = optimizers.reason is None and _fit(structure, step)
-    with _gradients_apart(structure.parameters):
+    with gradients_apart(structure.parameters):
         passes = _gradients(structure, parts, step)
         if not fused:
             for each in passes:

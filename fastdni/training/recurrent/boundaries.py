@@ -1,0 +1,126 @@
+"""The boundaries of a recurrent network: its synthesizers at the state between two windows.
+
+M(s, ctx)          in the unit in which it learns; u times the gradient of the loss
+u = target_scale B where the loss of M is scaled by the batch: the unit of a row's own loss;
+    target_scale   in the scales of dni-pytorch ("layers") and DNI-RNN ("mean")
+target             target_scale clip(u / target_scale G)
+sent               factor M / u
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdni.training.boundary import Boundary, Prediction
+from fastdni.training.optimizers import Optimizers
+from fastdni.training.recurrent.layouts import Layout, rows_of
+from fastdni.training.recurrent.settings import Settings
+
+
+class Boundaries:
+    """Synthesizers over the state of a recurrent network.
+
+    Args:
+        layout: how the state lies before them.
+        synthesizers: one for each trigger of the layout.
+        settings: of the network; they may change.
+    """
+
+    def __init__(self, layout: Layout, synthesizers: list[nn.Module], settings: Settings):
+        self.layout, self.synthesizers, self._settings = layout, synthesizers, settings
+
+    # ---- units ----
+
+    def unit(self, rows: int) -> float:
+        """What the loss's gradient is multiplied by before it is learnt, clip apart."""
+        settings = self._settings
+        return settings.target_scale * (rows if settings.scale == "batch" else 1)
+
+    def scale(self, tensors: list[Tensor], trigger: Tensor) -> float:
+        """Of the error's gradient."""
+        scale = self._settings.scale
+        if scale == "layers":
+            return 2 / (len(tensors[0]) if tensors[0].dim() == 3 else 1)
+        return 2 / (rows_of(tensors) if scale == "batch" else trigger.numel())
+
+    def targets(self, gradients: list[Tensor], loss_scale: float = 1.0) -> list[Tensor]:
+        """What is learnt of the loss's gradient with respect to a state, a tensor a trigger."""
+        clip, unit = self._settings.target_clip, self.unit(rows_of(gradients)) / loss_scale
+        found = self.layout.join(gradients)
+        if clip is not None:
+            per_row = unit / self._settings.target_scale
+            norms = [t.norm(dim=-1, keepdim=True) * per_row for t in found]
+            pairs = zip(found, norms, strict=True)
+            found = [t * (clip / norm.clamp_min(clip)) for t, norm in pairs]
+        return found if unit == 1 else [t * unit for t in found]
+
+    def gradients(
+        self, messages: list[Tensor], like: list[Tensor], factor: float
+    ) -> list[Tensor | None]:
+        """`factor` times the gradient that messages stand for, of each tensor of a state."""
+        factor = factor / self.unit(rows_of(like))
+        messages = messages if factor == 1 else [message * factor for message in messages]
+        found = self.layout.split(messages, like)
+        pairs = zip(found, like, strict=True)
+        return [g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in pairs]
+
+    # ---- the contract, for all of them ----
+
+    def predict(self, tensors: list[Tensor], ctx: Any, learn: bool = True) -> list[Prediction]:
+        """What the synthesizers say at a state."""
+        triggers = self.layout.join([tensor.detach() for tensor in tensors])
+        pairs = zip(self.synthesizers, triggers, strict=True)
+        return [Boundary(m).predict(_in_dtype_of(m, t), ctx, learn) for m, t in pairs]
+
+    def regress(
+        self,
+        predictions: list[Prediction],
+        targets: list[Tensor],
+        tensors: list[Tensor],
+        rows: Tensor | None = None,
+        weight: float = 1.0,
+        optimizers: Optimizers | None = None,
+        by_autograd: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Has the synthesizers learn.
+
+        Args:
+            predictions: made where they are to learn; for `rows`, with the parameters of now.
+            targets: of each what is learnt.
+            tensors: the state they were made at.
+            rows: (B, 1), those that count; None: all. Any other learns nothing.
+            weight: of the loss.
+            optimizers: as `Prediction.regress`.
+            by_autograd: has gradients go through autograd, for those who listen there.
+
+        Returns:
+            The loss, scale / 2 sum(e^2); and the same of the targets alone, for comparison.
+        """
+        loss = energy = 0.0
+        for p, target in zip(predictions, targets, strict=True):
+            scale = weight * self.scale(tensors, p.trigger)
+            counting = target if rows is None else torch.where(rows, target, 0)
+            energy = energy + counting.square().sum() * (scale / 2)
+            if rows is not None:
+                target = torch.where(rows, target, p.message)
+            if by_autograd:
+                p.check(target)
+                each, gradients = p.gradients(target, scale)
+                _through_autograd(p.learning, gradients)
+            else:
+                each, _ = p.regress(target, scale, optimizers=optimizers)
+            loss = loss + each
+        return loss, energy
+
+
+def _in_dtype_of(synthesizer: nn.Module, trigger: Tensor) -> Tensor:
+    """Under autocast a state may have come out narrower than its synthesizer."""
+    own = next((p.dtype for p in synthesizer.parameters() if p.is_floating_point()), trigger.dtype)
+    return trigger if trigger.dtype == own else trigger.to(own)
+
+
+def _through_autograd(learning: list[Tensor], gradients: list[Tensor | None]) -> None:
+    pairs = zip(learning, gradients, strict=True)
+    given = [(p, g.to(p.dtype)) for p, g in pairs if g is not None and p.requires_grad]
+    torch.autograd.backward(*map(list, zip(*given, strict=True)))

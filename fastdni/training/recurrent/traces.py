@@ -1,0 +1,234 @@
+"""Targets that look further than the next boundary: lambda-targets, in two views.
+
+    forward view   G_w = dL_w/ds_w + J_w^T ((1 - l) y M(s_{w+1}) + l y G_{w+1})
+    online view    E_w = y l J_{w-1} E_{w-1} + dM(s_w)/dtheta
+                   theta's gradient: scale sum over rows of E_w^T (M(s_w) - G_w), with G_w of l = 0
+
+with l = trace_lambda, y = discount, J_w = ds_{w+1}/ds_w; nothing crosses an episode's end. With
+theta fixed both give the same sums.
+
+Source: Pemberton and Costa 2024, "BP(lambda)" (arXiv 2401.07044).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jacrev, vmap
+from torch.nn.utils.rnn import PackedSequence
+
+from fastdni.training.boundary import Prediction
+from fastdni.training.recurrent.layouts import Layout, rebuilt, tensors_of
+
+if TYPE_CHECKING:
+    from fastdni.training.recurrent.window import Engine
+
+MOST_KEPT = 1000  # windows
+MOST_BYTES = 1 << 30  # of an online trace
+
+
+class Kept:
+    """What is kept of a window to run it again: its start, its input, and the gradient of the loss
+    at its output."""
+
+    def __init__(self, output: Any):
+        self._gradient: Tensor | None = None
+        data = output.data if isinstance(output, PackedSequence) else output
+        if isinstance(data, Tensor) and data.requires_grad:
+            data.register_hook(self._keep)
+
+    def _keep(self, gradient: Tensor) -> None:
+        gradient = gradient.detach()
+        self._gradient = gradient if self._gradient is None else self._gradient + gradient
+
+    def fill(self, **facts) -> None:
+        """What is known once the window's backward pass is over."""
+        self.__dict__.update(facts)
+
+    def again(self, engine: "Engine", sent: list[Tensor | None]) -> list[Tensor]:
+        """Runs the window with the parameters of now; what is found at its start.
+
+        Args:
+            sent: the gradients of the state at its end.
+        """
+        start = [t.detach().requires_grad_() for t in self.start]
+        before = rebuilt(self.like, iter(start))
+        with torch.enable_grad():
+            output, end, _ = engine.unroller.run(self.x, before, self.ended, self.lengths)
+        pairs = [*zip(tensors_of(end), sent, strict=True)]
+        if self._gradient is not None:
+            data = output.data if isinstance(output, PackedSequence) else output
+            pairs.append((data, self._gradient / self.loss_scale))
+        pairs = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(t) for t in start]
+        variables, gradients = map(list, zip(*pairs, strict=True))
+        found = torch.autograd.grad(
+            variables, start, gradients, allow_unused=True, materialize_grads=True
+        )
+        return list(found)
+
+
+class ForwardTrace:
+    """Windows one after the other that wait until their targets can be made.
+
+    Attributes:
+        windows: oldest first.
+        left: what the last of them hands on: whoever starts from it goes on with the trace.
+    """
+
+    def __init__(self):
+        self.windows: list[Kept] = []
+        self.left: Any = None
+
+    def add(self, kept: Kept, left: Any) -> None:
+        """The next window."""
+        if len(self.windows) == MOST_KEPT:
+            raise RuntimeError(
+                f"DecoupledRNN: {MOST_KEPT} windows are kept for their lambda-targets; say where "
+                "episodes end (done), or give trace_windows"
+            )
+        self.windows.append(kept)
+        self.left = left
+
+    def learn(self, engine: "Engine", loss_scale: float, by_autograd: bool) -> tuple[Any, Any]:
+        """Runs the windows again, last first, and has the synthesizers learn at each one's start.
+
+        Returns:
+            Their loss, and that of the targets alone; 0 where nothing was learnt.
+        """
+        windows, self.windows, self.left = self.windows, [], None
+        boundaries, settings = engine.boundaries, engine.settings
+        lam, discount = settings.trace_lambda, settings.bootstrap
+        loss = energy = 0.0
+        found: list[Tensor] | None = None  # G of the window after
+        after: list[Prediction] | None = None  # M there
+        for kept in reversed(windows):
+            if not kept.learns:  # the first one
+                break
+            if after is None:
+                after = boundaries.predict(kept.end, kept.ctx[1], learn=False)
+            messages = [p.message for p in after]
+            last = None if kept.ended is None else kept.ended[-1].unsqueeze(1)
+            share = discount if found is None else (1 - lam) * discount
+            sent = boundaries.gradients(messages, kept.end, share)
+            if found is not None:
+                sent = [
+                    lam * discount * g if m is None else m + lam * discount * g
+                    for m, g in zip(sent, found, strict=True)
+                ]
+            if last is not None:
+                sent = [None if g is None else torch.where(last, 0, g) for g in sent]
+            found = kept.again(engine, sent)
+            after = boundaries.predict(kept.start, kept.ctx[0])
+            each, of_targets = boundaries.regress(
+                after,
+                boundaries.targets(found),
+                kept.start,
+                kept.rows,
+                weight=loss_scale,
+                by_autograd=by_autograd,
+            )
+            loss, energy = loss + each / loss_scale, energy + of_targets / loss_scale
+        return loss, energy
+
+
+class OnlineTrace:
+    """The regression of one window with accumulated eligibility.
+
+    Args:
+        start: the state there; `ctx`: the context; `rows`: (B, 1), those that learn, None for all.
+    """
+
+    def __init__(self, engine: "Engine", start: list[Tensor], ctx: Any, rows: Tensor | None):
+        self._boundaries, self._settings = engine.boundaries, engine.settings
+        (self._synthesizer,) = engine.boundaries.synthesizers
+        (self._trigger,) = engine.boundaries.layout.join([t.detach() for t in start])
+        self._start, self._ctx, self._rows = start, ctx, rows
+        self._learning = [p for p in self._synthesizer.parameters() if p.requires_grad]
+
+    @staticmethod
+    def jacobian(layout: Layout, end: list[Tensor], start: list[Tensor]) -> Tensor:
+        """J, (B, S, S), by as many backward passes as a row has numbers."""
+        (joined,) = layout.join([t.detach() for t in end])
+        found = []
+        for number in range(joined.shape[1]):
+            one = torch.zeros_like(joined)
+            one[:, number] = 1
+            sent = layout.split([one], end)
+            rows = torch.autograd.grad(
+                end, start, sent, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            found += layout.join(rows)
+        return torch.stack(found, 1)
+
+    def _slopes(self) -> Tensor:
+        """dM/dtheta at each row, (B, S, |theta|)."""
+        names = {n: p.detach() for n, p in self._synthesizer.named_parameters() if p.requires_grad}
+        ctx = self._ctx if isinstance(self._ctx, Tensor) else None
+
+        def said(parameters, s, c):
+            c = None if c is None else c.unsqueeze(0)
+            return functional_call(self._synthesizer, parameters, (s.unsqueeze(0), c)).squeeze(0)
+
+        axes = (None, 0, None if ctx is None else 0)
+        found = vmap(jacrev(said), in_dims=axes)(names, self._trigger, ctx)
+        return torch.cat([slope.flatten(2) for slope in found.values()], 2)
+
+    def learn(
+        self,
+        targets: list[Tensor],
+        trace: Tensor | None,
+        jacobian: Tensor,
+        ended: Tensor | None,
+        loss_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds theta's gradient to `p.grad`.
+
+        Args:
+            targets: with lambda = 0.
+            trace: y l J_{w-1} E_{w-1}, (B, S, |theta|); None at an episode's start.
+            jacobian: J_w.
+            ended: (T, B), where episodes end in the window.
+
+        Returns:
+            The loss, that of the targets alone, and the next window's `trace`.
+        """
+        slopes = self._slopes()
+        if self._rows is not None:
+            slopes = torch.where(self._rows.unsqueeze(2), slopes, 0)
+        trace = slopes if trace is None else trace + slopes
+        with torch.no_grad():
+            prediction = self._synthesizer(self._trigger, self._ctx)
+        (target,) = targets
+        error = prediction - target
+        if self._rows is not None:
+            error, target = (torch.where(self._rows, each, 0) for each in (error, target))
+        scale = self._boundaries.scale(self._start, self._trigger)
+        flat = torch.einsum("bsp,bs->p", trace, error * (scale * loss_scale))
+        sizes = [p.numel() for p in self._learning]
+        pairs = zip(flat.split(sizes), self._learning, strict=True)
+        torch.autograd.backward(self._learning, [g.view_as(p) for g, p in pairs])
+        decay = self._settings.bootstrap * self._settings.trace_lambda
+        following = decay * (jacobian @ trace)
+        if ended is not None:
+            following = torch.where(ended.any(0).view(-1, 1, 1), 0, following)
+        half = scale / 2
+        return error.square().sum() * half, target.square().sum() * half, following
+
+
+def check_online(synthesizer, width: int, rows: int) -> None:
+    """Refuses an online trace that would not fit into memory.
+
+    Raises:
+        RuntimeError: B S |theta| numbers are too many.
+    """
+    learning = [p for p in synthesizer.parameters() if p.requires_grad]
+    count = rows * width * sum(p.numel() for p in learning)
+    size = count * (learning[0].element_size() if learning else 0)
+    if size > MOST_BYTES:
+        raise RuntimeError(
+            f'DecoupledRNN: trace_view="online" must keep {size / 2**30:.1f} GiB for {rows} rows of'
+            f" a state of {width}, and may keep {MOST_BYTES >> 30}; the other way is "
+            'trace_view="forward" over the last trace_windows windows'
+        )

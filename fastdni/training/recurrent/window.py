@@ -1,0 +1,322 @@
+"""One window: from its forward pass to the regression of the synthesizers at its start.
+
+    g^ = M(s', ctx')                       predicted at its end s', detached
+    gradients of all parameters            those of L + factor < g^, s' >
+    G = d/ds of L + discount < g^, s' >    found at its start s: what M(s, ctx) learns
+
+where a row's episode ends nothing is sent and nothing crosses. With a trace the targets look
+further: see `traces.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastdni.training.boundary import Prediction
+from fastdni.training.recurrent.boundaries import Boundaries
+from fastdni.training.recurrent.horizon import Horizon, Met
+from fastdni.training.recurrent.layouts import State, are_zero, rebuilt, tensors_of, zeroed
+from fastdni.training.recurrent.settings import Settings
+from fastdni.training.recurrent.traces import Kept, OnlineTrace
+from fastdni.training.recurrent.unroll import Unroller
+
+
+class Passed:
+    """What is known of a state that one window hands to the next.
+
+    Attributes:
+        fresh: (B, 1), the rows that begin an episode there; None: none does.
+        is_used: whether a window has started from it.
+        predictions: what was predicted there, and `ctx`, by which context.
+        met: the states before it, newest first, for the auxiliary task.
+        trace: of the windows before it.
+    """
+
+    def __init__(self, fresh: Tensor | None):
+        self.fresh = fresh
+        self.is_used = False
+        self.predictions: list[Prediction] | None = None
+        self.ctx: Any = None
+        self.met: list[Met | None] = []
+        self.trace: Any = None
+
+
+class Engine:
+    """What all windows of a network share.
+
+    Args:
+        unroller: runs them.
+        boundaries, horizon: the synthesizers, and those of the auxiliary task.
+        settings: see `fastdni.DecoupledRNN`.
+    """
+
+    def __init__(
+        self, unroller: Unroller, boundaries: Boundaries, horizon: Horizon, settings: Settings
+    ):
+        self.unroller, self.boundaries = unroller, boundaries
+        self.horizon, self.settings = horizon, settings
+
+
+class Window:
+    """A window that waits for its backward pass.
+
+    Args:
+        engine: of the network.
+        x: the window's input.
+        state: it starts from; None: from the module's own start.
+        passed: what is known of that state; None: the caller made it.
+        ended: (T, B), after which steps a row's episode ends, or (1, B) for the last one alone;
+            None: after none.
+        contexts: at its start and at its end.
+        lengths: (B,), of padded rows.
+        by_autograd: has gradients of the synthesizers go through autograd.
+
+    Attributes:
+        output: what the module gave.
+        state: at its end, detached; zero where an episode ended. `passed`: what is known of it.
+        engine, by_autograd: as given.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        x: Any,
+        state: State | None,
+        passed: Passed | None,
+        ended: Tensor | None,
+        contexts: tuple[Any, Any],
+        lengths: Tensor | None,
+        by_autograd: bool,
+    ):
+        self.engine, self._contexts, self.by_autograd = engine, contexts, by_autograd
+        self._x, self._ended, self._lengths = x, ended, lengths
+        self._before = passed
+        settings = engine.settings
+        if state is None and settings.first == "train":
+            state = engine.unroller.zeros(engine.unroller.size(x)[1])
+            if state is None:
+                raise RuntimeError(
+                    'DecoupledRNN: state must be given to a module of your own with first="train"'
+                )
+        self._given = [] if state is None else tensors_of(state)
+        self.learns, self._rows = self._who_learns(settings)
+        self.start = [t.detach() for t in self._given]
+        if self.learns or any(t.requires_grad for t in self._given):
+            for tensor in self.start:
+                tensor.requires_grad_()
+        before = None if state is None else rebuilt(state, iter(self.start))
+        self.output, end, self._endings = engine.unroller.run(x, before, ended, lengths)
+        self.end = tensors_of(end)
+        last = None if ended is None else ended[-1].unsqueeze(1)
+        self._last = last
+        self.state = rebuilt(end, iter([t.detach() for t in self.end]))
+        if last is not None:
+            self.state = zeroed(self.state, last)
+        self.passed = Passed(last)
+        self._kept = None
+        if settings.trace_lambda is not None and settings.trace_view == "forward":
+            self._kept = Kept(self.output)
+        self._versions = self._versions_now()
+        self._extra: list[Tensor | None] | None = None
+        self._jacobian: Tensor | None = None
+
+    def _who_learns(self, settings: Settings) -> tuple[bool, Tensor | None]:
+        """Whether the synthesizers learn at the start, and at which of its rows; None: at all."""
+        if settings.first == "train":
+            return True, None
+        if not self._given:
+            return False, None
+        fresh = are_zero(self._given) if self._before is None else self._before.fresh
+        return True, None if fresh is None else ~fresh
+
+    def _versions_now(self) -> list[int]:
+        return [p._version for p in self.engine.unroller.rnn.parameters()]
+
+    # ---- before the backward pass ----
+
+    def check(self) -> None:
+        """Refuses parameters that are not those of the forward pass.
+
+        Raises:
+            RuntimeError: they have changed since.
+        """
+        if self._versions_now() != self._versions:
+            raise RuntimeError(
+                "DecoupledRNN: parameters must stay as they are between a window's forward pass and"
+                " rnn.backward(loss); an optimizer has stepped, or they were loaded"
+            )
+
+    def send(self, loss_scale: float) -> tuple[list[Tensor], list[Tensor]]:
+        """What to call the backward pass with besides the loss: tensors, and their gradients."""
+        engine, settings = self.engine, self.engine.settings
+        self._loss_scale = loss_scale
+        self.predictions = engine.boundaries.predict(self.end, self._contexts[1])
+        messages = [p.message for p in self.predictions]
+        if self._last is not None:
+            messages = [torch.where(self._last, 0, message) for message in messages]
+        further = settings.bootstrap - settings.factor
+        plain = self._kept is None
+        if self.learns and plain and further != 0:
+            self._extra = self._pulled_back(messages, further * loss_scale)
+        if self.learns and settings.trace_lambda is not None and plain:
+            self._jacobian = OnlineTrace.jacobian(engine.boundaries.layout, self.end, self.start)
+        if settings.factor == 0:
+            return [], []
+        sent = engine.boundaries.gradients(messages, self.end, settings.factor * loss_scale)
+        pairs = [
+            (t, g) for t, g in zip(self.end, sent, strict=True) if g is not None and t.requires_grad
+        ]
+        return [t for t, _ in pairs], [g for _, g in pairs]
+
+    def _pulled_back(self, messages: list[Tensor], factor: float) -> list[Tensor | None]:
+        """`factor` times what messages at the end are at the start."""
+        given = self.engine.boundaries.gradients(messages, self.end, factor)
+        pairs = [
+            (t, g)
+            for t, g in zip(self.end, given, strict=True)
+            if g is not None and t.requires_grad
+        ]
+        ends, gradients = map(list, zip(*pairs, strict=True))
+        return list(
+            torch.autograd.grad(ends, self.start, gradients, retain_graph=True, allow_unused=True)
+        )
+
+    # ---- after it ----
+
+    def learn(self) -> tuple[Tensor | float, Tensor | float]:
+        """Has the synthesizers learn from what the backward pass has found.
+
+        Returns:
+            Their loss, and that of targets alone; 0 where nothing was learnt.
+        """
+        self._hand_to_learned_start()
+        loss = energy = 0.0
+        if self.learns and self._kept is None:
+            loss, energy = self._learn_at_start()
+        loss = loss + self._learn_the_end()
+        self._look_ahead()
+        passed = self.passed
+        if self._last is None:
+            passed.predictions, passed.ctx = self.predictions, self._contexts[1]
+        return loss, energy
+
+    def _hand_to_learned_start(self) -> None:
+        pairs = [
+            (given, leaf.grad)
+            for given, leaf in zip(self._given, self.start, strict=True)
+            if given.requires_grad and leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+
+    def _found(self) -> list[Tensor]:
+        """G, of each tensor of the state."""
+        extra = self._extra or [None] * len(self.start)
+        found = []
+        for leaf, further in zip(self.start, extra, strict=True):
+            parts = [part for part in (leaf.grad, further) if part is not None]
+            found.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(leaf))
+        return found
+
+    def _learn_at_start(self) -> tuple[Tensor, Tensor]:
+        boundaries, scale = self.engine.boundaries, self._loss_scale
+        targets = boundaries.targets(self._found(), scale)
+        if self._jacobian is not None:
+            trace = OnlineTrace(self.engine, self.start, self._contexts[0], self._rows)
+            loss, energy, self.passed.trace = trace.learn(
+                targets, self._before and self._before.trace, self._jacobian, self._ended, scale
+            )
+            return loss, energy
+        loss, energy = boundaries.regress(
+            self.predictions_at_start(),
+            targets,
+            self.start,
+            self._rows,
+            weight=scale,
+            by_autograd=self.by_autograd,
+        )
+        return loss / scale, energy / scale
+
+    def predictions_at_start(self) -> list[Prediction]:
+        """Those that the window before has made, where they are for the same rows and context."""
+        before, ctx = self._before, self._contexts[0]
+        made = None if before is None or self._rows is not None else before.predictions
+        if made is not None and before.ctx is ctx:
+            before.predictions = None
+            return made
+        return self.engine.boundaries.predict(self.start, ctx)
+
+    def _learn_the_end(self) -> Tensor | float:
+        """Where an episode ends, its future is worth zero."""
+        if self.engine.settings.end is None or self._ended is None:
+            return 0.0
+        loss, scale, boundaries = 0.0, self._loss_scale, self.engine.boundaries
+        for rows, tensors in [*self._endings, (self._last, self.end)]:
+            predictions = boundaries.predict(tensors, self._contexts[1])
+            zeros = [torch.zeros_like(p.message) for p in predictions]
+            each, _ = boundaries.regress(
+                predictions, zeros, tensors, rows, scale, by_autograd=self.by_autograd
+            )
+            loss = loss + each / scale
+        return loss
+
+    def _look_ahead(self) -> None:
+        horizon = self.engine.horizon
+        if not horizon.length:
+            return
+        met = None
+        if self.learns:
+            met = Met([t.detach() for t in self.start], self._contexts[0], self._rows)
+        earlier = [] if self._before is None else self._before.met
+        ended = None if self._ended is None else self._ended.any(0).unsqueeze(1)
+        self.passed.met = horizon.learn(
+            [met, *earlier],
+            ended,
+            [p.message for p in self.predictions],
+            weight=self._loss_scale,
+            by_autograd=self.by_autograd,
+        )
+
+    def give_back(self) -> None:
+        """Undoes what its start has used up."""
+        if self._before is not None:
+            self._before.is_used = False
+
+    # ---- for a trace by the forward view ----
+
+    @property
+    def ends_a_trace(self) -> bool:
+        """Whether it is the last window of every row's episode. Waits for a GPU's `done`."""
+        return self._kept is not None and self._last is not None and bool(self._last.all())
+
+    @property
+    def carried_from(self) -> Passed | None:
+        """What it was handed by the window before."""
+        return self._before
+
+    def release(self) -> "Kept | None":
+        """Lets go of the graph. What is kept of the window to run it again."""
+        kept = self._kept
+        if kept is not None:
+            kept.fill(
+                x=_detached(self._x),
+                start=[t.detach() for t in self.start],
+                like=self.state,
+                end=[t.detach() for t in self.end],
+                ended=self._ended,
+                lengths=self._lengths,
+                ctx=self._contexts,
+                rows=self._rows,
+                learns=self.learns,
+                loss_scale=self._loss_scale,
+            )
+        self.output = self.end = self.start = self._given = self._before = None
+        return kept
+
+
+def _detached(x: Any) -> Any:
+    if isinstance(x, PackedSequence):
+        return x._replace(data=x.data.detach())
+    return x.detach()
