@@ -1,6 +1,7 @@
 """The ops: one file each, with the public function, its autograd and the choice of a backend."""
 
 from fastdni.ops.boundary import boundary_
+from fastdni.ops.recurrence import recurrence, recurrence_is_compiled
 from fastdni.ops.regression_loss import regression_loss
 from fastdni.ops.sweep import (
     SweepPlan,
@@ -28,6 +29,8 @@ __all__ = [
     "boundary_",
     "cast",
     "flat",
+    "recurrence",
+    "recurrence_is_compiled",
     "regression_loss",
     "sweep_",
     "sweep_backend",

@@ -11,6 +11,7 @@ from fastdni.reference.optimizer import (
     assigned,
     optimizer_update,
 )
+from fastdni.reference.recurrence import recurrence
 from fastdni.reference.regression_loss import (
     accumulate_dtype,
     reduction_divisor,
@@ -42,6 +43,7 @@ __all__ = [
     "boundary_",
     "one_hot",
     "optimizer_update",
+    "recurrence",
     "reduction_divisor",
     "regression_loss",
     "sweep",

@@ -37,7 +37,9 @@ class Kept:
         if isinstance(data, Tensor) and data.requires_grad:
             data.register_hook(self._keep)
 
-    def _keep(self, gradient: Tensor) -> None:
+    def _keep(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # the window has no loss
+            return
         gradient = gradient.detach()
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
 

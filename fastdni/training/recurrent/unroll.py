@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from fastdni import ops
+from fastdni.synthesizers import is_changed
 from fastdni.training.recurrent.layouts import State, rebuilt, tensors_of, zeroed
 
 _BIDIRECTIONAL = (
@@ -152,6 +155,17 @@ class _Torchs(Unroller):
         made = [like.new_zeros(layers, rows, width) for layers, width in self.shapes]
         return tuple(made) if self._is_lstm else made[0]
 
+    def _call(self, x, state):
+        weights = kernel_weights(self.rnn, x)
+        if weights is None:
+            return self.rnn(x, state)
+        given = x.transpose(0, 1) if self.batch_first else x
+        before = self.zeros(x.shape[int(not self.batch_first)]) if state is None else state
+        output, after = ops.recurrence(
+            _cell_of(self.rnn), given, tensors_of(before), weights, self.rnn.bias
+        )
+        return output.transpose(0, 1) if self.batch_first else output, rebuilt(before, iter(after))
+
     def _padded(self, x, state, lengths):
         packed = pack_padded_sequence(x, lengths.cpu(), self.batch_first, enforce_sorted=False)
         output, state = self.rnn(packed, state)
@@ -177,7 +191,13 @@ class _Cell(Unroller):
         return tuple(made) if self._is_lstm else made[0]
 
     def _call(self, x, state):
-        return self._over_time(x, state, lambda t, before, after: after)
+        weights = kernel_weights(self.rnn, x)
+        if weights is None:
+            return self._over_time(x, state, lambda t, before, after: after)
+        before = self.zeros(x.shape[1]) if state is None else state
+        layers = [t.unsqueeze(0) for t in tensors_of(before)]
+        output, after = ops.recurrence(_cell_of(self.rnn), x, layers, weights, self.rnn.bias)
+        return output, rebuilt(before, iter([t.squeeze(0) for t in after]))
 
     def _padded(self, x, state, lengths):
         lengths = lengths.to(x.device).unsqueeze(1)
@@ -198,6 +218,46 @@ class _Cell(Unroller):
             state = step(t, state, self.rnn(now, state))
             outputs.append(tensors_of(state)[0])
         return torch.stack(outputs), state
+
+
+# What torch's modules compute, as long as nobody patches them, and their names as cells.
+_KERNELS = {
+    nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: None, nn.LSTMCell: "lstm", nn.GRUCell: "gru",
+    nn.RNNCell: None,
+}  # fmt: skip
+_FORWARDS = {kind: kind.forward for kind in _KERNELS}
+
+
+def _cell_of(rnn: nn.Module) -> str:
+    return _KERNELS[type(rnn)] or rnn.nonlinearity
+
+
+def why_no_kernel(rnn: nn.Module, x: Any) -> str | None:
+    """Why torch's own module runs, and not a kernel of ours; None: it does not."""
+    kind = type(rnn)
+    if kind not in _KERNELS:
+        return f"{kind.__name__} is none of torch's recurrent modules"
+    if is_changed(rnn) or kind.forward is not _FORWARDS[kind] or _has_any_global_hook():
+        return f"{kind.__name__} has hooks or another forward"
+    if getattr(rnn, "proj_size", 0):
+        return "it has projections"
+    if getattr(rnn, "dropout", 0) and rnn.training and rnn.num_layers > 1:
+        return "it has dropout"
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return "the window is packed" if not isinstance(x, Tensor) else "torch.compile is at work"
+    weights = rnn._parameters.values()
+    if any(type(w) is not nn.Parameter or w.dtype != x.dtype for w in weights) or not weights:
+        return "its weights are not parameters of x's dtype"
+    if torch.is_autocast_enabled(x.device.type) or not ops.recurrence_is_compiled(x):
+        return f"there is no kernel for {x.dtype} on {x.device.type}, or autocast is on"
+    return None
+
+
+def kernel_weights(rnn: nn.Module, x: Any) -> list[Tensor] | None:
+    """A recurrent module's weights as the kernel takes them; None where the module itself runs."""
+    if why_no_kernel(rnn, x) is not None:
+        return None
+    return [*rnn._parameters.values()]
 
 
 def _plain(rnn: nn.Module) -> nn.Module:
