@@ -1,6 +1,7 @@
 """DecoupledRNN: truncated backpropagation through time that sees beyond its window."""
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +11,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdni.scopes import in_data_parallel_forward
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
+from fastdni.training.recurrent.arguments import checked, context_pair
 from fastdni.training.recurrent.boundaries import Boundaries
+from fastdni.training.recurrent.fused import FusedWindows
 from fastdni.training.recurrent.horizon import Horizon, branches
 from fastdni.training.recurrent.layouts import State, layout_named, tensors_of, zeroed
 from fastdni.training.recurrent.settings import Settings
 from fastdni.training.recurrent.steps import Criterion, take_step
-from fastdni.training.recurrent.traces import ForwardTrace, check_online
-from fastdni.training.recurrent.unroll import Unroller, unroller
-from fastdni.training.recurrent.window import Engine, Window
+from fastdni.training.recurrent.traces import Traces, check_online
+from fastdni.training.recurrent.unroll import unroller
+from fastdni.training.recurrent.window import Engine, Passed, Window
 
 MOST_WAITING = 100  # windows without a backward pass
+# What a network knows while it runs: nobody's to save or copy.
+_RUNNING = ("_open", "_passed", "traces", "_engine", "fused")
 
 
 class RecurrentResult(NamedTuple):
@@ -184,17 +189,19 @@ class DecoupledRNN(nn.Module):
         return made if self.layout == "layers" else made[0]
 
     def _synthesizers(self) -> list[nn.Module]:
-        own = self.synthesizer
+        own = self._modules["synthesizer"]
         return list(own) if isinstance(own, nn.ModuleList) else [own]
 
     def _forget(self) -> None:
         """Starts with no window open, and no state handed out."""
         self._open: list[Window] = []
         self._passed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._trace = ForwardTrace()
+        self.traces = Traces()
+        self._engine: Engine | None = None
+        self.fused: FusedWindows | None = None  # what steps have found out
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_passed", "_trace")}
+        return {k: v for k, v in self.__dict__.items() if k not in _RUNNING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -217,16 +224,27 @@ class DecoupledRNN(nn.Module):
             self.settings.factor = before
             raise
 
-    def _engine(self) -> Engine:
-        layout = layout_named(self.layout)
+    def engine(self) -> Engine:
+        """What runs windows of the modules as they are now."""
+        known, rnn = self._engine, self._modules["rnn"]
         synthesizers = self._synthesizers()
-        heads = [list(each) for each in self.ahead]
-        return Engine(
-            unroller(self.rnn),
-            Boundaries(layout, synthesizers, self.settings),
-            Horizon(heads, layout, self.settings),
-            self.settings,
-        )
+        if (
+            known is None
+            or known.unroller.rnn is not rnn
+            or known.layout_name != self.layout
+            or len(known.boundaries.synthesizers) != len(synthesizers)
+            or not all(map(is_, known.boundaries.synthesizers, synthesizers))
+        ):
+            layout = layout_named(self.layout)
+            heads = [list(each) for each in self.ahead]
+            known = self._engine = Engine(
+                unroller(rnn),
+                Boundaries(layout, synthesizers, self.settings),
+                Horizon(heads, layout, self.settings),
+                self.settings,
+                self.layout,
+            )
+        return known
 
     # ---- a window ----
 
@@ -260,8 +278,8 @@ class DecoupledRNN(nn.Module):
             RuntimeError: x, state, done or lengths does not fit, a state is used again, or too many
                 windows wait for `backward`.
         """
-        engine = self._engine()
-        ended = _checked(engine.unroller, x, state, done, lengths)
+        engine = self.engine()
+        ended = checked(engine.unroller, x, state, done, lengths)
         if not (self.training and torch.is_grad_enabled()):
             return self._run_alone(engine, x, state, ended, lengths)
         return self._open_window(engine, x, state, ended, context, lengths)
@@ -273,17 +291,8 @@ class DecoupledRNN(nn.Module):
         return output, after
 
     def _open_window(self, engine: Engine, x, state, ended, context, lengths) -> tuple[Any, State]:
-        contexts = tuple(context) if isinstance(context, tuple | list) else (context, context)
-        if len(contexts) != 2:
-            raise RuntimeError(
-                f"DecoupledRNN: context must be a tensor or a pair of them, got {len(contexts)}"
-            )
-        passed = None if state is None else self._passed.get(tensors_of(state)[0])
-        if passed is not None and passed.is_used:
-            raise RuntimeError(
-                "DecoupledRNN: state must not be used twice in training: the gradient there is that"
-                " of the window that started from it; start from state.clone(), or from None"
-            )
+        contexts = context_pair(context)
+        passed = self.passed_at(state)
         if len(self._open) == MOST_WAITING:
             raise RuntimeError(
                 f"DecoupledRNN: {MOST_WAITING} windows wait for their backward pass; call "
@@ -296,11 +305,29 @@ class DecoupledRNN(nn.Module):
         window = Window(
             engine, x, state, passed, ended, contexts, lengths, in_data_parallel_forward()
         )
-        if passed is not None:
-            passed.is_used = True
-        self._passed[tensors_of(window.state)[0]] = window.passed
+        self.hand_on(passed, window.state, window.passed)
         self._open.append(window)
         return window.output, window.state
+
+    def passed_at(self, state: State | None) -> Passed | None:
+        """What is known of a state that a window is to start from in training.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        passed = None if state is None else self._passed.get(tensors_of(state)[0])
+        if passed is not None and passed.is_used:
+            raise RuntimeError(
+                "DecoupledRNN: state must not be used twice in training: the gradient there is that"
+                " of the window that started from it; start from state.clone(), or from None"
+            )
+        return passed
+
+    def hand_on(self, before: Passed | None, state: State, passed: Passed) -> None:
+        """Remembers what a window has started from, and what it leaves."""
+        if before is not None:
+            before.is_used = True
+        self._passed[tensors_of(state)[0]] = passed
 
     def backward(self, loss: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
         """Backpropagates through the open windows, and has the synthesizers learn.
@@ -340,9 +367,15 @@ class DecoupledRNN(nn.Module):
         if variables:
             torch.autograd.backward(variables, gradients)
         found = [window.learn() for window in windows]
-        found += [each for window in windows for each in self._trace_on(window, loss_scale)]
-        like = windows[0].state
-        zero = tensors_of(like)[0].new_zeros(())
+        for window in windows:
+            before, kept = window.before, window.release()
+            if kept is not None:
+                found.append(
+                    self.traces.add(
+                        window.engine, kept, before, window.passed, loss_scale, window.by_autograd
+                    )
+                )
+        zero = tensors_of(windows[0].state)[0].new_zeros(())
         return tuple(sum(parts, zero) for parts in zip(*found, strict=True))
 
     def abandon(self) -> None:
@@ -350,22 +383,6 @@ class DecoupledRNN(nn.Module):
         windows, self._open = self._open, []
         for window in windows:
             window.give_back()
-
-    def _trace_on(self, window: Window, loss_scale: float) -> list[tuple]:
-        """What was learnt of the windows that have waited long enough."""
-        ends = window.ends_a_trace
-        before, kept = window.carried_from, window.release()
-        if kept is None:
-            return []
-        due = []
-        if self._trace.windows and (before is None or before is not self._trace.left):
-            due.append(self._trace)  # cut off: nobody goes on from its last state
-            self._trace = ForwardTrace()
-        self._trace.add(kept, window.passed)
-        if ends or len(self._trace.windows) == self.settings.trace_windows:
-            due.append(self._trace)
-            self._trace = ForwardTrace()
-        return [each.learn(window.engine, loss_scale, window.by_autograd) for each in due]
 
     # ---- a whole step ----
 
@@ -403,45 +420,4 @@ class DecoupledRNN(nn.Module):
         """
         return RecurrentResult(
             *take_step(self, x, target, state, head, optimizer, criterion, done, context, lengths)
-        )
-
-
-def _checked(
-    unrolled: Unroller, x: Any, state: State | None, done: Tensor | None, lengths: Tensor | None
-) -> Tensor | None:
-    """`done` as (T, B) booleans, or (1, B) for the last step alone.
-
-    Raises:
-        RuntimeError: see `DecoupledRNN.forward`.
-    """
-    steps, rows = unrolled.size(x)
-    if state is not None:
-        unrolled.check_state(state, rows)
-    packed = not isinstance(x, Tensor)
-    if lengths is not None:
-        _check_lengths(lengths, steps, rows, packed)
-    if done is None:
-        return None
-    whole = packed or lengths is not None
-    shapes = [(rows,)] if whole else [(steps, rows), (rows,)]
-    if not isinstance(done, Tensor) or tuple(done.shape) not in shapes:
-        got = tuple(done.shape) if isinstance(done, Tensor) else type(done).__name__
-        wanted = " or ".join(map(str, shapes))
-        raise RuntimeError(f"DecoupledRNN: done must be of shape {wanted}, got {got}")
-    done = done.bool()
-    return done if done.dim() == 2 else done.unsqueeze(0)
-
-
-def _check_lengths(lengths: Tensor, steps: int, rows: int, packed: bool) -> None:
-    fits = isinstance(lengths, Tensor) and tuple(lengths.shape) == (rows,)
-    if packed or not fits or lengths.is_floating_point():
-        got = tuple(lengths.shape) if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise RuntimeError(
-            f"DecoupledRNN: lengths must be {rows} integers beside padded rows, got {got}"
-            + (" beside a packed sequence" if packed else "")
-        )
-    if bool(((lengths < 1) | (lengths > steps)).any()):
-        raise RuntimeError(
-            f"DecoupledRNN: lengths must be from 1 to {steps}, got {lengths.min().item()} to "
-            f"{lengths.max().item()}"
         )

@@ -2,36 +2,13 @@
 // that they leave (rounded to bfloat16 where the parameters are).
 #include "ops/boundary.h"
 
-#include <cmath>
-
 #include "common/names.h"
-#include "cpu/kernels/sweep.h"
 #include "cpu/synthesizer.h"
+#include "cpu/update.h"
 #include "ops/synthesizer.h"
 
 namespace fastdni::cpu {
 namespace {
-
-template <class T>
-void update_parameter(const ParameterMemory& memory, const Tensor& gradient) {
-  const auto rule = prepared<accumulate_t<T>>(
-      memory.settings, memory.step, [](double beta, double n) { return std::pow(beta, n); });
-  if (rule.rule == Rule::none) return;
-  constexpr int64_t kElementsPerTask = 16384;  // worth waking a thread for
-  const T* grad = data<T>(gradient);
-  // Any memory stands for what the rule does not look at.
-  void* any = memory.value == nullptr ? memory.first : memory.value;
-  const auto at = [any](void* begin, int64_t i) {
-    return static_cast<T*>(begin == nullptr ? any : begin) + i;
-  };
-  with_isa([&](auto isa) {
-    torch::stable::parallel_for(
-        0, gradient.numel(), kElementsPerTask, [&](int64_t first, int64_t last) {
-          update<isa.value, T>(rule, grad + first, at(memory.value, first), at(memory.first, first),
-                               at(memory.second, first), last - first);
-        });
-  });
-}
 
 std::tuple<Tensor, Tensor, Tensor> boundary(const std::string& caller, const Tensor& trigger,
                                             const OptionalTensor& context, const Tensor& target,

@@ -1,7 +1,12 @@
 """The ops: one file each, with the public function, its autograd and the choice of a backend."""
 
 from fastdni.ops.boundary import boundary_
-from fastdni.ops.recurrence import recurrence, recurrence_is_compiled
+from fastdni.ops.recurrence import (
+    recurrence,
+    recurrence_bwd,
+    recurrence_fwd,
+    recurrence_is_compiled,
+)
 from fastdni.ops.regression_loss import regression_loss
 from fastdni.ops.sweep import (
     SweepPlan,
@@ -21,6 +26,7 @@ from fastdni.ops.synthesizer import (
     synthesizer_bwd,
     synthesizer_fwd,
 )
+from fastdni.ops.window import window_fwd, window_is_compiled, window_update_
 
 __all__ = [
     "FROZEN",
@@ -30,6 +36,8 @@ __all__ = [
     "cast",
     "flat",
     "recurrence",
+    "recurrence_bwd",
+    "recurrence_fwd",
     "recurrence_is_compiled",
     "regression_loss",
     "sweep_",
@@ -41,4 +49,7 @@ __all__ = [
     "sweep_update_",
     "synthesizer_bwd",
     "synthesizer_fwd",
+    "window_fwd",
+    "window_is_compiled",
+    "window_update_",
 ]

@@ -11,8 +11,9 @@ from fastdni import backend, reference
 
 DTYPES = (torch.float32, torch.float64)
 _DEVICES = backend.kernel_devices("recurrence_fwd")
-_forward = torch.ops.fastdni.recurrence_fwd.default
-_backward = torch.ops.fastdni.recurrence_bwd.default
+# (cell, x, state, weights, bias) -> output, state, saved; and back: see csrc/ops/recurrence.cpp.
+recurrence_fwd = torch.ops.fastdni.recurrence_fwd.default
+recurrence_bwd = torch.ops.fastdni.recurrence_bwd.default
 
 
 @torch.library.register_fake("fastdni::recurrence_fwd")
@@ -31,7 +32,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, bias, states, x, *tensors):
         state, weights = list(tensors[:states]), list(tensors[states:])
-        output, after, saved = _forward(cell, x, state, weights, bias)
+        output, after, saved = recurrence_fwd(cell, x, state, weights, bias)
         ctx.how = cell, bias, states
         ctx.save_for_backward(x, output, saved, *tensors)
         ctx.set_materialize_grads(False)
@@ -48,7 +49,7 @@ class _Recurrence(torch.autograd.Function):
             for g, s in zip(grad_state, state, strict=True)
         ]  # fmt: skip
         wanted = ctx.needs_input_grad[3]
-        grad_x, before, own = _backward(
+        grad_x, before, own = recurrence_bwd(
             cell, x, state, weights, bias, output, saved, grad_output, given, wanted
         )
         return None, None, None, grad_x if wanted else None, *before, *own

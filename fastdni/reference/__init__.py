@@ -29,6 +29,7 @@ from fastdni.reference.synthesizer import (
     synthesizer_bwd,
     synthesizer_fwd,
 )
+from fastdni.reference.window import window_fwd, window_update_
 
 __all__ = [
     "KEPT",
@@ -50,4 +51,6 @@ __all__ = [
     "synthesizer_bwd",
     "synthesizer_fwd",
     "wide_update",
+    "window_fwd",
+    "window_update_",
 ]

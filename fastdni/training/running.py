@@ -37,13 +37,17 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
-class _Surroundings:
-    """What besides its arguments says how a step is taken, as it was when this was made."""
+class Surroundings:
+    """What besides its arguments says how a step is taken, as it was when this was made.
+
+    Attributes:
+        is_cast: whether autocast was on.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._kind = device, device.type
         self._choice, self._cuda = backend.choice(), device.type == "cuda"
-        self._is_cast, self._autocast = self._cast_now()
+        self.is_cast, self._autocast = self._cast_now()
         self._precision = backend.precision(device, self._autocast)
 
     def _cast_now(self) -> tuple[bool, torch.dtype | None]:
@@ -54,8 +58,8 @@ class _Surroundings:
         """Whether it is so now, and nobody records or forbids what happens."""
         return (
             backend.choice() == self._choice
-            and torch.is_autocast_enabled(self._kind) is self._is_cast
-            and (not self._is_cast or torch.get_autocast_dtype(self._kind) is self._autocast)
+            and torch.is_autocast_enabled(self._kind) is self.is_cast
+            and (not self.is_cast or torch.get_autocast_dtype(self._kind) is self._autocast)
             # On a CPU it follows from autocast.
             and not (self._cuda and self._has_another_precision())
             and not torch.is_inference_mode_enabled()
@@ -149,7 +153,7 @@ class Repetition:
         self._target = _kind(target)
         self._context = None if context is None else _kind(context)
         self._mask = step.active[:-1]
-        self._surroundings = _Surroundings(structure.parameters[0].device)
+        self._surroundings = Surroundings(structure.parameters[0].device)
         self._versions = [*updates.written, *plan.statistics]
         self._parameters = structure.parameters
         self._no_gradients = Watch()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastdni.training.boundary import Boundary, Prediction
 from fastdni.training.optimizers import Optimizers
-from fastdni.training.recurrent.layouts import Layout, rows_of
+from fastdni.training.recurrent.layouts import Joined, Layout, rows_of
 from fastdni.training.recurrent.settings import Settings
 
 
@@ -30,19 +30,39 @@ class Boundaries:
     def __init__(self, layout: Layout, synthesizers: list[nn.Module], settings: Settings):
         self.layout, self.synthesizers, self._settings = layout, synthesizers, settings
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether the state lies in rows before one synthesizer."""
+        return isinstance(self.layout, Joined)
+
+    def predicted(self, tensors: list[Tensor]) -> int:
+        """How many of a state's tensors do."""
+        return self.layout.count or len(tensors)
+
     # ---- units ----
+
+    def numbers(self, tensors: list[Tensor]) -> tuple[float, float, float, float]:
+        """The same as the window's op takes them, for a state that is joined."""
+        settings = self._settings
+        size = sum(t.numel() for t in tensors[: self.layout.count])
+        return (
+            self.unit(rows_of(tensors)) / settings.target_scale,
+            settings.target_clip or 0.0,
+            settings.target_scale,
+            self.scale(tensors, size),
+        )
 
     def unit(self, rows: int) -> float:
         """What the loss's gradient is multiplied by before it is learnt, clip apart."""
         settings = self._settings
         return settings.target_scale * (rows if settings.scale == "batch" else 1)
 
-    def scale(self, tensors: list[Tensor], trigger: Tensor) -> float:
-        """Of the error's gradient."""
+    def scale(self, tensors: list[Tensor], size: int) -> float:
+        """Of the error's gradient, for a trigger of `size` numbers."""
         scale = self._settings.scale
         if scale == "layers":
             return 2 / (len(tensors[0]) if tensors[0].dim() == 3 else 1)
-        return 2 / (rows_of(tensors) if scale == "batch" else trigger.numel())
+        return 2 / (rows_of(tensors) if scale == "batch" else size)
 
     def targets(self, gradients: list[Tensor], loss_scale: float = 1.0) -> list[Tensor]:
         """What is learnt of the loss's gradient with respect to a state, a tensor a trigger."""
@@ -99,7 +119,7 @@ class Boundaries:
         """
         loss = energy = 0.0
         for p, target in zip(predictions, targets, strict=True):
-            scale = weight * self.scale(tensors, p.trigger)
+            scale = weight * self.scale(tensors, p.trigger.numel())
             counting = target if rows is None else torch.where(rows, target, 0)
             energy = energy + counting.square().sum() * (scale / 2)
             if rows is not None:

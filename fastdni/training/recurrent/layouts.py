@@ -76,15 +76,15 @@ class Joined(Layout):
     """
 
     def __init__(self, count: int | None = None):
-        self._count = count
+        self.count = count
 
     def join(self, tensors):
-        rows = [t if t.dim() == 2 else t.transpose(0, 1).flatten(1) for t in tensors[: self._count]]
+        rows = [t if t.dim() == 2 else t.transpose(0, 1).flatten(1) for t in tensors[: self.count]]
         return [torch.cat(rows, 1)]
 
     def split(self, messages, like):
         (message,) = messages
-        parts = message.split([t.numel() // t.shape[-2] for t in like[: self._count]], 1)
+        parts = message.split([t.numel() // t.shape[-2] for t in like[: self.count]], 1)
         found = [
             part if t.dim() == 2 else part.unflatten(1, (t.shape[0], -1)).transpose(0, 1)
             for part, t in zip(parts, like, strict=False)
@@ -92,7 +92,7 @@ class Joined(Layout):
         return found + [None] * (len(like) - len(found))
 
     def widths(self, shapes):
-        return [sum(layers * features for layers, features in shapes[: self._count])]
+        return [sum(layers * features for layers, features in shapes[: self.count])]
 
 
 class Shared(Layout):

@@ -10,7 +10,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastdni.training.criteria import FUNCTIONS
 from fastdni.training.optimizers import Optimizers
+from fastdni.training.recurrent.arguments import checked, context_pair
+from fastdni.training.recurrent.fused import FusedWindows, Given, Unfused
 from fastdni.training.recurrent.layouts import State, tensors_of
+from fastdni.training.recurrent.window import Engine
 from fastdni.training.running import gradients_apart
 
 Criterion = str | Callable
@@ -19,13 +22,13 @@ CALLER = "rnn.step"
 
 def take_step(
     net: Any, x: Any, target: Any, state: State | None, head: nn.Module, optimizer: Any,
-    criterion: Criterion, *about: Any,
+    criterion: Criterion, done: Tensor | None, context: Any, lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, State, Tensor]:  # fmt: skip
     """See `DecoupledRNN.step`.
 
     Args:
-        net: runs windows when it is called, and has `close` and `abandon`.
-        about: what else it is called with.
+        net: a network of windows: runs one when it is called, and has `engine`, `passed_at`,
+            `hand_on`, `close`, `abandon`, `traces`, and `fused`, a place for what steps have found.
 
     Returns:
         Loss, output, synthesis loss, state, relative synthesis loss.
@@ -34,12 +37,70 @@ def take_step(
         raise RuntimeError(f"{CALLER}: the network must be in training mode; call rnn.train()")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{CALLER}: training is not possible in torch.inference_mode()")
-    if not isinstance(head, nn.Module):
-        raise TypeError(f"{CALLER}: head must be a module, got {type(head).__name__}")
-    if criterion not in FUNCTIONS if isinstance(criterion, str) else not callable(criterion):
-        raise ValueError(
-            f'{CALLER}: criterion must be "cross_entropy", "mse" or a callable, got {criterion!r}'
-        )
+    engine = net.engine()
+    ended = checked(engine.unroller, x, state, done, lengths)
+    fused = known_or_new(net, engine, head, optimizer, criterion)
+    if fused is not None:
+        given = Given(x, target, state, net.passed_at(state), ended, context_pair(context), lengths)
+        if fused.takes(given):
+            return _fused_step(net, fused, given)
+    return _step_by_autograd(
+        net, x, target, state, head, optimizer, criterion, done, context, lengths
+    )
+
+
+def known_or_new(
+    net: Any, engine: Engine, head: nn.Module, optimizer: Any, criterion: Criterion
+) -> FusedWindows | None:
+    """Who runs fused windows with this head, optimizer and criterion; None: autograd does.
+
+    Raises:
+        TypeError, ValueError: one of them is none; see `DecoupledRNN.step`.
+    """
+    known = net.fused
+    if known is not None and known.still_serve(engine, head, criterion, optimizer):
+        return known
+    net.fused = None
+    try:
+        net.fused = made(net, engine, head, optimizer, criterion)
+    except Unfused:
+        return None
+    return net.fused
+
+
+def made(
+    net: Any, engine: Engine, head: nn.Module, optimizer: Any, criterion: Criterion
+) -> FusedWindows:
+    """The same; raises Unfused with the reason why autograd does."""
+    _check(head, criterion)
+    parameters = [*{id(p): p for p in (*net.parameters(), *head.parameters())}.values()]
+    try:
+        optimizers = Optimizers(CALLER, optimizer, parameters)
+    except ValueError as error:  # a learned initial state is not among them, say
+        raise Unfused(str(error)) from error
+    return FusedWindows(CALLER, engine, head, criterion, optimizers)
+
+
+def _fused_step(net: Any, fused: FusedWindows, given: Given) -> tuple:
+    settings = fused.engine.settings
+    trace = None
+    if settings.trace_lambda is not None:
+
+        def trace(kept, left):
+            return net.traces.add(fused.engine, kept, given.passed, left, 1.0, False)
+
+    with torch.no_grad():
+        found = fused.run(given, trace)
+    net.hand_on(given.passed, found.state, found.passed)
+    relative = found.synthesis_loss / found.energy
+    return found.loss, found.output, found.synthesis_loss, found.state, relative
+
+
+def _step_by_autograd(
+    net: Any, x: Any, target: Any, state: State | None, head: nn.Module, optimizer: Any,
+    criterion: Criterion, *about: Any,
+) -> tuple[Tensor, Tensor, Tensor, State, Tensor]:  # fmt: skip
+    _check(head, criterion)
     given = [] if state is None else tensors_of(state)
     learned = [t for t in given if t.requires_grad and t.is_leaf]
     parameters = [*{id(p): p for p in (*net.parameters(), *head.parameters(), *learned)}.values()]
@@ -62,6 +123,15 @@ def take_step(
         synthesis_loss, energy = net.close(loss)
         optimizers.step()
     return loss.detach(), output.detach(), synthesis_loss, after, synthesis_loss / energy
+
+
+def _check(head: Any, criterion: Criterion) -> None:
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"{CALLER}: head must be a module, got {type(head).__name__}")
+    if criterion not in FUNCTIONS if isinstance(criterion, str) else not callable(criterion):
+        raise ValueError(
+            f'{CALLER}: criterion must be "cross_entropy", "mse" or a callable, got {criterion!r}'
+        )
 
 
 def loss_of(output: Tensor, target: Any, criterion: Criterion) -> Tensor:

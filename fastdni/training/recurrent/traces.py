@@ -31,8 +31,11 @@ class Kept:
     """What is kept of a window to run it again: its start, its input, and the gradient of the loss
     at its output."""
 
-    def __init__(self, output: Any):
+    def __init__(self):
         self._gradient: Tensor | None = None
+
+    def listen(self, output: Any) -> None:
+        """Keeps the gradient that will come to the window's output."""
         data = output.data if isinstance(output, PackedSequence) else output
         if isinstance(data, Tensor) and data.requires_grad:
             data.register_hook(self._keep)
@@ -43,8 +46,16 @@ class Kept:
         gradient = gradient.detach()
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
-    def fill(self, **facts) -> None:
-        """What is known once the window's backward pass is over."""
+    def fill(self, gradient: Tensor | None = None, **facts) -> None:
+        """What is known once the window's backward pass is over.
+
+        Args:
+            gradient: of the loss at the output, where nobody has listened.
+            facts: x, start, like (a state, of the form of all), end, ended, lengths, ctx, rows,
+                learns: see `Window`; loss_scale: what the gradient was multiplied by.
+        """
+        if gradient is not None:
+            self._gradient = gradient
         self.__dict__.update(facts)
 
     def again(self, engine: "Engine", sent: list[Tensor | None]) -> list[Tensor]:
@@ -135,6 +146,41 @@ class ForwardTrace:
         return loss, energy
 
 
+class Traces:
+    """The windows of a network that wait for their targets: one trace after the other."""
+
+    def __init__(self):
+        self._now = ForwardTrace()
+
+    def add(
+        self, engine: "Engine", kept: Kept, before: Any, left: Any, loss_scale: float,
+        by_autograd: bool,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Takes in a window, and has the synthesizers learn from traces that are over.
+
+        Args:
+            before: what it was handed by the window before it; `left`: what it hands on.
+
+        Returns:
+            As `ForwardTrace.learn`.
+        """
+        due = []
+        if self._now.windows and (before is None or before is not self._now.left):
+            due.append(self._now)  # cut off: nobody goes on from its last state
+            self._now = ForwardTrace()
+        self._now.add(kept, left)
+        # Waits for a GPU's `done`.
+        ends = kept.ended is not None and bool(kept.ended[-1].all())
+        if ends or len(self._now.windows) == engine.settings.trace_windows:
+            due.append(self._now)
+            self._now = ForwardTrace()
+        loss = energy = 0.0
+        for trace in due:
+            each, of_targets = trace.learn(engine, loss_scale, by_autograd)
+            loss, energy = loss + each, energy + of_targets
+        return loss, energy
+
+
 class OnlineTrace:
     """The regression of one window with accumulated eligibility.
 
@@ -206,7 +252,7 @@ class OnlineTrace:
         error = prediction - target
         if self._rows is not None:
             error, target = (torch.where(self._rows, each, 0) for each in (error, target))
-        scale = self._boundaries.scale(self._start, self._trigger)
+        scale = self._boundaries.scale(self._start, self._trigger.numel())
         flat = torch.einsum("bsp,bs->p", trace, error * (scale * loss_scale))
         sizes = [p.numel() for p in self._learning]
         pairs = zip(flat.split(sizes), self._learning, strict=True)

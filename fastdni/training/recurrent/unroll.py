@@ -156,14 +156,11 @@ class _Torchs(Unroller):
         return tuple(made) if self._is_lstm else made[0]
 
     def _call(self, x, state):
-        weights = kernel_weights(self.rnn, x)
-        if weights is None:
+        if why_no_kernel(self.rnn, x) is not None:
             return self.rnn(x, state)
         given = x.transpose(0, 1) if self.batch_first else x
-        before = self.zeros(x.shape[int(not self.batch_first)]) if state is None else state
-        output, after = ops.recurrence(
-            _cell_of(self.rnn), given, tensors_of(before), weights, self.rnn.bias
-        )
+        before = self.zeros(given.shape[1]) if state is None else state
+        output, after = kernel_of(self.rnn).recurrence(given, tensors_of(before))
         return output.transpose(0, 1) if self.batch_first else output, rebuilt(before, iter(after))
 
     def _padded(self, x, state, lengths):
@@ -191,13 +188,11 @@ class _Cell(Unroller):
         return tuple(made) if self._is_lstm else made[0]
 
     def _call(self, x, state):
-        weights = kernel_weights(self.rnn, x)
-        if weights is None:
+        if why_no_kernel(self.rnn, x) is not None:
             return self._over_time(x, state, lambda t, before, after: after)
         before = self.zeros(x.shape[1]) if state is None else state
-        layers = [t.unsqueeze(0) for t in tensors_of(before)]
-        output, after = ops.recurrence(_cell_of(self.rnn), x, layers, weights, self.rnn.bias)
-        return output, rebuilt(before, iter([t.squeeze(0) for t in after]))
+        output, after = kernel_of(self.rnn).recurrence(x, tensors_of(before))
+        return output, rebuilt(before, iter(after))
 
     def _padded(self, x, state, lengths):
         lengths = lengths.to(x.device).unsqueeze(1)
@@ -228,8 +223,37 @@ _KERNELS = {
 _FORWARDS = {kind: kind.forward for kind in _KERNELS}
 
 
-def _cell_of(rnn: nn.Module) -> str:
-    return _KERNELS[type(rnn)] or rnn.nonlinearity
+class Kernel(NamedTuple):
+    """What runs a recurrent module of torch's in one call.
+
+    Attributes:
+        cell, weights, bias: see `ops.recurrence`.
+        is_layered: whether the module's state has a dimension for layers.
+    """
+
+    cell: str
+    weights: list[Tensor]
+    bias: bool
+    is_layered: bool
+
+    def layered(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of the module's state the tensors as the op has them."""
+        return tensors if self.is_layered else [t.unsqueeze(0) for t in tensors]
+
+    def unlayered(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The reverse."""
+        return tensors if self.is_layered else [t.squeeze(0) for t in tensors]
+
+    def recurrence(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """A window, (T, B, K), by autograd."""
+        output, after = ops.recurrence(self.cell, x, self.layered(state), self.weights, self.bias)
+        return output, self.unlayered(after)
+
+
+def kernel_of(rnn: nn.Module) -> Kernel:
+    """Of a module for which `why_no_kernel` has no reason."""
+    cell = _KERNELS[type(rnn)] or rnn.nonlinearity
+    return Kernel(cell, [*rnn._parameters.values()], rnn.bias, isinstance(rnn, nn.RNNBase))
 
 
 def why_no_kernel(rnn: nn.Module, x: Any) -> str | None:
@@ -251,13 +275,6 @@ def why_no_kernel(rnn: nn.Module, x: Any) -> str | None:
     if torch.is_autocast_enabled(x.device.type) or not ops.recurrence_is_compiled(x):
         return f"there is no kernel for {x.dtype} on {x.device.type}, or autocast is on"
     return None
-
-
-def kernel_weights(rnn: nn.Module, x: Any) -> list[Tensor] | None:
-    """A recurrent module's weights as the kernel takes them; None where the module itself runs."""
-    if why_no_kernel(rnn, x) is not None:
-        return None
-    return [*rnn._parameters.values()]
 
 
 def _plain(rnn: nn.Module) -> nn.Module:

@@ -43,20 +43,38 @@ class Passed:
         self.trace: Any = None
 
 
+def who_learns(
+    settings: Settings, state: State | None, passed: Passed | None
+) -> tuple[bool, Tensor | None]:
+    """Whether synthesizers learn at a window's start, and at which of its rows, (B, 1); None: at
+    all. A row of zeros is the start of an episode.
+
+    Args:
+        state: the window's; `passed`: what is known of it, None where the caller made it.
+    """
+    if settings.first == "train":
+        return True, None
+    if state is None:
+        return False, None
+    fresh = are_zero(tensors_of(state)) if passed is None else passed.fresh
+    return True, None if fresh is None else ~fresh
+
+
 class Engine:
     """What all windows of a network share.
 
     Args:
         unroller: runs them.
         boundaries, horizon: the synthesizers, and those of the auxiliary task.
-        settings: see `fastdni.DecoupledRNN`.
+        settings: see `fastdni.DecoupledRNN`; `layout_name`: its layout.
     """
 
     def __init__(
-        self, unroller: Unroller, boundaries: Boundaries, horizon: Horizon, settings: Settings
-    ):
+        self, unroller: Unroller, boundaries: Boundaries, horizon: Horizon, settings: Settings,
+        layout_name: str,
+    ):  # fmt: skip
         self.unroller, self.boundaries = unroller, boundaries
-        self.horizon, self.settings = horizon, settings
+        self.horizon, self.settings, self.layout_name = horizon, settings, layout_name
 
 
 class Window:
@@ -101,7 +119,7 @@ class Window:
                     'DecoupledRNN: state must be given to a module of your own with first="train"'
                 )
         self._given = [] if state is None else tensors_of(state)
-        self.learns, self._rows = self._who_learns(settings)
+        self.learns, self._rows = who_learns(settings, state, passed)
         self.start = [t.detach() for t in self._given]
         if self.learns or any(t.requires_grad for t in self._given):
             for tensor in self.start:
@@ -117,19 +135,11 @@ class Window:
         self.passed = Passed(last)
         self._kept = None
         if settings.trace_lambda is not None and settings.trace_view == "forward":
-            self._kept = Kept(self.output)
+            self._kept = Kept()
+            self._kept.listen(self.output)
         self._versions = self._versions_now()
         self._extra: list[Tensor | None] | None = None
         self._jacobian: Tensor | None = None
-
-    def _who_learns(self, settings: Settings) -> tuple[bool, Tensor | None]:
-        """Whether the synthesizers learn at the start, and at which of its rows; None: at all."""
-        if settings.first == "train":
-            return True, None
-        if not self._given:
-            return False, None
-        fresh = are_zero(self._given) if self._before is None else self._before.fresh
-        return True, None if fresh is None else ~fresh
 
     def _versions_now(self) -> list[int]:
         return [p._version for p in self.engine.unroller.rnn.parameters()]
@@ -287,12 +297,7 @@ class Window:
     # ---- for a trace by the forward view ----
 
     @property
-    def ends_a_trace(self) -> bool:
-        """Whether it is the last window of every row's episode. Waits for a GPU's `done`."""
-        return self._kept is not None and self._last is not None and bool(self._last.all())
-
-    @property
-    def carried_from(self) -> Passed | None:
+    def before(self) -> Passed | None:
         """What it was handed by the window before."""
         return self._before
 

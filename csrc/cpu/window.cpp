@@ -1,0 +1,255 @@
+// The window ops on the CPU.
+#include "ops/window.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/kernels/sweep.h"
+#include "cpu/product.h"
+#include "cpu/sweep_memory.h"
+#include "cpu/synthesizer.h"
+#include "cpu/update.h"
+
+namespace fastdni::cpu {
+namespace {
+
+// Calls body(tensor, layer, the column where the layer's features begin, features).
+template <class Body>
+void for_layers(const Tensors& state, int64_t predicted, const Body& body) {
+  int64_t column = 0;
+  for (int64_t i = 0; i < predicted; ++i) {
+    const int64_t layers = state[i].dim() == 3 ? state[i].size(0) : 1;
+    const int64_t features = state[i].size(-1);
+    for (int64_t l = 0; l < layers; ++l, column += features) body(i, l, column, features);
+  }
+}
+
+template <class T>
+Tensor joined(const Tensors& state, int64_t predicted, const JoinedState& shape) {
+  const Tensor out = empty(state[0], {shape.rows, shape.columns});
+  for_layers(state, predicted, [&](int64_t i, int64_t l, int64_t column, int64_t features) {
+    const T* from = data<T>(state[i]) + l * shape.rows * features;
+    T* to = mutable_data<T>(out) + column;
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      std::memcpy(to + r * shape.columns, from + r * features, features * sizeof(T));
+    }
+  });
+  return out;
+}
+
+// factor times a message, as gradients of the state's tensors; rows that have ended get zeros.
+template <class T>
+Tensors split(const Tensor& message, const Tensors& state, int64_t predicted,
+              const JoinedState& shape, double factor, const OptionalTensor& ended) {
+  Tensors out;
+  for (size_t i = 0; i < state.size(); ++i) {
+    out.push_back(empty(state[i], shape_of(state[i])));
+    if (static_cast<int64_t>(i) >= predicted) {
+      std::memset(out[i].data_ptr(), 0, out[i].numel() * sizeof(T));
+    }
+  }
+  const bool* masked = ended ? data<bool>(*ended) : nullptr;
+  for_layers(state, predicted, [&](int64_t i, int64_t l, int64_t column, int64_t features) {
+    T* to = mutable_data<T>(out[i]) + l * shape.rows * features;
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const T* from = data<T>(message) + r * shape.columns + column;
+      const bool zero = masked != nullptr && masked[r];
+      for (int64_t k = 0; k < features; ++k) {
+        to[r * features + k] = zero ? T(0) : static_cast<T>(factor) * from[k];
+      }
+    }
+  });
+  return out;
+}
+
+struct Head {
+  Tensor prediction, loss, grad_output;
+  Tensors gradients;
+};
+
+template <class T>
+Head run_head(const HeadArguments& head, const Tensor& output, const Tensor& target,
+              const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor out = as_matrix(output);
+  Tensor z = product(out, weight);
+  // With what sum_columns may read behind the last element.
+  const Tensor memory = empty(out, {head.rows * head.outputs + kOverread / int64_t{sizeof(T)}});
+  const Tensor grad = view(memory, {head.rows, head.outputs}, {head.outputs, 1});
+  const Tensor loss = empty(out, {});
+  const Matrix<T> of_z{mutable_data<T>(z), head.outputs, head.outputs};
+  const Matrix<T> of_grad{mutable_data<T>(grad), head.outputs, head.outputs};
+  int64_t count = head.rows * head.outputs;
+  if (head.criterion == Criterion::cross_entropy) {
+    const int64_t* labels = data<int64_t>(target);
+    count = 0;
+    for (int64_t r = 0; r < head.rows; ++r) count += labels[r] != kIgnoreIndex;
+  }
+  const int64_t blocks = pieces<T>(head.rows, head.outputs);
+  std::vector<double> losses(blocks);
+  Tensors gradients;
+  gradients.push_back(empty(weight, {head.outputs, head.inputs}));
+  if (bias) gradients.push_back(empty(*bias, {head.outputs}));
+  with_isa([&](auto isa) {
+    in_parallel(blocks, head.rows * head.outputs * 16, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const Rows rows{head.rows * i / blocks, head.rows * (i + 1) / blocks};
+        if (bias) {
+          finish_rows<isa.value, T>(of_z, data<T>(*bias), nullptr, Activation::identity, rows);
+        }
+        if (head.criterion == Criterion::cross_entropy) {
+          losses[i] = cross_entropy_rows<isa.value, T>(of_z, data<int64_t>(target),
+                                                       T(1) / static_cast<T>(count), of_grad, rows);
+        } else {
+          const Matrix<const T> wanted{data<T>(target), head.outputs, head.outputs};
+          losses[i] = error_rows<isa.value, T>(of_z, wanted, T(2) / static_cast<T>(count), of_grad,
+                                               rows);
+        }
+      }
+    });
+  });
+  double sum = 0;
+  for (double each : losses) sum += each;
+  *mutable_data<T>(loss) = static_cast<T>(sum / count);
+  gradients[0] = weight_gradient(grad, out);
+  if (bias) {
+    with_isa([&](auto isa) {
+      for (int64_t c = 0; c < head.outputs; c += kLargeBlockRows) {
+        const int64_t end = std::min(c + kLargeBlockRows, head.outputs);
+        sum_columns<isa.value, T>(of_grad, head.rows, c, end, mutable_data<T>(gradients[1]) + c);
+      }
+    });
+  }
+  const Tensor grad_output = product(grad, transposed(weight));
+  const Shape wide = shape_of(output);
+  return {z, loss, view(grad_output, wide, contiguous_strides(wide)), gradients};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
+    const std::string& caller, const Tensor& output, const Tensor& target,
+    const std::string& criterion, const Tensor& head_weight, const OptionalTensor& head_bias,
+    const Tensors& state, int64_t predicted, const OptionalTensor& context,
+    const Tensors& parameters, int64_t layers, bool bias, double factor,
+    const OptionalTensor& ended) {
+  const Tensor out = as_contiguous(output), wanted = as_contiguous(target);
+  const HeadArguments head = check_head(caller, out, wanted, criterion, head_weight, head_bias);
+  Tensors after;
+  for (const Tensor& each : state) after.push_back(as_contiguous(each));
+  const JoinedState shape = check_joined(caller, "state", after, predicted);
+  const WindowSynthesizer m =
+      check_window_synthesizer(caller, shape, after[0], context, parameters, layers, bias);
+  check_rows(caller, "ended", ended, shape);
+  Head made;
+  Tensors sent;
+  const auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    made = run_head<T>(head, out, wanted, head_weight, head_bias);
+    if (factor == 0) return;
+    const Tensor trigger = joined<T>(after, predicted, shape);
+    const auto [message, hidden] = evaluate_synthesizer(
+        trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
+    sent = split<T>(message, after, predicted, shape, factor, ended);
+  };
+  out.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
+  return {made.prediction, made.loss, made.grad_output, made.gradients, sent};
+}
+
+// What M learns: target_scale clip(row_unit G); and the sum of its squares, over the rows that count.
+template <class T>
+double make_target(const Tensor& target, double row_unit, double clip, double target_scale,
+                   const bool* rows) {
+  const int64_t columns = target.size(1);
+  double energy = 0;
+  for (int64_t r = 0; r < target.size(0); ++r) {
+    T* row = mutable_data<T>(target) + r * columns;
+    double squares = 0;
+    for (int64_t k = 0; k < columns; ++k) squares += static_cast<double>(row[k]) * row[k];
+    const double norm = std::sqrt(squares) * row_unit;
+    double factor = row_unit * target_scale;
+    if (clip > 0 && norm > clip) factor *= clip / norm;
+    for (int64_t k = 0; k < columns; ++k) row[k] *= static_cast<T>(factor);
+    if (rows == nullptr || rows[r]) energy += squares * factor * factor;
+  }
+  return energy;
+}
+
+std::tuple<Tensor, Tensor> window_update(
+    const std::string& caller, const Tensors& start, const Tensors& grad_start, int64_t predicted,
+    const OptionalTensor& context, const Tensors& parameters, int64_t layers, bool bias,
+    bool learns, double row_unit, double clip, double target_scale, double scale,
+    const OptionalTensor& rows, const Tensors& others, const Tensors& gradients,
+    const Tensors& state, const Integers& groups, const std::vector<double>& settings) {
+  Tensors before, found;
+  for (const Tensor& each : start) before.push_back(as_contiguous(each));
+  for (const Tensor& each : grad_start) found.push_back(as_contiguous(each));
+  JoinedState shape;
+  WindowSynthesizer m;
+  if (learns) {
+    shape = check_joined(caller, "start", before, predicted);
+    m = check_window_synthesizer(caller, shape, before[0], context, parameters, layers, bias);
+    const JoinedState of_gradients = check_joined(caller, "grad_start", found, predicted);
+    FASTDNI_CHECK(of_gradients.rows == shape.rows && of_gradients.columns == shape.columns, caller,
+                  ": grad_start must have the shapes of start");
+    check_rows(caller, "rows", rows, shape);
+  }
+  FASTDNI_CHECK(others.size() == gradients.size() && !others.empty(), caller,
+                ": gradients must hold one for each of the ", others.size(), " others, got ",
+                gradients.size());
+  Tensors updated = learns ? parameters : Tensors{};
+  updated.insert(updated.end(), others.begin(), others.end());
+  std::vector<Shape> shapes;
+  for (const Tensor& parameter : updated) shapes.push_back(shape_of(parameter));
+  Tensors grads;
+  for (size_t i = 0; i < others.size(); ++i) {
+    FASTDNI_CHECK(shape_of(gradients[i]) == shape_of(others[i]) &&
+                      gradients[i].scalar_type() == others[i].scalar_type(),
+                  caller, ": a gradient must have its parameter's shape ",
+                  to_string(shape_of(others[i])), " and dtype, got ",
+                  to_string(shape_of(gradients[i])));
+    grads.push_back(as_contiguous(gradients[i]));
+  }
+  std::vector<ParameterMemory> memory(updated.size());
+  OptimizerBinding optimizer = bind_optimizer(caller, placement_of(others[0], "parameters are"),
+                                              Layout::any, shapes, state, groups, settings, memory);
+  for (size_t i = 0; i < updated.size(); ++i) {
+    const Rule rule = memory[i].settings.rule;
+    if (rule == Rule::none || rule == Rule::gradient) continue;
+    memory[i].value = optimizer.memory_of(updated[i]);
+  }
+  Tensor loss = empty(others[0], {}), energy = empty(others[0], {});
+  const auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    *mutable_data<T>(loss) = *mutable_data<T>(energy) = T(0);
+    if (learns) {
+      const bool* counting = rows ? data<bool>(*rows) : nullptr;
+      const Tensor trigger = joined<T>(before, predicted, shape);
+      const Tensor target = joined<T>(found, predicted, shape);
+      const double squares = make_target<T>(target, row_unit, clip, target_scale, counting);
+      *mutable_data<T>(energy) = static_cast<T>(squares * scale / 2);
+      const auto [message, hidden] = evaluate_synthesizer(
+          trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
+      for (int64_t r = 0; counting != nullptr && r < shape.rows; ++r) {
+        if (counting[r]) continue;  // what counts not has no error
+        std::memcpy(mutable_data<T>(target) + r * shape.columns,
+                    data<T>(message) + r * shape.columns, shape.columns * sizeof(T));
+      }
+      const auto [squared, own] = regress_synthesizer(target, message, hidden, trigger, context,
+                                                      m.weights, bias, 2 / scale, {});
+      *mutable_data<T>(loss) = *data<T>(squared);
+      grads.insert(grads.begin(), own.begin(), own.end());
+    }
+    optimizer.raise_steps();
+    for (size_t i = 0; i < updated.size(); ++i) update_parameter<T>(memory[i], grads[i]);
+  };
+  others[0].scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
+  optimizer.write_back();
+  return {loss, energy};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
+  m.impl("window_fwd", TORCH_BOX(&window_fwd));
+  m.impl("window_update_", TORCH_BOX(&window_update));
+}
+
+}  // namespace fastdni::cpu

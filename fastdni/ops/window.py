@@ -1,0 +1,150 @@
+"""window: what stands around the recurrence in a decoupled window: a call before its backward pass,
+and one after it.
+
+    window_fwd       the head's output, its loss and gradients; what M sends at the window's end
+    window_update_   M's regression at the window's start, and every parameter's update
+
+Equations are those of `fastdni.reference.window`.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fastdni import backend, reference
+from fastdni.reference import RULES, OptimizerSettings, SynthesizerParameters
+
+_DEVICES = backend.kernel_devices("window_fwd")
+_forward = torch.ops.fastdni.window_fwd.default._op
+_update = torch.ops.fastdni.window_update_.default._op
+_GRADIENT = RULES.index("gradient")  # the last rule that leaves the parameter itself alone
+_WIDTH = len(OptimizerSettings._fields)
+# Nothing here is differentiable: autograd looks past the ops, which saves a `no_grad`.
+_library = torch.library.Library("fastdni", "IMPL")
+for _op in ("window_fwd", "window_update_"):
+    _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+
+
+@torch.library.register_fake("fastdni::window_fwd")
+def _(
+    caller, output, target, criterion, head_weight, head_bias, state, predicted, context,
+    parameters, layers, bias, factor, ended,
+):  # fmt: skip
+    rows = output.numel() // output.shape[-1]
+    head = [head_weight] if head_bias is None else [head_weight, head_bias]
+    sent = [] if factor == 0 else [*map(torch.empty_like, state)]
+    prediction = output.new_empty(rows, len(head_weight))
+    of_head = [*map(torch.empty_like, head)]
+    return prediction, output.new_empty(()), torch.empty_like(output), of_head, sent
+
+
+@torch.library.register_fake("fastdni::window_update_")
+def _(caller, start, grad_start, predicted, context, parameters, layers, bias, learns, row_unit,
+      clip, target_scale, scale, rows, others, gradients, state, groups, settings):  # fmt: skip
+    return others[0].new_empty(()), others[0].new_empty(())
+
+
+def window_is_compiled(output: Tensor) -> bool:
+    """Whether compiled kernels stand around a recurrence with this output."""
+    known = output.dtype in (torch.float32, torch.float64)
+    return known and backend.server(output, _DEVICES) == "cpu"
+
+
+def window_fwd(
+    output: Tensor,
+    target: Tensor,
+    criterion: str,
+    head: list[Tensor],
+    state: list[Tensor],
+    predicted: int,
+    context: Tensor | None,
+    parameters: SynthesizerParameters,
+    factor: float,
+    ended: Tensor | None = None,
+    caller: str = "window",
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """A linear head on the output of a recurrence, and the synthesizer at the window's end.
+
+    Args:
+        output: (..., H), of the recurrence.
+        target: labels (R,) int64 of the R rows of output for "cross_entropy" (-100: rows that do
+            not count), (R, N) for "mse".
+        criterion: mean over all rows that count, or over all elements.
+        head: its weight (N, H) and, where there is one, bias (N,).
+        state: at the window's end, tensors (L, B, F) or (B, F).
+        predicted: how many of them M predicts for, side by side as (B, S).
+        context: (B, C), or None.
+        parameters: of M.
+        factor: what M says is multiplied by; 0: it is not asked.
+        ended: (B,) booleans, rows that are sent nothing.
+        caller: whom error messages name.
+
+    Returns:
+        The head's output (R, N), the loss (), its gradients with respect to the output and to the
+        head, and the gradients sent into the state (none for a factor of 0).
+
+    Raises:
+        RuntimeError: a shape, dtype, device or label does not fit.
+    """
+    if not window_is_compiled(output):
+        return reference.window_fwd(
+            output, target, criterion, head, state, predicted, context, parameters, factor, ended
+        )
+    weight, bias = head if len(head) == 2 else (*head, None)
+    return _forward(
+        caller, output, target, criterion, weight, bias, state, predicted, context,
+        parameters.tensors(), len(parameters.weights), len(parameters.biases) > 0, factor, ended,
+    )  # fmt: skip
+
+
+def window_update_(
+    start: list[Tensor],
+    grad_start: list[Tensor],
+    predicted: int,
+    context: Tensor | None,
+    parameters: SynthesizerParameters,
+    learns: bool,
+    units: tuple[float, float, float, float],
+    rows: Tensor | None,
+    others: list[Tensor],
+    gradients: list[Tensor],
+    state: list[Tensor],
+    groups: list[int],
+    settings: list[float],
+    caller: str = "window",
+) -> tuple[Tensor, Tensor]:
+    """The synthesizer's regression at a window's start, and every update, in place.
+
+    Args:
+        start: the state there; `grad_start`: the loss's gradients, bootstrapped.
+        predicted, context, parameters: see `window_fwd`.
+        learns: whether M does; its parameters are then the first of those that are updated.
+        units: row_unit, clip (0: none), target_scale, scale: M learns
+            target_scale clip(row_unit G), each row's norm clipped, by a loss of scale / 2 sum(e^2).
+        rows: (B,) booleans, those that count; None: all.
+        others: all other parameters; `gradients`: theirs.
+        state, groups, settings: who updates which parameter: see `reference.assigned`.
+        caller: whom error messages name.
+
+    Returns:
+        The synthesis loss, and that of a prediction of zero; 0 where M does not learn.
+
+    Raises:
+        RuntimeError: a shape, dtype or state does not fit; nothing has been written then.
+    """
+    how = (*units, rows, others, gradients, state, groups, settings)
+    if not window_is_compiled(others[0]):
+        return reference.window_update_(
+            start, grad_start, predicted, context, parameters, learns, *how
+        )
+    own = parameters.tensors()
+    results = _update(
+        caller, start, grad_start, predicted, context, own, len(parameters.weights),
+        len(parameters.biases) > 0, learns, *how,
+    )  # fmt: skip
+    # A raw in-place op leaves the counters alone that autograd, and others, look at.
+    updated = [*own, *others] if learns else others
+    written = [g >= 0 and settings[g * _WIDTH] > _GRADIENT for g in groups]
+    torch._C._increment_version([*state, *itertools.compress(updated, written)])
+    return results
