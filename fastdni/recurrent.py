@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdni.scopes import in_data_parallel_forward
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
@@ -20,7 +19,7 @@ from fastdni.training.recurrent.settings import Settings
 from fastdni.training.recurrent.steps import Criterion, take_step
 from fastdni.training.recurrent.traces import Traces, check_online
 from fastdni.training.recurrent.unroll import unroller
-from fastdni.training.recurrent.window import Engine, Passed, Window
+from fastdni.training.recurrent.window import Engine, Handed, Passed, Window
 
 MOST_WAITING = 100  # windows without a backward pass
 # What a network knows while it runs: nobody's to save or copy.
@@ -35,15 +34,20 @@ class RecurrentResult(NamedTuple):
         output: of the head, in the form of the recurrent module's output.
         synthesis_loss: of the synthesizers at the window's start, (); 0 where they did not learn.
         state: at the window's end, for the next one.
-        relative_synthesis_loss: synthesis_loss over the same of a prediction of zero, (): how much
-            of their target the synthesizers do not explain; NaN where there is none.
+        target_loss: what synthesis_loss would be of predictions of zero, ().
     """
 
     loss: Tensor
     output: Tensor
     synthesis_loss: Tensor
     state: State
-    relative_synthesis_loss: Tensor
+    target_loss: Tensor
+
+    @property
+    def relative_synthesis_loss(self) -> Tensor:
+        """How much of their target the synthesizers do not explain: 1 for a prediction of zero; NaN
+        where there is none."""
+        return self.synthesis_loss / self.target_loss
 
 
 class DecoupledRNN(nn.Module):
@@ -195,7 +199,7 @@ class DecoupledRNN(nn.Module):
     def _forget(self) -> None:
         """Starts with no window open, and no state handed out."""
         self._open: list[Window] = []
-        self._passed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._passed = Handed()
         self.traces = Traces()
         self._engine: Engine | None = None
         self.fused: FusedWindows | None = None  # what steps have found out
@@ -315,7 +319,7 @@ class DecoupledRNN(nn.Module):
         Raises:
             RuntimeError: one has.
         """
-        passed = None if state is None else self._passed.get(tensors_of(state)[0])
+        passed = None if state is None else self._passed.at(tensors_of(state)[0])
         if passed is not None and passed.is_used:
             raise RuntimeError(
                 "DecoupledRNN: state must not be used twice in training: the gradient there is that"
@@ -327,7 +331,7 @@ class DecoupledRNN(nn.Module):
         """Remembers what a window has started from, and what it leaves."""
         if before is not None:
             before.is_used = True
-        self._passed[tensors_of(state)[0]] = passed
+        self._passed.put(tensors_of(state)[0], passed)
 
     def backward(self, loss: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
         """Backpropagates through the open windows, and has the synthesizers learn.

@@ -1,11 +1,12 @@
 // The recurrence op on the CPU. Rows do not meet before the weights' gradients: a block of them goes
 // through all layers and steps by itself.
-#include "ops/recurrence.h"
+#include "cpu/recurrence.h"
 
 #include <cstring>
 
 #include "cpu/kernels/recurrence.h"
 #include "cpu/sweep_memory.h"
+#include "ops/recurrence.h"
 
 namespace fastdni::cpu {
 namespace {
@@ -170,7 +171,8 @@ class Window {
                         const std::vector<Gradients>& gradients, const Tensors& grad_weights) {
     struct Job {
       Matrix<T> grad;
-      const T* panels;
+      const T* panels;  // null: few columns, from `rows`
+      const T* rows;
       int64_t columns;
       T *weight, *bias;
     };
@@ -185,18 +187,21 @@ class Window {
       const auto grad = [&](int64_t which) {
         return mutable_data<T>(grad_weights[l * per_layer + which]);
       };
-      packed.emplace_back(rows_ * padded<isa, T>(inputs));
-      pack_rows<isa, T>(in, inputs, rows_, inputs, 0, panels<isa, T>(inputs), 0, rows_, false,
-                        packed.back().data());
-      jobs.push_back({gradients[l].gates, packed.back().data(), inputs, grad(0),
-                      given_.bias ? grad(2) : nullptr});
+      const bool narrow = inputs <= kFewColumns;
+      if (!narrow) {
+        packed.emplace_back(rows_ * padded<isa, T>(inputs));
+        pack_rows<isa, T>(in, inputs, rows_, inputs, 0, panels<isa, T>(inputs), 0, rows_, false,
+                          packed.back().data());
+      }
+      jobs.push_back({gradients[l].gates, narrow ? nullptr : packed.back().data(), in, inputs,
+                      grad(0), given_.bias ? grad(2) : nullptr});
       packed.emplace_back(rows_ * padded<isa, T>(hidden));
       const int64_t last = panels<isa, T>(hidden);
       pack_rows<isa, T>(data<T>(state[0]) + l * given_.batch * hidden, hidden, rows_, hidden, 0,
                         last, 0, given_.batch, false, packed.back().data());
       pack_rows<isa, T>(layers[l].h.data - given_.batch * hidden, hidden, rows_, hidden, 0, last,
                         given_.batch, rows_, false, packed.back().data());
-      jobs.push_back({of_hidden, packed.back().data(), hidden, grad(1),
+      jobs.push_back({of_hidden, packed.back().data(), nullptr, hidden, grad(1),
                       given_.bias ? grad(3) : nullptr});
     }
     const int64_t cut = pieces<T>(width_, rows_ * hidden);
@@ -204,7 +209,12 @@ class Window {
       for (int64_t i = first; i < end; ++i) {
         const Job& job = jobs[i / cut];
         const int64_t begin = width_ * (i % cut) / cut, until = width_ * (i % cut + 1) / cut;
-        weight_backward(job.grad, job.panels, job.columns, begin, until, job.weight);
+        if (job.panels == nullptr) {
+          weighted_sums<isa, T>(job.grad, job.rows, job.columns, rows_, {begin, until},
+                                job.weight);
+        } else {
+          weight_backward(job.grad, job.panels, job.columns, begin, until, job.weight);
+        }
         if (job.bias == nullptr) continue;
         sum_columns<isa, T>(job.grad, rows_, begin, until, job.bias + begin);
       }
@@ -409,6 +419,8 @@ Tensors empty_like(const Tensors& tensors) {
   return result;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensors, Tensor> recurrence_fwd(const std::string& cell, const Tensor& x,
                                                    const Tensors& state, const Tensors& weights,
                                                    bool bias) {
@@ -455,8 +467,6 @@ std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
   });
   return {grad_x ? *grad_x : empty(x, {0}), grad_before, grad_weights};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
   m.impl("recurrence_fwd", TORCH_BOX(&recurrence_fwd));

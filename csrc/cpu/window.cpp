@@ -6,6 +6,7 @@
 
 #include "cpu/kernels/sweep.h"
 #include "cpu/product.h"
+#include "cpu/recurrence.h"
 #include "cpu/sweep_memory.h"
 #include "cpu/synthesizer.h"
 #include "cpu/update.h"
@@ -245,9 +246,32 @@ std::tuple<Tensor, Tensor> window_update(
   return {loss, energy};
 }
 
+std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
+    const std::string& caller, const std::string& cell, const Tensor& x, const Tensors& start,
+    const Tensors& weights, bool cell_bias, const Tensor& target, const std::string& criterion,
+    const Tensor& head_weight, const OptionalTensor& head_bias, int64_t predicted,
+    const OptionalTensor& start_context, const OptionalTensor& end_context,
+    const Tensors& parameters, int64_t layers, bool bias, bool learns, double factor,
+    double row_unit, double clip, double target_scale, double scale, const OptionalTensor& rows,
+    const OptionalTensor& ended, const Tensors& others, const Tensors& state,
+    const Integers& groups, const std::vector<double>& settings) {
+  const auto [output, after, saved] = recurrence_fwd(cell, x, start, weights, cell_bias);
+  auto [prediction, loss, grad_output, grad_head, sent] =
+      window_fwd(caller, output, target, criterion, head_weight, head_bias, after, predicted,
+                 end_context, parameters, layers, bias, factor, ended);
+  auto [grad_x, grad_start, gradients] = recurrence_bwd(cell, x, start, weights, cell_bias, output,
+                                                        saved, grad_output, sent, false);
+  gradients.insert(gradients.end(), grad_head.begin(), grad_head.end());
+  const auto [synthesis_loss, energy] = window_update(
+      caller, start, grad_start, predicted, start_context, parameters, layers, bias, learns,
+      row_unit, clip, target_scale, scale, rows, others, gradients, state, groups, settings);
+  return {prediction, loss, after, synthesis_loss, energy};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
+  m.impl("window_step_", TORCH_BOX(&window_step));
   m.impl("window_fwd", TORCH_BOX(&window_fwd));
   m.impl("window_update_", TORCH_BOX(&window_update));
 }

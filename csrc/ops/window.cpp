@@ -3,6 +3,7 @@
 //
 //   window_fwd       the head's output, its loss and gradients, and what M sends at the window's end
 //   window_update_   the regression of M at its start, and every parameter's update
+//   window_step_     both, and the recurrence op between them
 #include "ops/window.h"
 
 #include "common/names.h"
@@ -107,6 +108,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "float row_unit, float clip, float target_scale, float scale, Tensor? rows, "
       "Tensor(b!)[] others, Tensor[] gradients, Tensor(c!)[] state, int[] groups, "
       "float[] settings) -> (Tensor loss, Tensor energy)");
+  m.def(
+      "window_step_(str caller, str cell, Tensor x, Tensor[] start, Tensor[] weights, "
+      "bool cell_bias, Tensor target, str criterion, Tensor head_weight, Tensor? head_bias, "
+      "int predicted, Tensor? start_context, Tensor? end_context, Tensor(a!)[] parameters, "
+      "int layers, bool bias, bool learns, float factor, float row_unit, float clip, "
+      "float target_scale, float scale, Tensor? rows, Tensor? ended, Tensor(b!)[] others, "
+      "Tensor(c!)[] state, int[] groups, float[] settings) -> (Tensor prediction, Tensor loss, "
+      "Tensor[] after, Tensor synthesis_loss, Tensor energy)");
 }
 
 }  // namespace fastdni

@@ -26,7 +26,7 @@ from fastdni.ops.synthesizer import (
     synthesizer_bwd,
     synthesizer_fwd,
 )
-from fastdni.ops.window import window_fwd, window_is_compiled, window_update_
+from fastdni.ops.window import window_fwd, window_is_compiled, window_step_, window_update_
 
 __all__ = [
     "FROZEN",
@@ -51,5 +51,6 @@ __all__ = [
     "synthesizer_fwd",
     "window_fwd",
     "window_is_compiled",
+    "window_step_",
     "window_update_",
 ]

@@ -18,11 +18,12 @@ from fastdni.reference import RULES, OptimizerSettings, SynthesizerParameters
 _DEVICES = backend.kernel_devices("window_fwd")
 _forward = torch.ops.fastdni.window_fwd.default._op
 _update = torch.ops.fastdni.window_update_.default._op
+_step = torch.ops.fastdni.window_step_.default._op
 _GRADIENT = RULES.index("gradient")  # the last rule that leaves the parameter itself alone
 _WIDTH = len(OptimizerSettings._fields)
 # Nothing here is differentiable: autograd looks past the ops, which saves a `no_grad`.
 _library = torch.library.Library("fastdni", "IMPL")
-for _op in ("window_fwd", "window_update_"):
+for _op in ("window_fwd", "window_update_", "window_step_"):
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -43,6 +44,15 @@ def _(
 def _(caller, start, grad_start, predicted, context, parameters, layers, bias, learns, row_unit,
       clip, target_scale, scale, rows, others, gradients, state, groups, settings):  # fmt: skip
     return others[0].new_empty(()), others[0].new_empty(())
+
+
+@torch.library.register_fake("fastdni::window_step_")
+def _(caller, cell, x, start, weights, cell_bias, target, criterion, head_weight, head_bias,
+      predicted, start_context, end_context, parameters, layers, bias, learns, factor, row_unit,
+      clip, target_scale, scale, rows, ended, others, state, groups, settings):  # fmt: skip
+    prediction = x.new_empty(len(x) * x.shape[1], len(head_weight))
+    after = [*map(torch.empty_like, start)]
+    return prediction, x.new_empty(()), after, x.new_empty(()), x.new_empty(())
 
 
 def window_is_compiled(output: Tensor) -> bool:
@@ -143,8 +153,61 @@ def window_update_(
         caller, start, grad_start, predicted, context, own, len(parameters.weights),
         len(parameters.biases) > 0, learns, *how,
     )  # fmt: skip
+    _mark([*own, *others] if learns else others, state, groups, settings)
+    return results
+
+
+def window_step_(
+    cell: str,
+    x: Tensor,
+    start: list[Tensor],
+    weights: list[Tensor],
+    cell_bias: bool,
+    target: Tensor,
+    criterion: str,
+    head: list[Tensor],
+    predicted: int,
+    contexts: tuple[Tensor | None, Tensor | None],
+    parameters: SynthesizerParameters,
+    learns: bool,
+    factor: float,
+    units: tuple[float, float, float, float],
+    rows: Tensor | None,
+    ended: Tensor | None,
+    state: list[Tensor],
+    groups: list[int],
+    settings: list[float],
+    caller: str = "window",
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    """A whole decoupled window in one call: `ops.recurrence` and its backward pass, with
+    `window_fwd` and `window_update_` around it. For compiled kernels alone.
+
+    Args:
+        cell, x, start, weights, cell_bias: see `ops.recurrence`.
+        contexts: at the window's start, and at its end.
+        Others as `window_fwd` and `window_update_`, whose `others` are weights and head.
+
+    Returns:
+        The head's output (R, N), the loss, the state after the window, the synthesis loss, and that
+        of a prediction of zero.
+
+    Raises:
+        As `window_update_`.
+    """
+    weight, bias = head if len(head) == 2 else (*head, None)
+    own, others = parameters.tensors(), [*weights, *head]
+    results = _step(
+        caller, cell, x, start, weights, cell_bias, target, criterion, weight, bias, predicted,
+        *contexts, own, len(parameters.weights), len(parameters.biases) > 0, learns, factor,
+        *units, rows, ended, others, state, groups, settings,
+    )  # fmt: skip
+    _mark([*own, *others] if learns else others, state, groups, settings)
+    return results
+
+
+def _mark(
+    updated: list[Tensor], state: list[Tensor], groups: list[int], settings: list[float]
+) -> None:
     # A raw in-place op leaves the counters alone that autograd, and others, look at.
-    updated = [*own, *others] if learns else others
     written = [g >= 0 and settings[g * _WIDTH] > _GRADIENT for g in groups]
     torch._C._increment_version([*state, *itertools.compress(updated, written)])
-    return results

@@ -182,9 +182,35 @@ void cell_backward(Cell cell, const CellGradient<T>& step, int64_t hidden, Rows 
   }
 }
 
-#define INSTANTIATE(T)                                                                  \
-  template void cell_forward<kIsa, T>(Cell, const CellStep<T>&, int64_t, Rows);         \
-  template void cell_backward<kIsa, T>(Cell, const CellGradient<T>&, int64_t, Rows);
+template <Isa isa, class T>
+void weighted_sums(Matrix<const T> grad, const T* x, int64_t inputs, int64_t count, Rows outputs,
+                   T* weight) {
+  constexpr int64_t kOutputs = 64, kShort = 64;  // rows that are summed before they are added up
+  for (int64_t first = outputs.begin; first < outputs.end; first += kOutputs) {
+    const int64_t width = outputs.end - first < kOutputs ? outputs.end - first : kOutputs;
+    for (int64_t c = 0; c < inputs; ++c) {
+      T total[kOutputs] = {};
+      for (int64_t begin = 0; begin < count; begin += kShort) {
+        const int64_t end = count - begin < kShort ? count : begin + kShort;
+        T part[kOutputs] = {};
+        for (int64_t b = begin; b < end; ++b) {
+          const T factor = x[b * inputs + c];
+          const T* __restrict__ from = grad.row(b) + first;
+#pragma omp simd
+          for (int64_t r = 0; r < width; ++r) part[r] += factor * from[r];
+        }
+#pragma omp simd
+        for (int64_t r = 0; r < width; ++r) total[r] += part[r];
+      }
+      for (int64_t r = 0; r < width; ++r) weight[(first + r) * inputs + c] = total[r];
+    }
+  }
+}
+
+#define INSTANTIATE(T)                                                                          \
+  template void cell_forward<kIsa, T>(Cell, const CellStep<T>&, int64_t, Rows);                 \
+  template void cell_backward<kIsa, T>(Cell, const CellGradient<T>&, int64_t, Rows);            \
+  template void weighted_sums<kIsa, T>(Matrix<const T>, const T*, int64_t, int64_t, Rows, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -2,6 +2,8 @@
 pass, the head and what is sent at the window's end, and one behind it, the synthesizer's regression
 and every update."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -83,32 +85,28 @@ class ModuleRecurrence:
 
 
 class KernelRecurrence:
-    """The recurrence by a kernel of ours, without autograd."""
+    """The recurrence by a kernel of ours, without autograd; x is (T, B, K)."""
 
     def __init__(self, engine: Engine):
         self._kernel = kernel_of(engine.unroller.rnn)
-        self._first = engine.unroller.batch_first
         self.parameters = self._kernel.weights
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """As ModuleRecurrence."""
-        self._x = x.transpose(0, 1) if self._first else x
-        self._start = self._kernel.layered(tensors_of(state))
+        self._x, self._start = x, self._kernel.layered(tensors_of(state))
         cell, weights, bias, _ = self._kernel
         self._output, end, self._saved = ops.recurrence_fwd(
             cell, self._x, self._start, weights, bias
         )
-        output = self._output.transpose(0, 1) if self._first else self._output
-        return output, rebuilt(state, iter(self._kernel.unlayered(end)))
+        return self._output, rebuilt(state, iter(self._kernel.unlayered(end)))
 
     def backward(
         self, grad_output: Tensor, sent: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As ModuleRecurrence."""
-        above = grad_output.transpose(0, 1) if self._first else grad_output
         cell, weights, bias, _ = self._kernel
         _, before, found = ops.recurrence_bwd(
-            cell, self._x, self._start, weights, bias, self._output, self._saved, above,
+            cell, self._x, self._start, weights, bias, self._output, self._saved, grad_output,
             self._kernel.layered(sent), False,
         )  # fmt: skip
         self._x = self._start = self._output = self._saved = None
@@ -159,8 +157,11 @@ class FusedWindows:
         if not ops.window_is_compiled(self._head[0]):
             raise Unfused(f"there is no kernel for {self._dtype} on {device}")
         self.why_no_kernel = why_no_kernel(engine.unroller.rnn, self._head[0].new_empty(1, 1, 1))
-        kernel = self.why_no_kernel is None
-        self._recurrence = KernelRecurrence(engine) if kernel else ModuleRecurrence(engine)
+        self._kernel = kernel_of(engine.unroller.rnn) if self.why_no_kernel is None else None
+        # A kernel has its steps in front.
+        self._turns = self._kernel is not None and engine.unroller.batch_first
+        own = ModuleRecurrence if self._kernel is None else KernelRecurrence
+        self._recurrence = own(engine)
         self._of_m = self._m.tensors()
         self._others = [*self._recurrence.parameters, *self._head]
         self._every = [*self._of_m, *self._others]
@@ -184,8 +185,10 @@ class FusedWindows:
         criteria.watch_criterion(own, criterion if isinstance(criterion, nn.Module) else None)
         for parameter in self._every:
             own.tensor(parameter)
-        own.done(watch_modules(self._modules, ()))
+        self._watches = watch_modules(self._modules, ()), own
+        own.done(self._watches[0])
         self._unchanged = own.unchanged
+        self._last: Any = None  # of the last window: shapes, and who is watched with all of it
 
     def still_serve(self, engine: Engine, head, criterion, optimizer) -> bool:
         """Whether it is these that are given, and they are as they were."""
@@ -194,8 +197,30 @@ class FusedWindows:
             and engine is self.engine
             and criterion is self.criterion
             and self._surroundings.are_same()
-            and self._unchanged()
-            and self.optimizers.still_serve(optimizer)
+            and (self._serve_once_more(optimizer) or self._still_serve(optimizer))
+        )
+
+    def _still_serve(self, optimizer) -> bool:
+        self._last = None
+        return self._unchanged() and self.optimizers.still_serve(optimizer)
+
+    def _serve_once_more(self, optimizer) -> bool:
+        """The same, told at once where optimizers keep what they kept."""
+        if self._last is None or not (self.optimizers.are(optimizer) and self._last.unchanged()):
+            return False
+        return self.optimizers.settings_if_alike() is not None
+
+    def is_like_last(self, x: Any, state: State, passed: Passed | None, *others) -> bool:
+        """Whether a window has the form of the last one, which was checked: the state is one that
+        it left, and there is nothing else."""
+        last = self._last
+        return (
+            last is not None
+            and passed is not None
+            and others == (None,) * len(others)
+            and type(x) is Tensor
+            and (x.shape, x.dtype, x.device) == last.x
+            and tensors_of(state)[0].shape == last.state
         )
 
     def takes(self, given: Given) -> bool:
@@ -224,76 +249,144 @@ class FusedWindows:
             trace: what to call with what is kept of it, and its `passed`, for the synthesizers to
                 learn where a trace of windows is over; None: they learn at once.
         """
-        engine, settings, recurrence = self.engine, self.engine.settings, self._recurrence
-        boundaries, state = engine.boundaries, given.state
-        learns, rows = who_learns(settings, state, given.passed)
+        engine = self.engine
+        state = given.state
+        learns, rows = who_learns(engine.settings, state, given.passed)
         if state is None:
             state = engine.unroller.zeros(engine.unroller.size(given.x)[1])
         start = [t.detach() for t in tensors_of(state)]
-        batch = rows_of(start)
-        output, after = recurrence.forward(given.x, rebuilt(state, iter(start)))
-        target = self._target(given.target, output)
         last = None if given.ended is None else given.ended[-1]
-        unit = boundaries.unit(batch)
-        end = tensors_of(after)
-        predicted = boundaries.predicted(start)
-        prediction, loss, grad_output, grad_head, sent = ops.window_fwd(
-            output, target, self._name, self._head, end, predicted, given.contexts[1], self._m,
-            settings.factor / unit, last, self._caller,
-        )  # fmt: skip
-        before, grads = recurrence.backward(grad_output, sent)
+        rows = None if rows is None else rows.view(-1)
+        x = given.x.transpose(0, 1) if self._turns else given.x
+        about = _About(x, self._target(given), state, start, learns, rows, last)
+        passed = Passed(None if last is None else last.unsqueeze(1))
+        if trace is None and self._kernel is not None:
+            found = self._at_once(given, about)
+        else:
+            found = self._in_pieces(given, about, passed, trace)
+        self.optimizers.mark_called()
+        self._remember(given.x, start)
+        if not self._no_gradients.unchanged():
+            for parameter in self._every:
+                parameter.grad = None
+        prediction, loss, end, synthesis, energy = found
+        after = rebuilt(state, iter(end))
         if last is not None:
             after = zeroed(after, last.unsqueeze(1))
-        passed = Passed(None if last is None else last.unsqueeze(1))
-        others, gradients = self._others, [*grads, *grad_head]
+        output = prediction.view(len(x), x.shape[1], -1)
+        if self._turns:
+            output = output.transpose(0, 1)
+        return Found(loss, output, after, passed, synthesis, energy)
+
+    def _remember(self, x: Tensor, start: list[Tensor]) -> None:
+        form = (x.shape, x.dtype, x.device)
+        if self._last is None or self._last.x != form or self._last.state != start[0].shape:
+            watches = (*self._watches, self.optimizers.watch, self.optimizers.kept().watch)
+            self._last = _Last(form, start[0].shape, Watch().done(*watches).unchanged)
+
+    def _at_once(self, given: Given, about: "_About") -> tuple:
+        """By a kernel, in one call."""
+        kernel, boundaries = self._kernel, self.engine.boundaries
+        cell, weights, bias, _ = kernel
+        start = kernel.layered(about.start)
+        factor = self.engine.settings.factor / boundaries.unit(about.batch)
+        with self._updating(about.learns) as (state, groups, settings):
+            prediction, loss, end, synthesis, energy = ops.window_step_(
+                cell, about.x, start, weights, bias, about.target, self._name, self._head,
+                boundaries.predicted(start), given.contexts, self._m, about.learns, factor,
+                boundaries.numbers(start), about.rows, about.last, state, groups, settings,
+                self._caller,
+            )  # fmt: skip
+        return prediction, loss, kernel.unlayered(end), synthesis, energy
+
+    def _in_pieces(self, given: Given, about: "_About", passed: Passed, trace: Any) -> tuple:
+        """In a call in front of the recurrence's backward pass and one behind it."""
+        boundaries, recurrence, start = self.engine.boundaries, self._recurrence, about.start
+        output, end = recurrence.forward(about.x, rebuilt(about.state, iter(start)))
+        end, predicted = tensors_of(end), boundaries.predicted(start)
+        factor = self.engine.settings.factor / boundaries.unit(about.batch)
+        prediction, loss, grad_output, grad_head, sent = ops.window_fwd(
+            output, about.target, self._name, self._head, end, predicted, given.contexts[1],
+            self._m, factor, about.last, self._caller,
+        )  # fmt: skip
+        before, grads = recurrence.backward(grad_output, sent)
+        others, gradients, learns = self._others, [*grads, *grad_head], about.learns
         learnt = None
         if trace is not None:
             kept = Kept()
             kept.fill(
-                grad_output, x=given.x, start=start, like=after, end=end, ended=given.ended,
-                lengths=None, ctx=given.contexts, rows=rows, learns=learns, loss_scale=1.0,
+                grad_output, x=given.x, start=start, like=about.state, end=end, ended=given.ended,
+                lengths=None, ctx=given.contexts, rows=None if about.rows is None
+                else about.rows.view(-1, 1), learns=learns, loss_scale=1.0,
             )  # fmt: skip
-            learnt, learns = trace(kept, passed), False
-            found = [(p, p.grad) for p in self._of_m if p.grad is not None]
-            updates = self._updates(bool(found))
-            if found:  # a trace is over
+            learnt = trace(kept, passed)
+            learns = any(p.grad is not None for p in self._of_m)  # a trace is over
+            if learns:
                 others = [*self._of_m, *others]
-                gradients = [*(p.grad for p in self._of_m), *gradients]
-        else:
-            updates = self._updates(learns)
-        groups, settings_now = updates.settings()
-        if not (learns or len(others) > len(self._others)):
-            groups = groups[len(self._of_m) :]
+                gradients = [*(_gradient(p) for p in self._of_m), *gradients]
+        with self._updating(learns) as (state, groups, settings):
+            synthesis, energy = ops.window_update_(
+                start, before, predicted, given.contexts[0], self._m, learns and trace is None,
+                boundaries.numbers(start), about.rows, others, gradients, state, groups, settings,
+                self._caller,
+            )  # fmt: skip
+        if learnt is not None:
+            synthesis, energy = synthesis + learnt[0], energy + learnt[1]
+        return prediction, loss, end, synthesis, energy
+
+    @contextmanager
+    def _updating(self, learns: bool):
+        """State, groups and settings of an update, of M's parameters where it learns and of all
+        others. What is made for the optimizers is taken back if the update is refused."""
+        updates = updates_of(self.optimizers, self, self._every, self._learning[not learns])
+        groups, settings = updates.settings()
         try:
             updates.put_in_place()
-            synthesis, energy = ops.window_update_(
-                start, before, predicted, given.contexts[0], self._m, learns,
-                boundaries.numbers(start), None if rows is None else rows.view(-1), others,
-                gradients, updates.state, groups, settings_now, self._caller,
-            )  # fmt: skip
-        except (RuntimeError, ValueError):  # refused: nothing was written
+            yield updates.state, groups if learns else groups[len(self._of_m) :], settings
+        except (RuntimeError, ValueError):  # nothing was written
             updates.take_back()
             raise
         updates.finish()
-        self.optimizers.mark_called()
-        if not self._no_gradients.unchanged():
-            for parameter in self._every:
-                parameter.grad = None
-        if learnt is not None:
-            synthesis, energy = synthesis + learnt[0], energy + learnt[1]
-        output = prediction.view(*output.shape[:-1], -1)
-        return Found(loss, output, after, passed, synthesis, energy)
 
-    def _updates(self, learns: bool):
-        return updates_of(self.optimizers, self, self._every, self._learning[not learns])
-
-    def _target(self, target: Tensor, output: Tensor) -> Tensor:
+    def _target(self, given: Given) -> Tensor:
         """In the form that the op takes."""
-        wanted = tuple(output.shape[:-1])
+        x, target = given.x, given.target
+        wanted = tuple(x.shape[:-1])
         if self._name == "mse":
             wanted = (*wanted, self.head.out_features)
         if tuple(target.shape) != wanted:
             raise RuntimeError(
                 f"{self._caller}: target must be of shape {wanted}, got {tuple(target.shape)}"
             )
+        if self._turns:
+            target = target.transpose(0, 1)
         return target.flatten() if self._name == "cross_entropy" else target.flatten(0, -2)
+
+
+class _Last(NamedTuple):
+    """Of the last window the form of x, and of the state's first tensor; and what tells whether
+    modules and optimizers are as they were."""
+
+    x: tuple
+    state: torch.Size
+    unchanged: Callable[[], bool]
+
+
+class _About(NamedTuple):
+    """What a window has to know besides what it is given."""
+
+    x: Tensor
+    target: Tensor
+    state: State
+    start: list[Tensor]
+    learns: bool
+    rows: Tensor | None
+    last: Tensor | None
+
+    @property
+    def batch(self) -> int:
+        return rows_of(self.start)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

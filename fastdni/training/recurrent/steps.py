@@ -31,17 +31,19 @@ def take_step(
             `hand_on`, `close`, `abandon`, `traces`, and `fused`, a place for what steps have found.
 
     Returns:
-        Loss, output, synthesis loss, state, relative synthesis loss.
+        Loss, output, synthesis loss, state, and the synthesis loss of predictions of zero.
     """
     if not net.training:
         raise RuntimeError(f"{CALLER}: the network must be in training mode; call rnn.train()")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{CALLER}: training is not possible in torch.inference_mode()")
     engine = net.engine()
-    ended = checked(engine.unroller, x, state, done, lengths)
     fused = known_or_new(net, engine, head, optimizer, criterion)
     if fused is not None:
-        given = Given(x, target, state, net.passed_at(state), ended, context_pair(context), lengths)
+        passed = net.passed_at(state)
+        checks = not fused.is_like_last(x, state, passed, done, lengths)
+        ended = checked(engine.unroller, x, state, done, lengths) if checks else None
+        given = Given(x, target, state, passed, ended, context_pair(context), lengths)
         if fused.takes(given):
             return _fused_step(net, fused, given)
     return _step_by_autograd(
@@ -92,8 +94,7 @@ def _fused_step(net: Any, fused: FusedWindows, given: Given) -> tuple:
     with torch.no_grad():
         found = fused.run(given, trace)
     net.hand_on(given.passed, found.state, found.passed)
-    relative = found.synthesis_loss / found.energy
-    return found.loss, found.output, found.synthesis_loss, found.state, relative
+    return found.loss, found.output, found.synthesis_loss, found.state, found.energy
 
 
 def _step_by_autograd(
@@ -122,7 +123,7 @@ def _step_by_autograd(
             raise
         synthesis_loss, energy = net.close(loss)
         optimizers.step()
-    return loss.detach(), output.detach(), synthesis_loss, after, synthesis_loss / energy
+    return loss.detach(), output.detach(), synthesis_loss, after, energy
 
 
 def _check(head: Any, criterion: Criterion) -> None:

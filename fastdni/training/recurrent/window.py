@@ -8,6 +8,8 @@ where a row's episode ends nothing is sent and nothing crosses. With a trace the
 further: see `traces.py`.
 """
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +43,29 @@ class Passed:
         self.ctx: Any = None
         self.met: list[Met | None] = []
         self.trace: Any = None
+
+
+class Handed:
+    """What is known of states that were handed out, for as long as these live."""
+
+    def __init__(self):
+        self._known: dict[int, tuple[weakref.ref, Passed]] = {}
+
+    def at(self, tensor: Tensor) -> Passed | None:
+        """Of the state that begins with a tensor."""
+        found = self._known.get(id(tensor))
+        return None if found is None or found[0]() is not tensor else found[1]
+
+    def put(self, tensor: Tensor, passed: Passed) -> None:
+        """Remembers what is known of it."""
+        number = id(tensor)
+        gone = partial(_forget, self._known, number)
+        self._known[number] = weakref.ref(tensor, gone), passed
+
+
+def _forget(known: dict, number: int, ref: weakref.ref) -> None:
+    if number in known and known[number][0] is ref:  # and not that of another with its id
+        del known[number]
 
 
 def who_learns(
