@@ -3,8 +3,10 @@
 #include "cpu/recurrence.h"
 
 #include <cstring>
+#include <deque>
 
 #include "cpu/kernels/recurrence.h"
+#include "cpu/scratch.h"
 #include "cpu/sweep_memory.h"
 #include "ops/recurrence.h"
 
@@ -27,8 +29,8 @@ class Store {
     used_ += (count + kLine - 1) / kLine * kLine;
     return begin;
   }
-  // With what multiply may read behind the last element.
-  int64_t count() const { return used_ + kOverread / static_cast<int64_t>(sizeof(T)); }
+  // With what kernels may read behind the last element.
+  int64_t count() const { return used_ + kWeightedOverread / static_cast<int64_t>(sizeof(T)); }
 
  private:
   T* next_;
@@ -47,16 +49,18 @@ class Window {
   explicit Window(const RecurrenceArguments& given)
       : given_(given), rows_(given.steps * given.batch), width_(given.gates() * given.hidden) {}
 
-  Tensor empty_saved(const Tensor& like) const {
+  // Numbers that the forward pass leaves for the backward pass.
+  int64_t saved() const {
     Store<T> store(nullptr);
     lay(store, nullptr);
-    return empty(like, {store.count()});
+    return store.count();
   }
 
   void forward(const Tensor& x, const Tensors& state, const Tensor& output, const Tensors& after,
-               const Tensor& saved) {
+               T* saved) {
     std::vector<LayerMemory<T>> layers = laid(saved, output);
-    std::vector<T> packed = pack_forward(), biases = add_biases();
+    const Scratch<T> packed = pack_forward();
+    const std::vector<T> biases = add_biases();
     const int64_t batch = given_.batch, hidden = given_.hidden;
     in_blocks([&](int64_t begin, int64_t end) {
       const Rows rows{0, end - begin};
@@ -92,17 +96,17 @@ class Window {
   }
 
   // Gradients of the weights in their order, of the state, and of x where it is wanted.
-  void backward(const Tensor& x, const Tensors& state, const Tensor& output, const Tensor& saved,
+  void backward(const Tensor& x, const Tensors& state, const Tensor& output, T* saved,
                 const OptionalTensor& grad_output, const Tensors& grad_after,
                 const OptionalTensor& grad_x, const Tensors& grad_before,
                 const Tensors& grad_weights) {
     const std::vector<LayerMemory<T>> layers = laid(saved, output);
     Store<T> size(nullptr);
     lay_gradients(size);
-    const Tensor scratch = empty(x, {size.count()});
-    Store<T> store(mutable_data<T>(scratch));
+    const Scratch<T> scratch(size.count());
+    Store<T> store(scratch.data());
     std::vector<Gradients> gradients = lay_gradients(store);
-    const std::vector<T> packed = pack_backward();
+    const Scratch<T> packed = pack_backward();
     in_blocks([&](int64_t begin, int64_t end) {
       for (int64_t l = given_.layers; l-- > 0;) {
         layer_backward(l, begin, end, state, layers, gradients, packed, grad_output, grad_after,
@@ -121,7 +125,7 @@ class Window {
 
   void layer_backward(int64_t l, int64_t begin, int64_t end, const Tensors& state,
                       const std::vector<LayerMemory<T>>& layers, std::vector<Gradients>& gradients,
-                      const std::vector<T>& packed, const OptionalTensor& grad_output,
+                      const Scratch<T>& packed, const OptionalTensor& grad_output,
                       const Tensors& grad_after, const OptionalTensor& grad_x,
                       const Tensors& grad_before) {
     const int64_t batch = given_.batch, hidden = given_.hidden, inputs = given_.layer_inputs(l);
@@ -177,7 +181,7 @@ class Window {
       T *weight, *bias;
     };
     std::vector<Job> jobs;
-    std::vector<std::vector<T>> packed;
+    std::deque<Scratch<T>> packed;
     const int64_t hidden = given_.hidden, per_layer = given_.bias ? 4 : 2;
     for (int64_t l = 0; l < given_.layers; ++l) {
       const int64_t inputs = given_.layer_inputs(l);
@@ -258,12 +262,9 @@ class Window {
     return layers;
   }
 
-  std::vector<LayerMemory<T>> laid(const Tensor& saved, const Tensor& output) const {
-    Store<T> store(mutable_data<T>(saved));
-    std::vector<LayerMemory<T>> layers = lay(store, mutable_data<T>(output));
-    FASTDNI_CHECK(saved.numel() == store.count(), "recurrence: saved must be what the forward pass "
-                  "of this window returned");
-    return layers;
+  std::vector<LayerMemory<T>> laid(T* saved, const Tensor& output) const {
+    Store<T> store(saved);
+    return lay(store, mutable_data<T>(output));
   }
 
   std::vector<Gradients> lay_gradients(Store<T>& store) const {
@@ -283,14 +284,14 @@ class Window {
 
   // ---- weights, in panels ----
 
-  std::vector<T> pack_forward() {
+  Scratch<T> pack_forward() {
     return packed([&](const T* w, int64_t inputs, T* out) {
       pack<isa, T>(Strided<T>{w, 1, inputs}, inputs, width_, 0, panels<isa, T>(width_), false, out);
       return padded<isa, T>(width_) * inputs;
     });
   }
 
-  std::vector<T> pack_backward() {
+  Scratch<T> pack_backward() {
     return packed([&](const T* w, int64_t inputs, T* out) {
       pack<isa, T>(row_major(w, inputs), width_, inputs, 0, panels<isa, T>(inputs), false, out);
       return padded<isa, T>(inputs) * width_;
@@ -298,13 +299,13 @@ class Window {
   }
 
   template <class Pack>
-  std::vector<T> packed(const Pack& pack) {
+  Scratch<T> packed(const Pack& pack) {
     int64_t most = 0;
     for (int64_t l = 0; l < given_.layers; ++l) {
       const int64_t inputs = given_.layer_inputs(l), hidden = given_.hidden;
       most += padded<isa, T>(width_) * (padded<isa, T>(inputs) + padded<isa, T>(hidden));
     }
-    std::vector<T> out(most);
+    Scratch<T> out(most);
     at_input_.clear();
     at_hidden_.clear();
     int64_t used = 0;
@@ -419,31 +420,57 @@ Tensors empty_like(const Tensors& tensors) {
   return result;
 }
 
+std::tuple<Tensor, Tensors, Tensor> forward(const std::string& cell, const Tensor& x,
+                                            const Tensors& state, const Tensors& weights,
+                                            bool bias) {
+  OptionalTensor saved;
+  const int64_t width = x.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
+  const auto [output, after] = recurrence_fwd(cell, x, state, weights, bias, [&](int64_t bytes) {
+    saved = empty(x, {bytes / width});
+    return saved->data_ptr();
+  });
+  return {output, after, *saved};
+}
+
+std::tuple<Tensor, Tensors, Tensors> backward(const std::string& cell, const Tensor& x,
+                                              const Tensors& state, const Tensors& weights,
+                                              bool bias, const Tensor& output, const Tensor& saved,
+                                              const OptionalTensor& grad_output,
+                                              const Tensors& grad_state, bool input_gradient) {
+  FASTDNI_CHECK(output.is_contiguous() && saved.is_contiguous() &&
+                    saved.scalar_type() == x.scalar_type(),
+                "recurrence: output and saved must be what the forward pass returned");
+  const int64_t width = x.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
+  return recurrence_bwd(cell, x, state, weights, bias, output,
+                        {saved.data_ptr(), saved.numel() * width}, grad_output, grad_state,
+                        input_gradient);
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensors, Tensor> recurrence_fwd(const std::string& cell, const Tensor& x,
-                                                   const Tensors& state, const Tensors& weights,
-                                                   bool bias) {
+std::tuple<Tensor, Tensors> recurrence_fwd(const std::string& cell, const Tensor& x,
+                                           const Tensors& state, const Tensors& weights, bool bias,
+                                           const SavedMemory& memory) {
   const Tensor input = as_contiguous(x);
   const Tensors before = contiguous(state), own = contiguous(weights);
   const RecurrenceArguments given = check_recurrence(cell, input, before, own, bias);
   const Tensor output = empty(x, {given.steps, given.batch, given.hidden});
   const Tensors after = empty_like(before);
-  Tensor saved = output;
   with_isa([&](auto isa) {
     const auto run = [&](auto scalar) {
-      Window<isa.value, decltype(scalar)> window(given);
-      saved = window.empty_saved(x);
+      using T = decltype(scalar);
+      Window<isa.value, T> window(given);
+      auto* saved = static_cast<T*>(memory(window.saved() * static_cast<int64_t>(sizeof(T))));
       window.forward(input, before, output, after, saved);
     };
     x.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
   });
-  return {output, after, saved};
+  return {output, after};
 }
 
 std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
     const std::string& cell, const Tensor& x, const Tensors& state, const Tensors& weights,
-    bool bias, const Tensor& output, const Tensor& saved, const OptionalTensor& grad_output,
+    bool bias, const Tensor& output, const Saved& saved, const OptionalTensor& grad_output,
     const Tensors& grad_state, bool input_gradient) {
   const Tensor input = as_contiguous(x);
   const Tensors before = contiguous(state), own = contiguous(weights);
@@ -452,16 +479,17 @@ std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
   const Tensors after = contiguous(grad_state);
   const RecurrenceArguments given =
       check_recurrence_bwd(cell, input, before, own, bias, output, above, after);
-  FASTDNI_CHECK(output.is_contiguous() && saved.is_contiguous() &&
-                    saved.scalar_type() == x.scalar_type(),
-                "recurrence: output and saved must be what the forward pass returned");
   OptionalTensor grad_x;
   if (input_gradient) grad_x = empty(input, shape_of(input));
   const Tensors grad_before = empty_like(before), grad_weights = empty_like(own);
   with_isa([&](auto isa) {
     const auto run = [&](auto scalar) {
-      Window<isa.value, decltype(scalar)>(given).backward(input, before, output, saved, above,
-                                                          after, grad_x, grad_before, grad_weights);
+      using T = decltype(scalar);
+      Window<isa.value, T> window(given);
+      FASTDNI_CHECK(saved.bytes == window.saved() * static_cast<int64_t>(sizeof(T)),
+                    "recurrence: saved must be what the forward pass of this window returned");
+      window.backward(input, before, output, static_cast<T*>(saved.data), above, after, grad_x,
+                      grad_before, grad_weights);
     };
     x.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
   });
@@ -469,8 +497,8 @@ std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdni, CPU, m) {
-  m.impl("recurrence_fwd", TORCH_BOX(&recurrence_fwd));
-  m.impl("recurrence_bwd", TORCH_BOX(&recurrence_bwd));
+  m.impl("recurrence_fwd", TORCH_BOX(&forward));
+  m.impl("recurrence_bwd", TORCH_BOX(&backward));
 }
 
 }  // namespace fastdni::cpu

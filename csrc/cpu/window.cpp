@@ -7,6 +7,7 @@
 #include "cpu/kernels/sweep.h"
 #include "cpu/product.h"
 #include "cpu/recurrence.h"
+#include "cpu/scratch.h"
 #include "cpu/sweep_memory.h"
 #include "cpu/synthesizer.h"
 #include "cpu/update.h"
@@ -136,8 +137,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
   Tensors after;
   for (const Tensor& each : state) after.push_back(as_contiguous(each));
   const JoinedState shape = check_joined(caller, "state", after, predicted);
-  const WindowSynthesizer m =
-      check_window_synthesizer(caller, shape, after[0], context, parameters, layers, bias);
   check_rows(caller, "ended", ended, shape);
   Head made;
   Tensors sent;
@@ -146,6 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
     made = run_head<T>(head, out, wanted, head_weight, head_bias);
     if (factor == 0) return;
     const Tensor trigger = joined<T>(after, predicted, shape);
+    const WindowSynthesizer m =
+        check_window_synthesizer(caller, shape, trigger, context, parameters, layers, bias);
     const auto [message, hidden] = evaluate_synthesizer(
         trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
     sent = split<T>(message, after, predicted, shape, factor, ended);
@@ -184,9 +185,12 @@ std::tuple<Tensor, Tensor> window_update(
   for (const Tensor& each : grad_start) found.push_back(as_contiguous(each));
   JoinedState shape;
   WindowSynthesizer m;
+  OptionalTensor trigger;
   if (learns) {
     shape = check_joined(caller, "start", before, predicted);
-    m = check_window_synthesizer(caller, shape, before[0], context, parameters, layers, bias);
+    trigger = before[0].scalar_type() == ScalarType::Float ? joined<float>(before, predicted, shape)
+                                                           : joined<double>(before, predicted, shape);
+    m = check_window_synthesizer(caller, shape, *trigger, context, parameters, layers, bias);
     const JoinedState of_gradients = check_joined(caller, "grad_start", found, predicted);
     FASTDNI_CHECK(of_gradients.rows == shape.rows && of_gradients.columns == shape.columns, caller,
                   ": grad_start must have the shapes of start");
@@ -222,18 +226,17 @@ std::tuple<Tensor, Tensor> window_update(
     *mutable_data<T>(loss) = *mutable_data<T>(energy) = T(0);
     if (learns) {
       const bool* counting = rows ? data<bool>(*rows) : nullptr;
-      const Tensor trigger = joined<T>(before, predicted, shape);
       const Tensor target = joined<T>(found, predicted, shape);
       const double squares = make_target<T>(target, row_unit, clip, target_scale, counting);
       *mutable_data<T>(energy) = static_cast<T>(squares * scale / 2);
       const auto [message, hidden] = evaluate_synthesizer(
-          trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
+          *trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
       for (int64_t r = 0; counting != nullptr && r < shape.rows; ++r) {
         if (counting[r]) continue;  // what counts not has no error
         std::memcpy(mutable_data<T>(target) + r * shape.columns,
                     data<T>(message) + r * shape.columns, shape.columns * sizeof(T));
       }
-      const auto [squared, own] = regress_synthesizer(target, message, hidden, trigger, context,
+      const auto [squared, own] = regress_synthesizer(target, message, hidden, *trigger, context,
                                                       m.weights, bias, 2 / scale, {});
       *mutable_data<T>(loss) = *data<T>(squared);
       grads.insert(grads.begin(), own.begin(), own.end());
@@ -253,15 +256,25 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
     const OptionalTensor& start_context, const OptionalTensor& end_context,
     const Tensors& parameters, int64_t layers, bool bias, bool learns, double factor,
     double row_unit, double clip, double target_scale, double scale, const OptionalTensor& rows,
-    const OptionalTensor& ended, const Tensors& others, const Tensors& state,
-    const Integers& groups, const std::vector<double>& settings) {
-  const auto [output, after, saved] = recurrence_fwd(cell, x, start, weights, cell_bias);
+    const OptionalTensor& ended, const Tensors& state, const Integers& groups,
+    const std::vector<double>& settings) {
+  std::optional<Scratch<char>> memory;
+  Saved saved{};
+  const auto [output, after] =
+      recurrence_fwd(cell, x, start, weights, cell_bias, [&](int64_t bytes) {
+        memory.emplace(bytes);
+        saved = {memory->data(), bytes};
+        return saved.data;
+      });
   auto [prediction, loss, grad_output, grad_head, sent] =
       window_fwd(caller, output, target, criterion, head_weight, head_bias, after, predicted,
                  end_context, parameters, layers, bias, factor, ended);
   auto [grad_x, grad_start, gradients] = recurrence_bwd(cell, x, start, weights, cell_bias, output,
                                                         saved, grad_output, sent, false);
   gradients.insert(gradients.end(), grad_head.begin(), grad_head.end());
+  Tensors others = weights;
+  others.push_back(head_weight);
+  if (head_bias) others.push_back(*head_bias);
   const auto [synthesis_loss, energy] = window_update(
       caller, start, grad_start, predicted, start_context, parameters, layers, bias, learns,
       row_unit, clip, target_scale, scale, rows, others, gradients, state, groups, settings);

@@ -35,7 +35,7 @@ JoinedState check_joined(const std::string& caller, const char* name, const Tens
 }
 
 WindowSynthesizer check_window_synthesizer(const std::string& caller, const JoinedState& joined,
-                                           const Tensor& like, const OptionalTensor& context,
+                                           const Tensor& trigger, const OptionalTensor& context,
                                            const Tensors& parameters, int64_t layers, bool bias) {
   FASTDNI_CHECK(layers >= 1, caller, ": layers must be 1 or more, got ", layers);
   const int64_t count = (bias ? 2 : 1) * (layers + context.has_value());
@@ -50,7 +50,6 @@ WindowSynthesizer check_window_synthesizer(const std::string& caller, const Join
     given.context_weight = *biases_end;
     if (bias) given.context_bias = *(biases_end + 1);
   }
-  const Tensor trigger = empty(like, {joined.rows, joined.columns});
   check_synthesizer(caller, trigger, context, given.weights, given.biases, given.context_weight,
                     given.context_bias);
   FASTDNI_CHECK(given.weights.back().size(0) == joined.columns, caller,
@@ -109,12 +108,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "Tensor(b!)[] others, Tensor[] gradients, Tensor(c!)[] state, int[] groups, "
       "float[] settings) -> (Tensor loss, Tensor energy)");
   m.def(
-      "window_step_(str caller, str cell, Tensor x, Tensor[] start, Tensor[] weights, "
-      "bool cell_bias, Tensor target, str criterion, Tensor head_weight, Tensor? head_bias, "
+      "window_step_(str caller, str cell, Tensor x, Tensor[] start, Tensor(b!)[] weights, "
+      "bool cell_bias, Tensor target, str criterion, Tensor(d!) head_weight, "
+      "Tensor(e!)? head_bias, "
       "int predicted, Tensor? start_context, Tensor? end_context, Tensor(a!)[] parameters, "
       "int layers, bool bias, bool learns, float factor, float row_unit, float clip, "
-      "float target_scale, float scale, Tensor? rows, Tensor? ended, Tensor(b!)[] others, "
-      "Tensor(c!)[] state, int[] groups, float[] settings) -> (Tensor prediction, Tensor loss, "
+      "float target_scale, float scale, Tensor? rows, Tensor? ended, Tensor(c!)[] state, int[] groups, float[] settings) -> (Tensor prediction, Tensor loss, "
       "Tensor[] after, Tensor synthesis_loss, Tensor energy)");
 }
 

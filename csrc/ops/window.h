@@ -21,8 +21,9 @@ struct WindowSynthesizer {
   Tensors weights, biases;
   OptionalTensor context_weight, context_bias;
 };
+// `trigger` is the joined state.
 WindowSynthesizer check_window_synthesizer(const std::string& caller, const JoinedState& joined,
-                                           const Tensor& like, const OptionalTensor& context,
+                                           const Tensor& trigger, const OptionalTensor& context,
                                            const Tensors& parameters, int64_t layers, bool bias);
 
 struct HeadArguments {

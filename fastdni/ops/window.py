@@ -49,7 +49,7 @@ def _(caller, start, grad_start, predicted, context, parameters, layers, bias, l
 @torch.library.register_fake("fastdni::window_step_")
 def _(caller, cell, x, start, weights, cell_bias, target, criterion, head_weight, head_bias,
       predicted, start_context, end_context, parameters, layers, bias, learns, factor, row_unit,
-      clip, target_scale, scale, rows, ended, others, state, groups, settings):  # fmt: skip
+      clip, target_scale, scale, rows, ended, state, groups, settings):  # fmt: skip
     prediction = x.new_empty(len(x) * x.shape[1], len(head_weight))
     after = [*map(torch.empty_like, start)]
     return prediction, x.new_empty(()), after, x.new_empty(()), x.new_empty(())
@@ -195,13 +195,13 @@ def window_step_(
         As `window_update_`.
     """
     weight, bias = head if len(head) == 2 else (*head, None)
-    own, others = parameters.tensors(), [*weights, *head]
+    own = parameters.tensors()
     results = _step(
         caller, cell, x, start, weights, cell_bias, target, criterion, weight, bias, predicted,
         *contexts, own, len(parameters.weights), len(parameters.biases) > 0, learns, factor,
-        *units, rows, ended, others, state, groups, settings,
+        *units, rows, ended, state, groups, settings,
     )  # fmt: skip
-    _mark([*own, *others] if learns else others, state, groups, settings)
+    _mark([*own, *weights, *head] if learns else [*weights, *head], state, groups, settings)
     return results
 
 

@@ -1,5 +1,7 @@
 #include "cpu/kernels/recurrence.h"
 
+#include "cpu/kernels/multiply.h"
+
 namespace fastdni::cpu {
 namespace {
 
@@ -182,27 +184,48 @@ void cell_backward(Cell cell, const CellGradient<T>& step, int64_t hidden, Rows 
   }
 }
 
+namespace {
+
+// For the outputs of kVectors vectors, which stay in registers, and one input.
+constexpr int kVectors = 4;
+template <class T>
+inline void weighted_sum(const Matrix<const T>& grad, int64_t first, const T* x, int64_t inputs,
+                         int64_t count, T* sums) {
+  constexpr int kLanes = vector_bytes(kIsa) / sizeof(T);
+  typedef T Vector __attribute__((vector_size(vector_bytes(kIsa))));
+  constexpr int64_t kShort = 64;  // rows that are summed before they are added up
+  Vector total[kVectors] = {};
+  for (int64_t begin = 0; begin < count; begin += kShort) {
+    const int64_t end = count - begin < kShort ? count : begin + kShort;
+    Vector part[kVectors] = {};
+    for (int64_t b = begin; b < end; ++b) {
+      const T factor = x[b * inputs];
+      const T* from = grad.row(b) + first;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Vector values;
+        __builtin_memcpy(&values, from + v * kLanes, sizeof values);
+        part[v] += factor * values;
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) total[v] += part[v];
+  }
+  __builtin_memcpy(sums, total, sizeof total);
+}
+
+}  // namespace
+
 template <Isa isa, class T>
 void weighted_sums(Matrix<const T> grad, const T* x, int64_t inputs, int64_t count, Rows outputs,
                    T* weight) {
-  constexpr int64_t kOutputs = 64, kShort = 64;  // rows that are summed before they are added up
+  constexpr int64_t kOutputs = kVectors * vector_bytes(isa) / sizeof(T);
   for (int64_t first = outputs.begin; first < outputs.end; first += kOutputs) {
-    const int64_t width = outputs.end - first < kOutputs ? outputs.end - first : kOutputs;
+    const int64_t left = outputs.end - first, width = left < kOutputs ? left : kOutputs;
     for (int64_t c = 0; c < inputs; ++c) {
-      T total[kOutputs] = {};
-      for (int64_t begin = 0; begin < count; begin += kShort) {
-        const int64_t end = count - begin < kShort ? count : begin + kShort;
-        T part[kOutputs] = {};
-        for (int64_t b = begin; b < end; ++b) {
-          const T factor = x[b * inputs + c];
-          const T* __restrict__ from = grad.row(b) + first;
-#pragma omp simd
-          for (int64_t r = 0; r < width; ++r) part[r] += factor * from[r];
-        }
-#pragma omp simd
-        for (int64_t r = 0; r < width; ++r) total[r] += part[r];
-      }
-      for (int64_t r = 0; r < width; ++r) weight[(first + r) * inputs + c] = total[r];
+      T sums[kOutputs];
+      weighted_sum(grad, first, x + c, inputs, count, sums);
+      for (int64_t r = 0; r < width; ++r) weight[(first + r) * inputs + c] = sums[r];
     }
   }
 }

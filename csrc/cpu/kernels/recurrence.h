@@ -39,7 +39,9 @@ template <Isa isa, class T>
 void cell_backward(Cell cell, const CellGradient<T>& step, int64_t hidden, Rows rows);
 
 // weight[r][c] = sum over `count` rows b of grad[b][r] x[b][c], for the outputs r, of a weight
-// (outputs, inputs) with at most kFewColumns inputs: a panel would be mostly padding.
+// (outputs, inputs) with at most kFewColumns inputs: a panel would be mostly padding. Up to
+// kWeightedOverread bytes behind the last element of grad are read.
+constexpr int64_t kWeightedOverread = 256;
 constexpr int64_t kFewColumns = 8;
 template <Isa isa, class T>
 void weighted_sums(Matrix<const T> grad, const T* x, int64_t inputs, int64_t count, Rows outputs,

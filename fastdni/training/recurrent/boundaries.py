@@ -44,7 +44,9 @@ class Boundaries:
     def numbers(self, tensors: list[Tensor]) -> tuple[float, float, float, float]:
         """The same as the window's op takes them, for a state that is joined."""
         settings = self._settings
-        size = sum(t.numel() for t in tensors[: self.layout.count])
+        size = 0
+        for tensor in tensors[: self.layout.count]:
+            size += tensor.numel()
         return (
             self.unit(rows_of(tensors)) / settings.target_scale,
             settings.target_clip or 0.0,
