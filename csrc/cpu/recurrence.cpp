@@ -178,7 +178,7 @@ class Window {
       const T* panels;  // null: few columns, from `rows`
       const T* rows;
       int64_t columns;
-      T *weight, *bias;
+      T *weight, *bias, *second_bias;
     };
     std::vector<Job> jobs;
     std::deque<Scratch<T>> packed;
@@ -197,8 +197,10 @@ class Window {
         pack_rows<isa, T>(in, inputs, rows_, inputs, 0, panels<isa, T>(inputs), 0, rows_, false,
                           packed.back().data());
       }
+      const bool apart = given_.cell == Cell::gru;  // whose biases have gradients of their own
       jobs.push_back({gradients[l].gates, narrow ? nullptr : packed.back().data(), in, inputs,
-                      grad(0), given_.bias ? grad(2) : nullptr});
+                      grad(0), given_.bias ? grad(2) : nullptr,
+                      given_.bias && !apart ? grad(3) : nullptr});
       packed.emplace_back(rows_ * padded<isa, T>(hidden));
       const int64_t last = panels<isa, T>(hidden);
       pack_rows<isa, T>(data<T>(state[0]) + l * given_.batch * hidden, hidden, rows_, hidden, 0,
@@ -206,7 +208,7 @@ class Window {
       pack_rows<isa, T>(layers[l].h.data - given_.batch * hidden, hidden, rows_, hidden, 0, last,
                         given_.batch, rows_, false, packed.back().data());
       jobs.push_back({of_hidden, packed.back().data(), nullptr, hidden, grad(1),
-                      given_.bias ? grad(3) : nullptr});
+                      given_.bias && apart ? grad(3) : nullptr, nullptr});
     }
     const int64_t cut = pieces<T>(width_, rows_ * hidden);
     in_parallel(static_cast<int64_t>(jobs.size()) * cut, work(), [&](int64_t first, int64_t end) {
@@ -221,6 +223,8 @@ class Window {
         }
         if (job.bias == nullptr) continue;
         sum_columns<isa, T>(job.grad, rows_, begin, until, job.bias + begin);
+        if (job.second_bias == nullptr) continue;
+        std::memcpy(job.second_bias + begin, job.bias + begin, (until - begin) * sizeof(T));
       }
     });
   }

@@ -3,7 +3,6 @@ pass, the head and what is sent at the window's end, and one behind it, the synt
 and every update."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +207,8 @@ class FusedWindows:
         """The same, told at once where optimizers keep what they kept."""
         if self._last is None or not (self.optimizers.are(optimizer) and self._last.unchanged()):
             return False
-        return self.optimizers.settings_if_alike() is not None
+        self._settings = self.optimizers.settings_if_alike()
+        return self._settings is not None
 
     def is_like_last(self, x: Any, state: State, passed: Passed | None, *others) -> bool:
         """Whether a window has the form of the last one, which was checked: the state is one that
@@ -282,7 +282,7 @@ class FusedWindows:
         form = (x.shape, x.dtype, x.device)
         if self._last is None or self._last.x != form or self._last.state != start[0].shape:
             watches = (*self._watches, self.optimizers.watch, self.optimizers.kept().watch)
-            self._last = _Last(form, start[0].shape, Watch().done(*watches).unchanged)
+            self._last = _Last(form, start[0].shape, Watch().done(*watches).unchanged, {})
 
     def _at_once(self, given: Given, about: "_About") -> tuple:
         """By a kernel, in one call."""
@@ -290,13 +290,16 @@ class FusedWindows:
         cell, weights, bias, _ = kernel
         start = kernel.layered(about.start)
         factor = self.engine.settings.factor / boundaries.unit(about.batch)
-        with self._updating(about.learns) as (state, groups, settings):
-            prediction, loss, end, synthesis, energy = ops.window_step_(
+
+        def op(state, groups, settings):
+            return ops.window_step_(
                 cell, about.x, start, weights, bias, about.target, self._name, self._head,
                 boundaries.predicted(start), given.contexts, self._m, about.learns, factor,
                 boundaries.numbers(start), about.rows, about.last, state, groups, settings,
                 self._caller,
             )  # fmt: skip
+
+        prediction, loss, end, synthesis, energy = self._update(about.learns, op)
         return prediction, loss, kernel.unlayered(end), synthesis, energy
 
     def _in_pieces(self, given: Given, about: "_About", passed: Passed, trace: Any) -> tuple:
@@ -324,29 +327,37 @@ class FusedWindows:
             if learns:
                 others = [*self._of_m, *others]
                 gradients = [*(_gradient(p) for p in self._of_m), *gradients]
-        with self._updating(learns) as (state, groups, settings):
-            synthesis, energy = ops.window_update_(
+
+        def op(state, groups, settings):
+            return ops.window_update_(
                 start, before, predicted, given.contexts[0], self._m, learns and trace is None,
                 boundaries.numbers(start), about.rows, others, gradients, state, groups, settings,
                 self._caller,
             )  # fmt: skip
+
+        synthesis, energy = self._update(learns, op)
         if learnt is not None:
             synthesis, energy = synthesis + learnt[0], energy + learnt[1]
         return prediction, loss, end, synthesis, energy
 
-    @contextmanager
-    def _updating(self, learns: bool):
-        """State, groups and settings of an update, of M's parameters where it learns and of all
-        others. What is made for the optimizers is taken back if the update is refused."""
+    def _update(self, learns: bool, op: Callable) -> tuple:
+        """What an op returns that makes the update, of M's parameters where it learns and of all
+        others, called with state, groups and settings."""
+        if self._last is not None and learns in self._last.updates:
+            return op(*self._last.updates[learns], self._settings)
         updates = updates_of(self.optimizers, self, self._every, self._learning[not learns])
         groups, settings = updates.settings()
         try:
             updates.put_in_place()
-            yield updates.state, groups if learns else groups[len(self._of_m) :], settings
+            groups = groups if learns else groups[len(self._of_m) :]
+            results = op(updates.state, groups, settings)
         except (RuntimeError, ValueError):  # nothing was written
             updates.take_back()
             raise
         updates.finish()
+        if not updates.first and self._last is not None:
+            self._last.updates[learns] = updates.state, groups
+        return results
 
     def _target(self, given: Given) -> Tensor:
         """In the form that the op takes."""
@@ -364,12 +375,14 @@ class FusedWindows:
 
 
 class _Last(NamedTuple):
-    """Of the last window the form of x, and of the state's first tensor; and what tells whether
-    modules and optimizers are as they were."""
+    """Of the last window the form of x, and of the state's first tensor; what tells whether
+    modules and optimizers are as they were; and, by whether the synthesizer learns, state and
+    groups of the updates."""
 
     x: tuple
     state: torch.Size
     unchanged: Callable[[], bool]
+    updates: dict[bool, tuple[list[Tensor], list[int]]]
 
 
 class _About(NamedTuple):
