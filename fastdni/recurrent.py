@@ -393,7 +393,7 @@ class DecoupledRNN(nn.Module):
     def step(
         self,
         x: Any,
-        target: Tensor,
+        target: Tensor | None,
         state: State | None,
         head: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -401,18 +401,21 @@ class DecoupledRNN(nn.Module):
         done: Tensor | None = None,
         context: Any = None,
         lengths: Tensor | None = None,
+        loss_weight: float = 1.0,
     ) -> RecurrentResult:
         """A window, its loss, its backward pass and every update.
 
         Args:
             target: of `head(output)`: labels of its leading dimensions, (T, B) int64, for
                 "cross_entropy" (-100: steps that do not count), of its shape for "mse", anything
-                for a callable.
+                for a callable; None: the window has no loss.
             head: makes the output of which the loss is, of the recurrent module's.
             optimizer: of torch.optim, or a sequence of them, over parameters of this module and of
                 `head`.
             criterion: "cross_entropy" (mean over all targets), "mse" (mean over all elements), or a
                 callable (output, target) -> loss.
+            loss_weight: what the loss is multiplied by: the number of steps that count, say, for a
+                sum over time.
             Others as `forward`.
 
         Returns:
@@ -423,5 +426,17 @@ class DecoupledRNN(nn.Module):
                 then.
         """
         return RecurrentResult(
-            *take_step(self, x, target, state, head, optimizer, criterion, done, context, lengths)
+            *take_step(
+                self,
+                x,
+                target,
+                state,
+                head,
+                optimizer,
+                criterion,
+                done,
+                context,
+                lengths,
+                loss_weight,
+            )
         )

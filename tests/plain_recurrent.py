@@ -116,7 +116,9 @@ class PlainRNN:
         with torch.no_grad():
             said = self.said(tensors, ctx)
         triggers = joined(tensors, self.layout)
-        return sum((m * t * open_rows).sum() for m, t in zip(said, triggers)) / self.unit(batch)
+        return sum(
+            (m * t * open_rows).sum() for m, t in zip(said, triggers, strict=False)
+        ) / self.unit(batch)
 
     # ---- a window ----
 
@@ -182,10 +184,10 @@ class PlainRNN:
             wide = joined(reached, self.layout)
             total = (output * of_output).sum()
             total = total + share / self.unit(x.shape[1]) * sum(
-                (m * t * keep).sum() for m, t in zip(said, wide)
+                (m * t * keep).sum() for m, t in zip(said, wide, strict=False)
             )
             if after is not None:
-                pairs = zip(after[0], reached)
+                pairs = zip(after[0], reached, strict=False)
                 total = total + lam * discount * sum((g * t * keep).sum() for g, t in pairs)
             found = torch.autograd.grad(total, start)
             for p, grad in grads.items():
@@ -240,5 +242,5 @@ class PlainRNN:
         ]
         with torch.no_grad():
             said = self.said(end, ctx)
-        for modules, (tensors, c, rows) in zip(self.ahead, self.met):
+        for modules, (tensors, c, rows) in zip(self.ahead, self.met, strict=False):
             self.regress(tensors, c, said, rows, modules, self.s.horizon_weight)

@@ -69,51 +69,59 @@ struct Head {
   Tensors gradients;
 };
 
+// The gradient of the loss with respect to z, from z; returns the loss.
 template <class T>
-Head run_head(const HeadArguments& head, const Tensor& output, const Tensor& target,
-              const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor out = as_matrix(output);
-  Tensor z = product(out, weight);
-  // With what sum_columns may read behind the last element.
-  const Tensor memory = empty(out, {head.rows * head.outputs + kOverread / int64_t{sizeof(T)}});
-  const Tensor grad = view(memory, {head.rows, head.outputs}, {head.outputs, 1});
-  const Tensor loss = empty(out, {});
-  const Matrix<T> of_z{mutable_data<T>(z), head.outputs, head.outputs};
-  const Matrix<T> of_grad{mutable_data<T>(grad), head.outputs, head.outputs};
+double differentiate(const HeadArguments& head, const Matrix<T>& z, const Tensor& target,
+                     double weight, const Matrix<T>& grad) {
   int64_t count = head.rows * head.outputs;
-  if (head.criterion == Criterion::cross_entropy) {
-    const int64_t* labels = data<int64_t>(target);
+  const bool labels = head.criterion == Criterion::cross_entropy;
+  if (labels) {
     count = 0;
-    for (int64_t r = 0; r < head.rows; ++r) count += labels[r] != kIgnoreIndex;
+    for (int64_t r = 0; r < head.rows; ++r) count += data<int64_t>(target)[r] != kIgnoreIndex;
   }
+  const T scale = static_cast<T>((labels ? 1 : 2) * weight / count);
   const int64_t blocks = pieces<T>(head.rows, head.outputs);
   std::vector<double> losses(blocks);
-  Tensors gradients;
-  gradients.push_back(empty(weight, {head.outputs, head.inputs}));
-  if (bias) gradients.push_back(empty(*bias, {head.outputs}));
   with_isa([&](auto isa) {
     in_parallel(blocks, head.rows * head.outputs * 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Rows rows{head.rows * i / blocks, head.rows * (i + 1) / blocks};
-        if (bias) {
-          finish_rows<isa.value, T>(of_z, data<T>(*bias), nullptr, Activation::identity, rows);
-        }
-        if (head.criterion == Criterion::cross_entropy) {
-          losses[i] = cross_entropy_rows<isa.value, T>(of_z, data<int64_t>(target),
-                                                       T(1) / static_cast<T>(count), of_grad, rows);
+        if (labels) {
+          losses[i] = cross_entropy_rows<isa.value, T>(z, data<int64_t>(target), scale, grad, rows);
         } else {
           const Matrix<const T> wanted{data<T>(target), head.outputs, head.outputs};
-          losses[i] = error_rows<isa.value, T>(of_z, wanted, T(2) / static_cast<T>(count), of_grad,
-                                               rows);
+          losses[i] = error_rows<isa.value, T>(z, wanted, scale, grad, rows);
         }
       }
     });
   });
   double sum = 0;
   for (double each : losses) sum += each;
-  *mutable_data<T>(loss) = static_cast<T>(sum / count);
-  gradients[0] = weight_gradient(grad, out);
+  return weight * sum / count;
+}
+
+template <class T>
+Head run_head(const HeadArguments& head, const Tensor& output, const OptionalTensor& target,
+              double weight, const Tensor& head_weight, const OptionalTensor& bias) {
+  const Tensor out = as_matrix(output);
+  const Tensor z = product(out, head_weight), loss = empty(out, {});
+  const Matrix<T> of_z{mutable_data<T>(z), head.outputs, head.outputs};
   if (bias) {
+    with_isa([&](auto isa) {
+      finish_rows<isa.value, T>(of_z, data<T>(*bias), nullptr, Activation::identity,
+                                {0, head.rows});
+    });
+  }
+  *mutable_data<T>(loss) = 0;
+  if (!target) return {z, loss, empty(out, {0}), {}};
+  // With what sum_columns may read behind the last element.
+  const Tensor memory = empty(out, {head.rows * head.outputs + kOverread / int64_t{sizeof(T)}});
+  const Tensor grad = view(memory, {head.rows, head.outputs}, {head.outputs, 1});
+  const Matrix<T> of_grad{mutable_data<T>(grad), head.outputs, head.outputs};
+  *mutable_data<T>(loss) = static_cast<T>(differentiate<T>(head, of_z, *target, weight, of_grad));
+  Tensors gradients{weight_gradient(grad, out)};
+  if (bias) {
+    gradients.push_back(empty(*bias, {head.outputs}));
     with_isa([&](auto isa) {
       for (int64_t c = 0; c < head.outputs; c += kLargeBlockRows) {
         const int64_t end = std::min(c + kLargeBlockRows, head.outputs);
@@ -121,18 +129,20 @@ Head run_head(const HeadArguments& head, const Tensor& output, const Tensor& tar
       }
     });
   }
-  const Tensor grad_output = product(grad, transposed(weight));
+  const Tensor grad_output = product(grad, transposed(head_weight));
   const Shape wide = shape_of(output);
   return {z, loss, view(grad_output, wide, contiguous_strides(wide)), gradients};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
-    const std::string& caller, const Tensor& output, const Tensor& target,
-    const std::string& criterion, const Tensor& head_weight, const OptionalTensor& head_bias,
-    const Tensors& state, int64_t predicted, const OptionalTensor& context,
+    const std::string& caller, const Tensor& output, const OptionalTensor& target,
+    const std::string& criterion, double weight, const Tensor& head_weight,
+    const OptionalTensor& head_bias, const Tensors& state, int64_t predicted, const OptionalTensor& context,
     const Tensors& parameters, int64_t layers, bool bias, double factor,
     const OptionalTensor& ended) {
-  const Tensor out = as_contiguous(output), wanted = as_contiguous(target);
+  const Tensor out = as_contiguous(output);
+  OptionalTensor wanted;
+  if (target) wanted = as_contiguous(*target);
   const HeadArguments head = check_head(caller, out, wanted, criterion, head_weight, head_bias);
   Tensors after;
   for (const Tensor& each : state) after.push_back(as_contiguous(each));
@@ -142,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
   Tensors sent;
   const auto run = [&](auto scalar) {
     using T = decltype(scalar);
-    made = run_head<T>(head, out, wanted, head_weight, head_bias);
+    made = run_head<T>(head, out, wanted, weight, head_weight, head_bias);
     if (factor == 0) return;
     const Tensor trigger = joined<T>(after, predicted, shape);
     const WindowSynthesizer m =
@@ -251,8 +261,9 @@ std::tuple<Tensor, Tensor> window_update(
 
 std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
     const std::string& caller, const std::string& cell, const Tensor& x, const Tensors& start,
-    const Tensors& weights, bool cell_bias, const Tensor& target, const std::string& criterion,
-    const Tensor& head_weight, const OptionalTensor& head_bias, int64_t predicted,
+    const Tensors& weights, bool cell_bias, const OptionalTensor& target,
+    const std::string& criterion, double weight, const Tensor& head_weight,
+    const OptionalTensor& head_bias, int64_t predicted,
     const OptionalTensor& start_context, const OptionalTensor& end_context,
     const Tensors& parameters, int64_t layers, bool bias, bool learns, double factor,
     double row_unit, double clip, double target_scale, double scale, const OptionalTensor& rows,
@@ -267,14 +278,18 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
         return saved.data;
       });
   auto [prediction, loss, grad_output, grad_head, sent] =
-      window_fwd(caller, output, target, criterion, head_weight, head_bias, after, predicted,
-                 end_context, parameters, layers, bias, factor, ended);
+      window_fwd(caller, output, target, criterion, weight, head_weight, head_bias, after,
+                 predicted, end_context, parameters, layers, bias, factor, ended);
+  OptionalTensor above;
+  if (target) above = grad_output;
   auto [grad_x, grad_start, gradients] = recurrence_bwd(cell, x, start, weights, cell_bias, output,
-                                                        saved, grad_output, sent, false);
-  gradients.insert(gradients.end(), grad_head.begin(), grad_head.end());
+                                                        saved, above, sent, false);
   Tensors others = weights;
-  others.push_back(head_weight);
-  if (head_bias) others.push_back(*head_bias);
+  if (target) {
+    gradients.insert(gradients.end(), grad_head.begin(), grad_head.end());
+    others.push_back(head_weight);
+    if (head_bias) others.push_back(*head_bias);
+  }
   const auto [synthesis_loss, energy] = window_update(
       caller, start, grad_start, predicted, start_context, parameters, layers, bias, learns,
       row_unit, clip, target_scale, scale, rows, others, gradients, state, groups, settings);

@@ -58,8 +58,8 @@ WindowSynthesizer check_window_synthesizer(const std::string& caller, const Join
   return given;
 }
 
-HeadArguments check_head(const std::string& caller, const Tensor& output, const Tensor& target,
-                         const std::string& criterion, const Tensor& weight,
+HeadArguments check_head(const std::string& caller, const Tensor& output,
+                         const OptionalTensor& target, const std::string& criterion, const Tensor& weight,
                          const OptionalTensor& bias) {
   FASTDNI_CHECK(output.dim() >= 2 && output.numel() > 0, caller,
                 ": output must be (..., H), of one row at least, got ",
@@ -81,8 +81,9 @@ HeadArguments check_head(const std::string& caller, const Tensor& output, const 
     FASTDNI_CHECK(shape_of(*bias) == Shape{given.outputs}, caller, ": head's bias must be (",
                   given.outputs, ",), got ", to_string(shape_of(*bias)));
   }
-  check_target(caller, target, given.rows, given.outputs, criterion);
-  if (given.criterion == Criterion::mse) check_kind("target", target);
+  if (!target.has_value()) return given;
+  check_target(caller, *target, given.rows, given.outputs, criterion);
+  if (given.criterion == Criterion::mse) check_kind("target", *target);
   return given;
 }
 
@@ -97,8 +98,8 @@ void check_rows(const std::string& caller, const char* name, const OptionalTenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
-      "window_fwd(str caller, Tensor output, Tensor target, str criterion, Tensor head_weight, "
-      "Tensor? head_bias, Tensor[] state, int predicted, Tensor? context, Tensor[] parameters, "
+      "window_fwd(str caller, Tensor output, Tensor? target, str criterion, float weight, "
+      "Tensor head_weight, Tensor? head_bias, Tensor[] state, int predicted, Tensor? context, Tensor[] parameters, "
       "int layers, bool bias, float factor, Tensor? ended) -> (Tensor prediction, Tensor loss, "
       "Tensor grad_output, Tensor[] grad_head, Tensor[] grad_state)");
   m.def(
@@ -109,7 +110,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "float[] settings) -> (Tensor loss, Tensor energy)");
   m.def(
       "window_step_(str caller, str cell, Tensor x, Tensor[] start, Tensor(b!)[] weights, "
-      "bool cell_bias, Tensor target, str criterion, Tensor(d!) head_weight, "
+      "bool cell_bias, Tensor? target, str criterion, float weight, Tensor(d!) head_weight, "
       "Tensor(e!)? head_bias, "
       "int predicted, Tensor? start_context, Tensor? end_context, Tensor(a!)[] parameters, "
       "int layers, bool bias, bool learns, float factor, float row_unit, float clip, "

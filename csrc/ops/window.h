@@ -30,7 +30,8 @@ struct HeadArguments {
   Criterion criterion;
   int64_t rows, inputs, outputs;
 };
-HeadArguments check_head(const std::string& caller, const Tensor& output, const Tensor& target,
+HeadArguments check_head(const std::string& caller, const Tensor& output,
+                         const OptionalTensor& target,
                          const std::string& criterion, const Tensor& weight,
                          const OptionalTensor& bias);
 

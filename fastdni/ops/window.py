@@ -29,15 +29,16 @@ for _op in ("window_fwd", "window_update_", "window_step_"):
 
 @torch.library.register_fake("fastdni::window_fwd")
 def _(
-    caller, output, target, criterion, head_weight, head_bias, state, predicted, context,
+    caller, output, target, criterion, weight, head_weight, head_bias, state, predicted, context,
     parameters, layers, bias, factor, ended,
 ):  # fmt: skip
     rows = output.numel() // output.shape[-1]
     head = [head_weight] if head_bias is None else [head_weight, head_bias]
     sent = [] if factor == 0 else [*map(torch.empty_like, state)]
     prediction = output.new_empty(rows, len(head_weight))
-    of_head = [*map(torch.empty_like, head)]
-    return prediction, output.new_empty(()), torch.empty_like(output), of_head, sent
+    of_head = [] if target is None else [*map(torch.empty_like, head)]
+    grad_output = output.new_empty(0) if target is None else torch.empty_like(output)
+    return prediction, output.new_empty(()), grad_output, of_head, sent
 
 
 @torch.library.register_fake("fastdni::window_update_")
@@ -47,9 +48,9 @@ def _(caller, start, grad_start, predicted, context, parameters, layers, bias, l
 
 
 @torch.library.register_fake("fastdni::window_step_")
-def _(caller, cell, x, start, weights, cell_bias, target, criterion, head_weight, head_bias,
-      predicted, start_context, end_context, parameters, layers, bias, learns, factor, row_unit,
-      clip, target_scale, scale, rows, ended, state, groups, settings):  # fmt: skip
+def _(caller, cell, x, start, weights, cell_bias, target, criterion, weight, head_weight,
+      head_bias, predicted, start_context, end_context, parameters, layers, bias, learns, factor,
+      row_unit, clip, target_scale, scale, rows, ended, state, groups, settings):  # fmt: skip
     prediction = x.new_empty(len(x) * x.shape[1], len(head_weight))
     after = [*map(torch.empty_like, start)]
     return prediction, x.new_empty(()), after, x.new_empty(()), x.new_empty(())
@@ -63,8 +64,9 @@ def window_is_compiled(output: Tensor) -> bool:
 
 def window_fwd(
     output: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     criterion: str,
+    weight: float,
     head: list[Tensor],
     state: list[Tensor],
     predicted: int,
@@ -79,8 +81,9 @@ def window_fwd(
     Args:
         output: (..., H), of the recurrence.
         target: labels (R,) int64 of the R rows of output for "cross_entropy" (-100: rows that do
-            not count), (R, N) for "mse".
+            not count), (R, N) for "mse"; None: there is no loss.
         criterion: mean over all rows that count, or over all elements.
+        weight: what the loss is multiplied by.
         head: its weight (N, H) and, where there is one, bias (N,).
         state: at the window's end, tensors (L, B, F) or (B, F).
         predicted: how many of them M predicts for, side by side as (B, S).
@@ -92,18 +95,20 @@ def window_fwd(
 
     Returns:
         The head's output (R, N), the loss (), its gradients with respect to the output and to the
-        head, and the gradients sent into the state (none for a factor of 0).
+        head (empty, and none, without a target), and the gradients sent into the state (none for a
+        factor of 0).
 
     Raises:
         RuntimeError: a shape, dtype, device or label does not fit.
     """
     if not window_is_compiled(output):
         return reference.window_fwd(
-            output, target, criterion, head, state, predicted, context, parameters, factor, ended
-        )
-    weight, bias = head if len(head) == 2 else (*head, None)
+            output, target, criterion, weight, head, state, predicted, context, parameters,
+            factor, ended,
+        )  # fmt: skip
+    head_weight, bias = head if len(head) == 2 else (*head, None)
     return _forward(
-        caller, output, target, criterion, weight, bias, state, predicted, context,
+        caller, output, target, criterion, weight, head_weight, bias, state, predicted, context,
         parameters.tensors(), len(parameters.weights), len(parameters.biases) > 0, factor, ended,
     )  # fmt: skip
 
@@ -163,8 +168,9 @@ def window_step_(
     start: list[Tensor],
     weights: list[Tensor],
     cell_bias: bool,
-    target: Tensor,
+    target: Tensor | None,
     criterion: str,
+    weight: float,
     head: list[Tensor],
     predicted: int,
     contexts: tuple[Tensor | None, Tensor | None],
@@ -185,7 +191,8 @@ def window_step_(
     Args:
         cell, x, start, weights, cell_bias: see `ops.recurrence`.
         contexts: at the window's start, and at its end.
-        Others as `window_fwd` and `window_update_`, whose `others` are weights and head.
+        Others as `window_fwd` and `window_update_`, whose `others` are `weights` and, where there
+        is a target, `head`.
 
     Returns:
         The head's output (R, N), the loss, the state after the window, the synthesis loss, and that
@@ -194,14 +201,14 @@ def window_step_(
     Raises:
         As `window_update_`.
     """
-    weight, bias = head if len(head) == 2 else (*head, None)
-    own = parameters.tensors()
+    head_weight, bias = head if len(head) == 2 else (*head, None)
+    own, others = parameters.tensors(), weights if target is None else [*weights, *head]
     results = _step(
-        caller, cell, x, start, weights, cell_bias, target, criterion, weight, bias, predicted,
-        *contexts, own, len(parameters.weights), len(parameters.biases) > 0, learns, factor,
-        *units, rows, ended, state, groups, settings,
+        caller, cell, x, start, weights, cell_bias, target, criterion, weight, head_weight, bias,
+        predicted, *contexts, own, len(parameters.weights), len(parameters.biases) > 0, learns,
+        factor, *units, rows, ended, state, groups, settings,
     )  # fmt: skip
-    _mark([*own, *weights, *head] if learns else [*weights, *head], state, groups, settings)
+    _mark([*own, *others] if learns else others, state, groups, settings)
     return results
 
 

@@ -28,8 +28,9 @@ def split(message: Tensor, state: list[Tensor], predicted: int) -> list[Tensor]:
 @torch.enable_grad()
 def window_fwd(
     output: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     criterion: str,
+    weight: float,
     head: list[Tensor],
     state: list[Tensor],
     predicted: int,
@@ -41,11 +42,15 @@ def window_fwd(
     """See `fastdni.ops.window_fwd`."""
     leaves = [t.detach().requires_grad_() for t in (output, *head)]
     prediction = F.linear(*leaves).flatten(0, -2)
-    if criterion == "mse":
+    if target is None:
+        loss, grad_output, grad_head = prediction.new_zeros(()), output.new_empty(0), []
+    elif criterion == "mse":
         loss = F.mse_loss(prediction, target.reshape(prediction.shape))
     else:
         loss = F.cross_entropy(prediction, target.flatten())
-    grad_output, *grad_head = torch.autograd.grad(loss, leaves)
+    if target is not None:
+        loss = loss * weight
+        grad_output, *grad_head = torch.autograd.grad(loss, leaves)
     sent = []
     if factor != 0:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdni.training.boundary import Boundary, Prediction
+from fastdni.training.boundary import Boundary, Prediction, learns
 from fastdni.training.optimizers import Optimizers
 from fastdni.training.recurrent.layouts import Joined, Layout, rows_of
 from fastdni.training.recurrent.settings import Settings
@@ -120,18 +120,18 @@ class Boundaries:
             The loss, scale / 2 sum(e^2); and the same of the targets alone, for comparison.
         """
         loss = energy = 0.0
-        for p, target in zip(predictions, targets, strict=True):
+        for m, p, target in zip(self.synthesizers, predictions, targets, strict=True):
             scale = weight * self.scale(tensors, p.trigger.numel())
             counting = target if rows is None else torch.where(rows, target, 0)
             energy = energy + counting.square().sum() * (scale / 2)
             if rows is not None:
                 target = torch.where(rows, target, p.message)
-            if by_autograd:
+            if by_autograd and learns(m):
                 p.check(target)
                 each, gradients = p.gradients(target, scale)
                 _through_autograd(p.learning, gradients)
             else:
-                each, _ = p.regress(target, scale, optimizers=optimizers)
+                each, _ = p.regress(target, scale, optimizers=optimizers, learn=learns(m))
             loss = loss + each
         return loss, energy
 

@@ -38,6 +38,7 @@ class Given(NamedTuple):
     ended: Tensor | None
     contexts: tuple[Any, Any]
     lengths: Tensor | None
+    weight: float
 
 
 class Found(NamedTuple):
@@ -67,13 +68,13 @@ class ModuleRecurrence:
         return output.detach(), rebuilt(end, iter([t.detach() for t in self._end]))
 
     def backward(
-        self, grad_output: Tensor, sent: list[Tensor]
+        self, grad_output: Tensor | None, sent: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of the state before the window, and of the parameters."""
-        variables, gradients = [self._output], [grad_output]
-        if sent:
-            variables += self._end
-            gradients += sent
+        variables, gradients = list(self._end) if sent else [], list(sent)
+        if grad_output is not None:
+            variables.append(self._output)
+            gradients.append(grad_output)
         found = torch.autograd.grad(
             variables, [*self._start, *self.parameters], gradients,
             allow_unused=True, materialize_grads=True,
@@ -100,7 +101,7 @@ class KernelRecurrence:
         return self._output, rebuilt(state, iter(self._kernel.unlayered(end)))
 
     def backward(
-        self, grad_output: Tensor, sent: list[Tensor]
+        self, grad_output: Tensor | None, sent: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As ModuleRecurrence."""
         cell, weights, bias, _ = self._kernel
@@ -172,7 +173,6 @@ class FusedWindows:
         shared = len({id(p) for p in self._every}) < len(self._every)
         if shared:
             raise Unfused("parameters are shared")
-        self._learning = (None, tuple([False] * len(self._of_m) + [True] * len(self._others)))
         self._surroundings = Surroundings(device)
         if self._surroundings.is_cast:
             raise Unfused("autocast is on")
@@ -229,7 +229,9 @@ class FusedWindows:
         settings = self.engine.settings
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype != self._dtype or x.requires_grad:
             return False
-        if given.lengths is not None or not isinstance(given.target, Tensor):
+        if given.lengths is not None or not isinstance(given.target, Tensor | None):
+            return False
+        if given.target is None and settings.factor == 0:  # some parameters have no gradient
             return False
         if settings.trace_lambda is None and settings.bootstrap != settings.factor:
             return False
@@ -239,6 +241,8 @@ class FusedWindows:
             return False
         if state is not None and any(t.requires_grad for t in tensors_of(state)):
             return False
+        if given.target is None:
+            return True
         labels = not given.target.is_floating_point()
         return labels if self._name == "cross_entropy" else given.target.dtype == self._dtype
 
@@ -251,7 +255,7 @@ class FusedWindows:
         """
         engine = self.engine
         state = given.state
-        learns, rows = who_learns(engine.settings, state, given.passed)
+        learns, rows = who_learns(engine, state, given.passed)
         if state is None:
             state = engine.unroller.zeros(engine.unroller.size(given.x)[1])
         start = [t.detach() for t in tensors_of(state)]
@@ -293,13 +297,15 @@ class FusedWindows:
 
         def op(state, groups, settings):
             return ops.window_step_(
-                cell, about.x, start, weights, bias, about.target, self._name, self._head,
-                boundaries.predicted(start), given.contexts, self._m, about.learns, factor,
-                boundaries.numbers(start), about.rows, about.last, state, groups, settings,
+                cell, about.x, start, weights, bias, about.target, self._name, given.weight,
+                self._head, boundaries.predicted(start), given.contexts, self._m, about.learns,
+                factor, boundaries.numbers(start), about.rows, about.last, state, groups, settings,
                 self._caller,
             )  # fmt: skip
 
-        prediction, loss, end, synthesis, energy = self._update(about.learns, op)
+        prediction, loss, end, synthesis, energy = self._update(
+            about.learns, about.target is not None, op
+        )
         return prediction, loss, kernel.unlayered(end), synthesis, energy
 
     def _in_pieces(self, given: Given, about: "_About", passed: Passed, trace: Any) -> tuple:
@@ -309,11 +315,14 @@ class FusedWindows:
         end, predicted = tensors_of(end), boundaries.predicted(start)
         factor = self.engine.settings.factor / boundaries.unit(about.batch)
         prediction, loss, grad_output, grad_head, sent = ops.window_fwd(
-            output, about.target, self._name, self._head, end, predicted, given.contexts[1],
-            self._m, factor, about.last, self._caller,
+            output, about.target, self._name, given.weight, self._head, end, predicted,
+            given.contexts[1], self._m, factor, about.last, self._caller,
         )  # fmt: skip
+        if about.target is None:
+            grad_output = None
         before, grads = recurrence.backward(grad_output, sent)
         others, gradients, learns = self._others, [*grads, *grad_head], about.learns
+        others = others[: len(gradients)]  # without a loss the head has none
         learnt = None
         if trace is not None:
             kept = Kept()
@@ -335,33 +344,43 @@ class FusedWindows:
                 self._caller,
             )  # fmt: skip
 
-        synthesis, energy = self._update(learns, op)
+        synthesis, energy = self._update(learns, about.target is not None, op)
         if learnt is not None:
             synthesis, energy = synthesis + learnt[0], energy + learnt[1]
         return prediction, loss, end, synthesis, energy
 
-    def _update(self, learns: bool, op: Callable) -> tuple:
-        """What an op returns that makes the update, of M's parameters where it learns and of all
-        others, called with state, groups and settings."""
-        if self._last is not None and learns in self._last.updates:
-            return op(*self._last.updates[learns], self._settings)
-        updates = updates_of(self.optimizers, self, self._every, self._learning[not learns])
+    def _update(self, learns: bool, differs: bool, op: Callable) -> tuple:
+        """What an op returns that makes the update, called with state, groups and settings.
+
+        Args:
+            learns: whether M's parameters are updated; `differs`: whether there is a loss, and the
+                head's are.
+        """
+        key = learns, differs
+        if self._last is not None and key in self._last.updates:
+            return op(*self._last.updates[key], self._settings)
+        whole = len(self._every)
+        first, end = len(self._of_m) * (not learns), whole - len(self._head) * (not differs)
+        flags = tuple(first <= number < end for number in range(whole))
+        updates = updates_of(self.optimizers, self, self._every, flags)
         groups, settings = updates.settings()
         try:
             updates.put_in_place()
-            groups = groups if learns else groups[len(self._of_m) :]
+            groups = groups[first:end]
             results = op(updates.state, groups, settings)
         except (RuntimeError, ValueError):  # nothing was written
             updates.take_back()
             raise
         updates.finish()
         if not updates.first and self._last is not None:
-            self._last.updates[learns] = updates.state, groups
+            self._last.updates[key] = updates.state, groups
         return results
 
-    def _target(self, given: Given) -> Tensor:
+    def _target(self, given: Given) -> Tensor | None:
         """In the form that the op takes."""
         x, target = given.x, given.target
+        if target is None:
+            return None
         wanted = tuple(x.shape[:-1])
         if self._name == "mse":
             wanted = (*wanted, self.head.out_features)
@@ -376,20 +395,20 @@ class FusedWindows:
 
 class _Last(NamedTuple):
     """Of the last window the form of x, and of the state's first tensor; what tells whether
-    modules and optimizers are as they were; and, by whether the synthesizer learns, state and
-    groups of the updates."""
+    modules and optimizers are as they were; and, by whether the synthesizer learns and whether
+    there is a loss, state and groups of the updates."""
 
     x: tuple
     state: torch.Size
     unchanged: Callable[[], bool]
-    updates: dict[bool, tuple[list[Tensor], list[int]]]
+    updates: dict[tuple[bool, bool], tuple[list[Tensor], list[int]]]
 
 
 class _About(NamedTuple):
     """What a window has to know besides what it is given."""
 
     x: Tensor
-    target: Tensor
+    target: Tensor | None
     state: State
     start: list[Tensor]
     learns: bool

@@ -23,6 +23,7 @@ CALLER = "rnn.step"
 def take_step(
     net: Any, x: Any, target: Any, state: State | None, head: nn.Module, optimizer: Any,
     criterion: Criterion, done: Tensor | None, context: Any, lengths: Tensor | None,
+    weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, State, Tensor]:  # fmt: skip
     """See `DecoupledRNN.step`.
 
@@ -43,11 +44,11 @@ def take_step(
         passed = net.passed_at(state)
         checks = not fused.is_like_last(x, state, passed, done, lengths)
         ended = checked(engine.unroller, x, state, done, lengths) if checks else None
-        given = Given(x, target, state, passed, ended, context_pair(context), lengths)
+        given = Given(x, target, state, passed, ended, context_pair(context), lengths, weight)
         if fused.takes(given):
             return _fused_step(net, fused, given)
     return _step_by_autograd(
-        net, x, target, state, head, optimizer, criterion, done, context, lengths
+        net, x, target, state, head, optimizer, criterion, weight, done, context, lengths
     )
 
 
@@ -99,7 +100,7 @@ def _fused_step(net: Any, fused: FusedWindows, given: Given) -> tuple:
 
 def _step_by_autograd(
     net: Any, x: Any, target: Any, state: State | None, head: nn.Module, optimizer: Any,
-    criterion: Criterion, *about: Any,
+    criterion: Criterion, weight: float, *about: Any,
 ) -> tuple[Tensor, Tensor, Tensor, State, Tensor]:  # fmt: skip
     _check(head, criterion)
     given = [] if state is None else tensors_of(state)
@@ -112,8 +113,8 @@ def _step_by_autograd(
             packed = isinstance(found, PackedSequence)
             output = head(found.data if packed else found)
             target = target.data if isinstance(target, PackedSequence) else target
-            loss = loss_of(output, target, criterion)
-            if loss.dim() or not loss.requires_grad:
+            loss = None if target is None else loss_of(output, target, criterion) * weight
+            if loss is not None and (loss.dim() or not loss.requires_grad):
                 raise RuntimeError(
                     f"{CALLER}: criterion must return one number that depends on the output, got "
                     f"{tuple(loss.shape)}{'' if loss.requires_grad else ' without a gradient'}"
@@ -123,6 +124,7 @@ def _step_by_autograd(
             raise
         synthesis_loss, energy = net.close(loss)
         optimizers.step()
+    loss = output.new_zeros(()) if loss is None else loss
     return loss.detach(), output.detach(), synthesis_loss, after, energy
 
 

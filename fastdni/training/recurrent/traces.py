@@ -255,8 +255,9 @@ class OnlineTrace:
         scale = self._boundaries.scale(self._start, self._trigger.numel())
         flat = torch.einsum("bsp,bs->p", trace, error * (scale * loss_scale))
         sizes = [p.numel() for p in self._learning]
-        pairs = zip(flat.split(sizes), self._learning, strict=True)
-        torch.autograd.backward(self._learning, [g.view_as(p) for g, p in pairs])
+        if self._learning:
+            pairs = zip(flat.split(sizes), self._learning, strict=True)
+            torch.autograd.backward(self._learning, [g.view_as(p) for g, p in pairs])
         decay = self._settings.bootstrap * self._settings.trace_lambda
         following = decay * (jacobian @ trace)
         if ended is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastdni.training.boundary import Prediction
+from fastdni.training.boundary import Prediction, learns
 from fastdni.training.recurrent.boundaries import Boundaries
 from fastdni.training.recurrent.horizon import Horizon, Met
 from fastdni.training.recurrent.layouts import State, are_zero, rebuilt, tensors_of, zeroed
@@ -69,7 +69,7 @@ def _forget(known: dict, number: int, ref: weakref.ref) -> None:
 
 
 def who_learns(
-    settings: Settings, state: State | None, passed: Passed | None
+    engine: "Engine", state: State | None, passed: Passed | None
 ) -> tuple[bool, Tensor | None]:
     """Whether synthesizers learn at a window's start, and at which of its rows, (B, 1); None: at
     all. A row of zeros is the start of an episode.
@@ -77,7 +77,9 @@ def who_learns(
     Args:
         state: the window's; `passed`: what is known of it, None where the caller made it.
     """
-    if settings.first == "train":
+    if engine.is_plain:
+        return False, None
+    if engine.settings.first == "train":
         return True, None
     if state is None:
         return False, None
@@ -100,6 +102,12 @@ class Engine:
     ):  # fmt: skip
         self.unroller, self.boundaries = unroller, boundaries
         self.horizon, self.settings, self.layout_name = horizon, settings, layout_name
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is sent and nothing learnt: truncated backpropagation through time."""
+        frozen = self.settings.factor == 0 and not self.horizon.length
+        return frozen and not any(map(learns, self.boundaries.synthesizers))
 
 
 class Window:
@@ -144,7 +152,7 @@ class Window:
                     'DecoupledRNN: state must be given to a module of your own with first="train"'
                 )
         self._given = [] if state is None else tensors_of(state)
-        self.learns, self._rows = who_learns(settings, state, passed)
+        self.learns, self._rows = who_learns(engine, state, passed)
         self.start = [t.detach() for t in self._given]
         if self.learns or any(t.requires_grad for t in self._given):
             for tensor in self.start:
@@ -163,6 +171,7 @@ class Window:
             self._kept = Kept()
             self._kept.listen(self.output)
         self._versions = self._versions_now()
+        self.predictions: list[Prediction] | None = None
         self._extra: list[Tensor | None] | None = None
         self._jacobian: Tensor | None = None
 
@@ -187,6 +196,8 @@ class Window:
         """What to call the backward pass with besides the loss: tensors, and their gradients."""
         engine, settings = self.engine, self.engine.settings
         self._loss_scale = loss_scale
+        if engine.is_plain:
+            return [], []
         self.predictions = engine.boundaries.predict(self.end, self._contexts[1])
         messages = [p.message for p in self.predictions]
         if self._last is not None:
@@ -233,7 +244,7 @@ class Window:
         loss = loss + self._learn_the_end()
         self._look_ahead()
         passed = self.passed
-        if self._last is None:
+        if self._last is None and self.predictions is not None:
             passed.predictions, passed.ctx = self.predictions, self._contexts[1]
         return loss, energy
 
@@ -285,7 +296,7 @@ class Window:
 
     def _learn_the_end(self) -> Tensor | float:
         """Where an episode ends, its future is worth zero."""
-        if self.engine.settings.end is None or self._ended is None:
+        if self.engine.settings.end is None or self._ended is None or self.engine.is_plain:
             return 0.0
         loss, scale, boundaries = 0.0, self._loss_scale, self.engine.boundaries
         for rows, tensors in [*self._endings, (self._last, self.end)]:
