@@ -113,7 +113,7 @@ class Window {
                        grad_x, grad_before);
       }
     });
-    weights_backward(x, state, layers, gradients, grad_weights);
+    if (!grad_weights.empty()) weights_backward(x, state, layers, gradients, grad_weights);
   }
 
  private:
@@ -440,14 +440,15 @@ std::tuple<Tensor, Tensors, Tensors> backward(const std::string& cell, const Ten
                                               const Tensors& state, const Tensors& weights,
                                               bool bias, const Tensor& output, const Tensor& saved,
                                               const OptionalTensor& grad_output,
-                                              const Tensors& grad_state, bool input_gradient) {
+                                              const Tensors& grad_state, bool input_gradient,
+                                              bool weight_gradients) {
   FASTDNI_CHECK(output.is_contiguous() && saved.is_contiguous() &&
                     saved.scalar_type() == x.scalar_type(),
                 "recurrence: output and saved must be what the forward pass returned");
   const int64_t width = x.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
   return recurrence_bwd(cell, x, state, weights, bias, output,
                         {saved.data_ptr(), saved.numel() * width}, grad_output, grad_state,
-                        input_gradient);
+                        input_gradient, weight_gradients);
 }
 
 }  // namespace
@@ -475,7 +476,7 @@ std::tuple<Tensor, Tensors> recurrence_fwd(const std::string& cell, const Tensor
 std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
     const std::string& cell, const Tensor& x, const Tensors& state, const Tensors& weights,
     bool bias, const Tensor& output, const Saved& saved, const OptionalTensor& grad_output,
-    const Tensors& grad_state, bool input_gradient) {
+    const Tensors& grad_state, bool input_gradient, bool weight_gradients) {
   const Tensor input = as_contiguous(x);
   const Tensors before = contiguous(state), own = contiguous(weights);
   OptionalTensor above;
@@ -485,7 +486,8 @@ std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
       check_recurrence_bwd(cell, input, before, own, bias, output, above, after);
   OptionalTensor grad_x;
   if (input_gradient) grad_x = empty(input, shape_of(input));
-  const Tensors grad_before = empty_like(before), grad_weights = empty_like(own);
+  const Tensors grad_before = empty_like(before);
+  const Tensors grad_weights = weight_gradients ? empty_like(own) : Tensors{};
   with_isa([&](auto isa) {
     const auto run = [&](auto scalar) {
       using T = decltype(scalar);

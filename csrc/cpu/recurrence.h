@@ -20,10 +20,10 @@ std::tuple<Tensor, Tensors> recurrence_fwd(const std::string& cell, const Tensor
                                            const SavedMemory& memory);
 
 // The gradients of x (empty where it is not wanted), of the state before the window, and of the
-// weights. Without grad_state nothing comes to the state after it.
+// weights (none where they are not). Without grad_state nothing comes to the state after it.
 std::tuple<Tensor, Tensors, Tensors> recurrence_bwd(
     const std::string& cell, const Tensor& x, const Tensors& state, const Tensors& weights,
     bool bias, const Tensor& output, const Saved& saved, const OptionalTensor& grad_output,
-    const Tensors& grad_state, bool input_gradient);
+    const Tensors& grad_state, bool input_gradient, bool weight_gradients);
 
 }  // namespace fastdni::cpu

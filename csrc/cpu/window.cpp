@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
   OptionalTensor above;
   if (target) above = grad_output;
   auto [grad_x, grad_start, gradients] = recurrence_bwd(cell, x, start, weights, cell_bias, output,
-                                                        saved, above, sent, false);
+                                                        saved, above, sent, false, true);
   Tensors others = weights;
   if (target) {
     gradients.insert(gradients.end(), grad_head.begin(), grad_head.end());

@@ -2,7 +2,7 @@
 //
 //   recurrence_fwd   output (T, B, H), the state after the window, and what the backward pass needs
 //   recurrence_bwd   from the gradients of output and state: those of x, of the state before the
-//                    window, and of the weights
+//                    window, and of the weights (none of these where they are not wanted)
 //
 // `weights` holds of each layer W_ih (G H, K), W_hh (G H, H), and b_ih, b_hh (G H,) where there are
 // biases, as torch's modules do.
@@ -88,7 +88,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "recurrence_bwd(str cell, Tensor x, Tensor[] state, Tensor[] weights, bool bias, "
       "Tensor output, Tensor saved, Tensor? grad_output, Tensor[] grad_state, "
-      "bool input_gradient) -> (Tensor grad_x, Tensor[] grad_state, Tensor[] grad_weights)");
+      "bool input_gradient, bool weight_gradients=True) -> (Tensor grad_x, Tensor[] grad_state, Tensor[] grad_weights)");
 }
 
 }  // namespace fastdni

@@ -23,9 +23,13 @@ def _(cell, x, state, weights, bias):
 
 
 @torch.library.register_fake("fastdni::recurrence_bwd")
-def _(cell, x, state, weights, bias, output, saved, grad_output, grad_state, input_gradient):
+def _(
+    cell, x, state, weights, bias, output, saved, grad_output, grad_state, input_gradient,
+    weight_gradients=True,
+):  # fmt: skip
     grad_x = torch.empty_like(x) if input_gradient else x.new_empty(0)
-    return grad_x, [*map(torch.empty_like, state)], [*map(torch.empty_like, weights)]
+    of_weights = [*map(torch.empty_like, weights)] if weight_gradients else []
+    return grad_x, [*map(torch.empty_like, state)], of_weights
 
 
 class _Recurrence(torch.autograd.Function):

@@ -104,24 +104,26 @@ class Boundaries:
         weight: float = 1.0,
         optimizers: Optimizers | None = None,
         by_autograd: bool = False,
+        windows: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Has the synthesizers learn.
 
         Args:
             predictions: made where they are to learn; for `rows`, with the parameters of now.
             targets: of each what is learnt.
-            tensors: the state they were made at.
+            tensors: the state they were made at; of one window.
             rows: (B, 1), those that count; None: all. Any other learns nothing.
             weight: of the loss.
             optimizers: as `Prediction.regress`.
             by_autograd: has gradients go through autograd, for those who listen there.
+            windows: how many lie one after the other in predictions, targets and rows.
 
         Returns:
             The loss, scale / 2 sum(e^2); and the same of the targets alone, for comparison.
         """
         loss = energy = 0.0
         for m, p, target in zip(self.synthesizers, predictions, targets, strict=True):
-            scale = weight * self.scale(tensors, p.trigger.numel())
+            scale = weight * self.scale(tensors, p.trigger.numel() // windows)
             counting = target if rows is None else torch.where(rows, target, 0)
             energy = energy + counting.square().sum() * (scale / 2)
             if rows is not None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.utils.rnn import PackedSequence
 
-from fastdni.training.boundary import Prediction
 from fastdni.training.recurrent.layouts import Layout, rebuilt, tensors_of
 
 if TYPE_CHECKING:
@@ -64,14 +63,19 @@ class Kept:
         Args:
             sent: the gradients of the state at its end.
         """
+        gradient = self._gradient
+        if gradient is not None and self.loss_scale != 1:
+            gradient = gradient / self.loss_scale
+        whole = self.lengths is None and (self.ended is None or len(self.ended) == 1)
+        if whole and None not in sent and engine.unroller.why_no_kernel(self.x) is None:
+            return engine.unroller.pulled_back(self.x, self.start, gradient, sent)
         start = [t.detach().requires_grad_() for t in self.start]
         before = rebuilt(self.like, iter(start))
         with torch.enable_grad():
             output, end, _ = engine.unroller.run(self.x, before, self.ended, self.lengths)
         pairs = [*zip(tensors_of(end), sent, strict=True)]
-        if self._gradient is not None:
-            data = output.data if isinstance(output, PackedSequence) else output
-            pairs.append((data, self._gradient / self.loss_scale))
+        if gradient is not None:
+            pairs.append((output.data if isinstance(output, PackedSequence) else output, gradient))
         pairs = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
         if not pairs:
             return [torch.zeros_like(t) for t in start]
@@ -111,39 +115,75 @@ class ForwardTrace:
             Their loss, and that of the targets alone; 0 where nothing was learnt.
         """
         windows, self.windows, self.left = self.windows, [], None
-        boundaries, settings = engine.boundaries, engine.settings
-        lam, discount = settings.trace_lambda, settings.bootstrap
-        loss = energy = 0.0
-        found: list[Tensor] | None = None  # G of the window after
-        after: list[Prediction] | None = None  # M there
-        for kept in reversed(windows):
-            if not kept.learns:  # the first one
-                break
-            if after is None:
-                after = boundaries.predict(kept.end, kept.ctx[1], learn=False)
-            messages = [p.message for p in after]
-            last = None if kept.ended is None else kept.ended[-1].unsqueeze(1)
-            share = discount if found is None else (1 - lam) * discount
-            sent = boundaries.gradients(messages, kept.end, share)
-            if found is not None:
-                sent = [
-                    lam * discount * g if m is None else m + lam * discount * g
-                    for m, g in zip(sent, found, strict=True)
-                ]
-            if last is not None:
-                sent = [None if g is None else torch.where(last, 0, g) for g in sent]
-            found = kept.again(engine, sent)
-            after = boundaries.predict(kept.start, kept.ctx[0])
-            each, of_targets = boundaries.regress(
-                after,
-                boundaries.targets(found),
-                kept.start,
-                kept.rows,
-                weight=loss_scale,
-                by_autograd=by_autograd,
-            )
-            loss, energy = loss + each / loss_scale, energy + of_targets / loss_scale
-        return loss, energy
+        if windows and not windows[0].learns:  # the first one
+            del windows[0]
+        if not windows:
+            return 0.0, 0.0
+        boundaries, last = engine.boundaries, windows[-1]
+        # One window's rows after those of another: the synthesizers are asked once for all.
+        starts = [
+            torch.cat(tensors, -2) for tensors in zip(*(w.start for w in windows), strict=True)
+        ]
+        predictions = boundaries.predict(starts, _joined([w.ctx[0] for w in windows]))
+        at_end = boundaries.predict(last.end, last.ctx[1], learn=False)
+        messages = [p.message for p in predictions]
+        of_windows = zip(*(m.chunk(len(windows), _row_axis(m)) for m in messages), strict=True)
+        after = [*of_windows, [p.message for p in at_end]][1:]
+        found: list[list[Tensor]] = []  # G, of the last window first
+        for kept, messages in zip(reversed(windows), reversed(after), strict=True):
+            found.append(kept.again(engine, self._sent(engine, kept, messages, found)))
+        targets = [boundaries.targets(each) for each in reversed(found)]
+        wanted = [torch.cat(each, _row_axis(each[0])) for each in zip(*targets, strict=True)]
+        loss, energy = boundaries.regress(
+            predictions,
+            wanted,
+            last.start,
+            _joined([_rows(w) for w in windows])
+            if any(w.rows is not None for w in windows)
+            else None,
+            weight=loss_scale,
+            by_autograd=by_autograd,
+            windows=len(windows),
+        )
+        return loss / loss_scale, energy / loss_scale
+
+    @staticmethod
+    def _sent(
+        engine: "Engine", kept: Kept, messages: list[Tensor], found: list[list[Tensor]]
+    ) -> list[Tensor | None]:
+        """The gradients of the state at a window's end, of what M says there and of G."""
+        lam, discount = engine.settings.trace_lambda, engine.settings.bootstrap
+        share = (1 - lam) * discount if found else discount
+        sent = engine.boundaries.gradients(messages, kept.end, share)
+        if found:
+            further = [lam * discount * g for g in found[-1]]
+            sent = [g if m is None else m + g for m, g in zip(sent, further, strict=True)]
+        if kept.ended is None:
+            return sent
+        rows = kept.ended[-1].unsqueeze(1)
+        return [None if g is None else torch.where(rows, 0, g) for g in sent]
+
+
+def _row_axis(trigger: Tensor) -> int:
+    """The dimension of the rows of a trigger, (..., B, K)."""
+    return trigger.dim() - 2
+
+
+def _rows(kept: Kept) -> Tensor:
+    """The rows of a window that count, (B, 1)."""
+    if kept.rows is not None:
+        return kept.rows
+    first = kept.start[0]
+    return torch.ones(first.shape[-2], 1, dtype=torch.bool, device=first.device)
+
+
+def _joined(contexts: list[Any]) -> Any:
+    """Of several windows one context."""
+    if contexts[0] is None:
+        return None
+    if not all(isinstance(ctx, Tensor) for ctx in contexts):
+        raise RuntimeError("DecoupledRNN: context must be a tensor (or None) with trace_lambda")
+    return torch.cat(contexts)
 
 
 class Traces:

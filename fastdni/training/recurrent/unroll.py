@@ -120,6 +120,27 @@ class Unroller:
                 state = zeroed(state, rows)
         return Unrolled(torch.cat(outputs, int(self.batch_first)), state, endings)
 
+    def why_no_kernel(self, x: Any) -> str | None:
+        """Why torch's own module, or the user's, runs and not a kernel; None: it does not."""
+        return why_no_kernel(self.rnn, x)
+
+    def pulled_back(
+        self, x: Tensor, state: list[Tensor], grad_output: Tensor | None, sent: list[Tensor]
+    ) -> list[Tensor]:
+        """By a kernel: what gradients at a window's output and of its last state are at its first."""
+        cell, weights, bias, _ = kernel = kernel_of(self.rnn)
+        if self.batch_first:
+            x = x.transpose(0, 1)
+            grad_output = None if grad_output is None else grad_output.transpose(0, 1)
+        start = kernel.layered(state)
+        with torch.no_grad():
+            output, _, saved = ops.recurrence_fwd(cell, x, start, weights, bias)
+            _, found, _ = ops.recurrence_bwd(
+                cell, x, start, weights, bias, output, saved, grad_output, kernel.layered(sent),
+                False, False,
+            )  # fmt: skip
+        return kernel.unlayered(found)
+
     def _call(self, x, state: State | None) -> tuple[Any, State]:
         return self.rnn(x, state)
 
