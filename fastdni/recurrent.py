@@ -14,7 +14,7 @@ from fastdni.training.recurrent.arguments import checked, context_pair
 from fastdni.training.recurrent.boundaries import Boundaries
 from fastdni.training.recurrent.fused import FusedWindows
 from fastdni.training.recurrent.horizon import Horizon, branches
-from fastdni.training.recurrent.layouts import State, layout_named, tensors_of, zeroed
+from fastdni.training.recurrent.layouts import State, first_of, layout_named, tensors_of, zeroed
 from fastdni.training.recurrent.settings import Settings
 from fastdni.training.recurrent.steps import Criterion, take_step
 from fastdni.training.recurrent.traces import Traces, check_online
@@ -319,7 +319,7 @@ class DecoupledRNN(nn.Module):
         Raises:
             RuntimeError: one has.
         """
-        passed = None if state is None else self._passed.at(tensors_of(state)[0])
+        passed = None if state is None else self._passed.at(first_of(state))
         if passed is not None and passed.is_used:
             raise RuntimeError(
                 "DecoupledRNN: state must not be used twice in training: the gradient there is that"
@@ -327,11 +327,35 @@ class DecoupledRNN(nn.Module):
             )
         return passed
 
+    def carried(self, state: State) -> dict[str, Any]:
+        """What training knows of a state besides its numbers: windows that wait for their targets,
+        states that the auxiliary task looks back to. Save it beside the state, for `resume`.
+
+        Args:
+            state: the last one, as a window returned it.
+        """
+        passed = self._passed.at(first_of(state))
+        if passed is None:
+            return {}
+        return passed.state_dict() | {"windows": self.traces.state_dict(passed)}
+
+    def resume(self, state: State, carried: dict[str, Any]) -> State:
+        """Goes on from a state that was saved with what was `carried`.
+
+        Returns:
+            The state, for the next window.
+        """
+        if carried:
+            passed = Passed.from_state_dict(carried)
+            self._passed.put(first_of(state), passed)
+            self.traces.load_state_dict(carried["windows"], passed)
+        return state
+
     def hand_on(self, before: Passed | None, state: State, passed: Passed) -> None:
         """Remembers what a window has started from, and what it leaves."""
         if before is not None:
             before.is_used = True
-        self._passed.put(tensors_of(state)[0], passed)
+        self._passed.put(first_of(state), passed)
 
     def backward(self, loss: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
         """Backpropagates through the open windows, and has the synthesizers learn.

@@ -13,7 +13,7 @@ from fastdni import ops
 from fastdni.synthesizers import is_changed, plain_parameters
 from fastdni.training import criteria
 from fastdni.training.optimizers import Optimizers
-from fastdni.training.recurrent.layouts import State, rebuilt, rows_of, tensors_of, zeroed
+from fastdni.training.recurrent.layouts import State, first_of, rebuilt, rows_of, tensors_of, zeroed
 from fastdni.training.recurrent.traces import Kept
 from fastdni.training.recurrent.unroll import kernel_of, why_no_kernel
 from fastdni.training.recurrent.window import Engine, Passed, who_learns
@@ -220,7 +220,7 @@ class FusedWindows:
             and others == (None,) * len(others)
             and type(x) is Tensor
             and (x.shape, x.dtype, x.device) == last.x
-            and tensors_of(state)[0].shape == last.state
+            and first_of(state).shape == last.state
         )
 
     def takes(self, given: Given) -> bool:

@@ -22,6 +22,13 @@ def tensors_of(state: State) -> list[Tensor]:
     return [tensor for part in state for tensor in tensors_of(part)]
 
 
+def first_of(state: State) -> Tensor | None:
+    """The first tensor of a state, or whatever was given in its place."""
+    while isinstance(state, tuple | list):
+        state = state[0] if state else None
+    return state
+
+
 def rebuilt(like: State, tensors: Iterator[Tensor]) -> State:
     """A state of the same form, of other tensors."""
     if isinstance(like, Tensor):

@@ -220,6 +220,18 @@ class Traces:
             loss, energy = loss + each, energy + of_targets
         return loss, energy
 
+    def state_dict(self, left: Any) -> list[dict[str, Any]]:
+        """The windows that wait, where it is they that hand on `left`."""
+        return [dict(vars(w)) for w in self._now.windows] if self._now.left is left else []
+
+    def load_state_dict(self, windows: list[dict[str, Any]], left: Any) -> None:
+        """The reverse."""
+        self._now = ForwardTrace()
+        for facts in windows:
+            kept = Kept()
+            vars(kept).update(facts)
+            self._now.add(kept, left)
+
 
 class OnlineTrace:
     """The regression of one window with accumulated eligibility.

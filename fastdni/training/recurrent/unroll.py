@@ -127,7 +127,7 @@ class Unroller:
     def pulled_back(
         self, x: Tensor, state: list[Tensor], grad_output: Tensor | None, sent: list[Tensor]
     ) -> list[Tensor]:
-        """By a kernel: what gradients at a window's output and of its last state are at its first."""
+        """By a kernel: what gradients at a window's output and end are at its start."""
         cell, weights, bias, _ = kernel = kernel_of(self.rnn)
         if self.batch_first:
             x = x.transpose(0, 1)

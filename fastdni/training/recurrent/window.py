@@ -44,6 +44,19 @@ class Passed:
         self.met: list[Met | None] = []
         self.trace: Any = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be found out again."""
+        met = [None if each is None else tuple(each) for each in self.met]
+        return {"fresh": self.fresh, "met": met, "trace": self.trace}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Passed":
+        """The reverse."""
+        passed = cls(state["fresh"])
+        passed.met = [None if each is None else Met(*each) for each in state["met"]]
+        passed.trace = state["trace"]
+        return passed
+
 
 class Handed:
     """What is known of states that were handed out, for as long as these live."""
