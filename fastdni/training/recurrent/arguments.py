@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdni.training.recurrent.layouts import State
@@ -40,7 +41,7 @@ def checked(
         got = tuple(done.shape) if isinstance(done, Tensor) else type(done).__name__
         wanted = " or ".join(map(str, shapes))
         raise RuntimeError(f"DecoupledRNN: done must be of shape {wanted}, got {got}")
-    done = done.bool()
+    done = done.to(torch.bool, copy=True)  # the caller may use his for the next window
     return done if done.dim() == 2 else done.unsqueeze(0)
 
 

@@ -26,6 +26,15 @@ MOST_KEPT = 1000  # windows
 MOST_BYTES = 1 << 30  # of an online trace
 
 
+def own(given: Any) -> Any:
+    """What the caller gave, in memory of our own: he may use his for the next window."""
+    if isinstance(given, tuple) and not isinstance(given, PackedSequence):
+        return tuple(map(own, given))
+    if isinstance(given, PackedSequence):
+        return given._replace(data=own(given.data))
+    return given.detach().clone() if isinstance(given, Tensor) else given
+
+
 class Kept:
     """What is kept of a window to run it again: its start, its input, and the gradient of the loss
     at its output."""
@@ -50,12 +59,13 @@ class Kept:
 
         Args:
             gradient: of the loss at the output, where nobody has listened.
-            facts: x, start, like (a state, of the form of all), end, ended, lengths, ctx, rows,
-                learns: see `Window`; loss_scale: what the gradient was multiplied by.
+            facts: kept as they are now, whatever becomes of them: x, start, like (a state, of the
+                form of all), end, ended, lengths, ctx, rows, learns: see `Window`; loss_scale: what
+                the gradient was multiplied by.
         """
         if gradient is not None:
             self._gradient = gradient
-        self.__dict__.update(facts)
+        self.__dict__.update({name: own(fact) for name, fact in facts.items()})
 
     def again(self, engine: "Engine", sent: list[Tensor | None]) -> list[Tensor]:
         """Runs the window with the parameters of now; what is found at its start.

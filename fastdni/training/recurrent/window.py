@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from fastdni.training.boundary import Prediction, learns
 from fastdni.training.recurrent.boundaries import Boundaries
 from fastdni.training.recurrent.horizon import Horizon, Met
 from fastdni.training.recurrent.layouts import State, are_zero, rebuilt, tensors_of, zeroed
 from fastdni.training.recurrent.settings import Settings
-from fastdni.training.recurrent.traces import Kept, OnlineTrace
+from fastdni.training.recurrent.traces import Kept, OnlineTrace, own
 from fastdni.training.recurrent.unroll import Unroller
 
 
@@ -327,7 +326,7 @@ class Window:
             return
         met = None
         if self.learns:
-            met = Met([t.detach() for t in self.start], self._contexts[0], self._rows)
+            met = Met([t.detach() for t in self.start], own(self._contexts[0]), self._rows)
         earlier = [] if self._before is None else self._before.met
         ended = None if self._ended is None else self._ended.any(0).unsqueeze(1)
         self.passed.met = horizon.learn(
@@ -355,7 +354,7 @@ class Window:
         kept = self._kept
         if kept is not None:
             kept.fill(
-                x=_detached(self._x),
+                x=self._x,
                 start=[t.detach() for t in self.start],
                 like=self.state,
                 end=[t.detach() for t in self.end],
@@ -368,9 +367,3 @@ class Window:
             )
         self.output = self.end = self.start = self._given = self._before = None
         return kept
-
-
-def _detached(x: Any) -> Any:
-    if isinstance(x, PackedSequence):
-        return x._replace(data=x.data.detach())
-    return x.detach()
