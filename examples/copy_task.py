@@ -60,7 +60,7 @@ class Method:
 
 
 UNITS = {"target_scale": 10.0, "target_clip": 0.2, "factor": 0.5}
-TRACE = {"target_scale": 10.0, "factor": 0.5, "discount": 0.5, "trace_lambda": 0.9}
+TRACE = {"target_scale": 10.0, "factor": 0.7, "discount": 0.7, "trace_lambda": 0.9}
 METHODS = {
     "bptt": Method("BPTT"),
     "bptt4": Method("BPTT, 4 T", windows=4),

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdni import backend
 from fastdni.network import Criterion, DecoupledSequential
+from fastdni.recurrent import DecoupledRNN
 from fastdni.training.arguments import autocast_dtype
 from fastdni.training.criteria import known
 from fastdni.training.parts import FusedPart, LocalPart
+from fastdni.training.recurrent.fused import Unfused
+from fastdni.training.recurrent.steps import made
 from fastdni.training.stages import layers_of
 from fastdni.training.structure import Structure
 from fastdni.training.updates import updates_of
@@ -43,19 +46,21 @@ class Explanation:
 
 
 def explain(
-    net: DecoupledSequential,
+    net: DecoupledSequential | DecoupledRNN,
     x: Tensor,
     optimizer: Optimizer | Sequence[Optimizer],
     criterion: Criterion = "cross_entropy",
+    head: nn.Module | None = None,
 ) -> Explanation:
     """Tells for each stage whether `net.step` runs it fused, on which backend, and if not why.
 
     Args:
-        net: the network.
+        net: the network; of a recurrent one the stages are the recurrence, and head and boundary.
         x: an input, (B, ...); it is taken through the network once, without gradients and in eval
             mode.
         optimizer: as for `net.step`.
         criterion: as for `net.step`.
+        head: of a recurrent network's step.
 
     Returns:
         A table to print; `.rows` for programs.
@@ -63,8 +68,38 @@ def explain(
     Example:
         >>> print(fastdni.explain(net, x, optimizer))
     """
+    if isinstance(net, DecoupledRNN):
+        return Explanation(_of_windows(net, x, optimizer, criterion, head))
     with net._trainer.lock:  # a look changes modes for a moment
         return Explanation(_rows(net, x, optimizer, criterion))
+
+
+def _of_windows(net: DecoupledRNN, x, optimizer, criterion: Criterion, head) -> list[dict]:
+    engine = net.engine()
+    reason = engine.unroller.why_no_kernel(x)
+    rows = [_row(type(net.rnn).__name__, reason, "recurrence", "the module's own")]
+    if head is None:
+        reason = "explain was given no head"
+    else:
+        try:
+            made(net, engine, head, optimizer, criterion)
+            reason = None
+        except Unfused as why:
+            reason = str(why)
+    name = f"{type(head).__name__ if head is not None else 'head'}, boundary, updates"
+    kernel = "window" if rows[0]["fused"] else "window, a call before the recurrence and one behind"
+    return [*rows, _row(name, reason, kernel, "autograd, boundary_")]
+
+
+def _row(stage: str, reason: str | None, kernel: str, otherwise: str) -> dict:
+    fused = reason is None
+    return {
+        "stage": stage,
+        "fused": fused,
+        "backend": "cpu" if fused else "torch",
+        "kernel": kernel if fused else otherwise,
+        "reason": reason or "",
+    }
 
 
 def _rows(net: DecoupledSequential, x: Tensor, optimizer, criterion: Criterion) -> list[dict]:

@@ -13,7 +13,7 @@ import torch
 
 import fastdni as dni
 from fastdni.backend import BACKENDS
-from fastdni.bench import dropin, forms, network
+from fastdni.bench import dropin, forms, network, recurrent
 from fastdni.bench.cases import (
     ACTIVATIONS,
     OPTIMIZERS,
@@ -162,6 +162,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-in", action="store_true", help="the drop-in modules, in a network of these widths"
     )
     what.add_argument(
+        "--rnn", action="store_true", help="windows of an LSTM instead, a small and a large one"
+    )
+    what.add_argument(
         "--peer", type=_of(parse_peer), action="append", default=[], metavar="MODULE",
         help="with --drop-in: also the modules of any importable copy of dni-pytorch",
     )  # fmt: skip
@@ -194,6 +197,13 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(f"--backends: {name} is not available: {available[name]}")
         if name not in serving:
             parser.error(f"--backends: {name} does not serve --device {options.device}")
+    if options.rnn:
+        for name in ("sweep", "trace", "backends", "drop_in", "plot", "batch_norm", "no_context"):
+            if getattr(options, name):
+                parser.error(f"--rnn goes without --{name.replace('_', '-')}")
+        for name in ("net", "batch", "device", "precision", "optimizer", "activation"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--rnn goes without --{name}")
     if options.peer and not options.drop_in:
         parser.error("--peer goes with --drop-in")
     if options.drop_in:
@@ -232,6 +242,8 @@ def run(options: argparse.Namespace) -> int:
     if float(info["load"]) > _BUSY * info["cores"]:
         print("others are at work on this machine: times and ratios may be off")
     print(flush=True)
+    if options.rnn:
+        return _windows(options, limits, info)
     try:
         results = _drop_in(options, limits) if options.drop_in else _network(options, limits)
     except ArithmeticError as reason:
@@ -265,6 +277,21 @@ def run(options: argparse.Namespace) -> int:
             print(f"wrote {path}")
     swept = 1 if options.sweep is None or options.drop_in else len(options.sweep[1])
     return 0 if len(results) >= swept else 1
+
+
+def _windows(options: argparse.Namespace, limits: dict, info: dict) -> int:
+    try:
+        stored = recurrent.run(options.markdown, limits)
+    except ArithmeticError as reason:
+        print(f"fastdni bench: not the same step, so nothing was timed: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nfastdni bench: interrupted", file=sys.stderr)
+        return 130
+    if options.json is not None:
+        options.json.write_text(json.dumps({"hardware": info, "results": stored}, indent=1) + "\n")
+        print(f"wrote {options.json}")
+    return 0
 
 
 def case_of(options: argparse.Namespace) -> Case:
