@@ -27,9 +27,10 @@ from fastdni.interfaces import (
 )
 from fastdni.network import DecoupledSequential, StepResult
 from fastdni.ops import regression_loss
-from fastdni.recurrent import DecoupledRNN, RecurrentResult
+from fastdni.recurrent import DecoupledRNN
 from fastdni.scopes import backward, defer_backward, synthesizer_context
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
+from fastdni.training.recurrent.steps import RecurrentResult
 
 __version__ = _C.build_info()["version"]
 

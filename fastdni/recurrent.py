@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +12,19 @@ from fastdni.scopes import in_data_parallel_forward
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 from fastdni.training.recurrent.arguments import checked, context_pair
 from fastdni.training.recurrent.boundaries import Boundaries
+from fastdni.training.recurrent.engine import Engine, Handed, Passed
 from fastdni.training.recurrent.fused import FusedWindows
 from fastdni.training.recurrent.horizon import Horizon, branches
 from fastdni.training.recurrent.layouts import State, first_of, layout_named, tensors_of, zeroed
 from fastdni.training.recurrent.settings import Settings
-from fastdni.training.recurrent.steps import Criterion, take_step
+from fastdni.training.recurrent.steps import Criterion, RecurrentResult, take_step
 from fastdni.training.recurrent.traces import Traces, check_online
 from fastdni.training.recurrent.unroll import unroller
-from fastdni.training.recurrent.window import Engine, Handed, Passed, Window
+from fastdni.training.recurrent.window import Window
 
 MOST_WAITING = 100  # windows without a backward pass
 # What a network knows while it runs: nobody's to save or copy.
 _RUNNING = ("_open", "_passed", "traces", "_engine", "fused")
-
-
-class RecurrentResult(NamedTuple):
-    """What a window found out: fresh tensors, detached.
-
-    Attributes:
-        loss: the criterion's, ().
-        output: of the head, in the form of the recurrent module's output.
-        synthesis_loss: of the synthesizers at the window's start, (); 0 where they did not learn.
-        state: at the window's end, for the next one.
-        target_loss: what synthesis_loss would be of predictions of zero, ().
-    """
-
-    loss: Tensor
-    output: Tensor
-    synthesis_loss: Tensor
-    state: State
-    target_loss: Tensor
-
-    @property
-    def relative_synthesis_loss(self) -> Tensor:
-        """How much of their target the synthesizers do not explain: 1 for a prediction of zero; NaN
-        where there is none."""
-        return self.synthesis_loss / self.target_loss
 
 
 class DecoupledRNN(nn.Module):

@@ -1,47 +1,16 @@
-// The recurrence op on the CPU. Rows do not meet before the weights' gradients: a block of them goes
-// through all layers and steps by itself.
+// The recurrence op on the CPU. Rows do not meet before the weights' gradients: a block of them
+// goes through all layers and steps by itself.
 #include "cpu/recurrence.h"
 
 #include <cstring>
 #include <deque>
 
-#include "cpu/kernels/recurrence.h"
+#include "cpu/recurrence_memory.h"
 #include "cpu/scratch.h"
-#include "cpu/sweep_memory.h"
 #include "ops/recurrence.h"
 
 namespace fastdni::cpu {
 namespace {
-
-// Matrices of T B rows, laid one after the other into one tensor.
-template <class T>
-class Store {
- public:
-  explicit Store(T* begin) : next_(begin) {}
-
-  Matrix<T> matrix(int64_t rows, int64_t columns, int64_t stride) {
-    T* begin = take(rows * stride);
-    return {begin, columns, stride};
-  }
-  T* take(int64_t count) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    T* begin = next_ + used_;
-    used_ += (count + kLine - 1) / kLine * kLine;
-    return begin;
-  }
-  // With what kernels may read behind the last element.
-  int64_t count() const { return used_ + kWeightedOverread / static_cast<int64_t>(sizeof(T)); }
-
- private:
-  T* next_;
-  int64_t used_ = 0;
-};
-
-// What the forward pass leaves of a layer for the backward pass.
-template <class T>
-struct LayerMemory {
-  Matrix<T> gates, recurrent, c, tanh_c, h;
-};
 
 template <Isa isa, class T>
 class Window {
@@ -173,14 +142,7 @@ class Window {
   void weights_backward(const Tensor& x, const Tensors& state,
                         const std::vector<LayerMemory<T>>& layers,
                         const std::vector<Gradients>& gradients, const Tensors& grad_weights) {
-    struct Job {
-      Matrix<T> grad;
-      const T* panels;  // null: few columns, from `rows`
-      const T* rows;
-      int64_t columns;
-      T *weight, *bias, *second_bias;
-    };
-    std::vector<Job> jobs;
+    std::vector<WeightJob<T>> jobs;
     std::deque<Scratch<T>> packed;
     const int64_t hidden = given_.hidden, per_layer = given_.bias ? 4 : 2;
     for (int64_t l = 0; l < given_.layers; ++l) {
@@ -210,41 +172,7 @@ class Window {
       jobs.push_back({of_hidden, packed.back().data(), nullptr, hidden, grad(1),
                       given_.bias && apart ? grad(3) : nullptr, nullptr});
     }
-    const int64_t cut = pieces<T>(width_, rows_ * hidden);
-    in_parallel(static_cast<int64_t>(jobs.size()) * cut, work(), [&](int64_t first, int64_t end) {
-      for (int64_t i = first; i < end; ++i) {
-        const Job& job = jobs[i / cut];
-        const int64_t begin = width_ * (i % cut) / cut, until = width_ * (i % cut + 1) / cut;
-        if (job.panels == nullptr) {
-          weighted_sums<isa, T>(job.grad, job.rows, job.columns, rows_, {begin, until},
-                                job.weight);
-        } else {
-          weight_backward(job.grad, job.panels, job.columns, begin, until, job.weight);
-        }
-        if (job.bias == nullptr) continue;
-        sum_columns<isa, T>(job.grad, rows_, begin, until, job.bias + begin);
-        if (job.second_bias == nullptr) continue;
-        std::memcpy(job.second_bias + begin, job.bias + begin, (until - begin) * sizeof(T));
-      }
-    });
-  }
-
-  // Rows [begin, end) of grad^T times what lies in panels.
-  void weight_backward(Matrix<T> grad, const T* packed, int64_t columns, int64_t begin,
-                       int64_t end, T* weight) {
-    constexpr int64_t kWidth = kPanelWidth<isa, T>, kPanels = 512 / kWidth;
-    alignas(64) T part[kLargeBlockRows * kPanels * kWidth];
-    const Strided<T> left{grad.data + begin, 1, grad.stride};
-    const int64_t count = panels<isa, T>(columns);
-    for (int64_t p = 0; p < count; p += kPanels) {
-      const int64_t until = std::min(p + kPanels, count), stride = (until - p) * kWidth;
-      multiply<isa, T>(left, packed, end - begin, rows_, p, until, false, false, part, stride);
-      const int64_t some = std::min(until * kWidth, columns) - p * kWidth;
-      for (int64_t r = begin; r < end; ++r) {
-        std::memcpy(weight + r * columns + p * kWidth, part + (r - begin) * stride,
-                    some * sizeof(T));
-      }
-    }
+    run_jobs<isa, T>(jobs, rows_, width_, pieces<T>(width_, rows_ * hidden), work());
   }
 
   // ---- memory ----
@@ -442,9 +370,9 @@ std::tuple<Tensor, Tensors, Tensors> backward(const std::string& cell, const Ten
                                               const OptionalTensor& grad_output,
                                               const Tensors& grad_state, bool input_gradient,
                                               bool weight_gradients) {
-  FASTDNI_CHECK(output.is_contiguous() && saved.is_contiguous() &&
-                    saved.scalar_type() == x.scalar_type(),
-                "recurrence: output and saved must be what the forward pass returned");
+  FASTDNI_CHECK(
+      output.is_contiguous() && saved.is_contiguous() && saved.scalar_type() == x.scalar_type(),
+      "recurrence: output and saved must be what the forward pass returned");
   const int64_t width = x.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
   return recurrence_bwd(cell, x, state, weights, bias, output,
                         {saved.data_ptr(), saved.numel() * width}, grad_output, grad_state,

@@ -137,9 +137,9 @@ Head run_head(const HeadArguments& head, const Tensor& output, const OptionalTen
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
     const std::string& caller, const Tensor& output, const OptionalTensor& target,
     const std::string& criterion, double weight, const Tensor& head_weight,
-    const OptionalTensor& head_bias, const Tensors& state, int64_t predicted, const OptionalTensor& context,
-    const Tensors& parameters, int64_t layers, bool bias, double factor,
-    const OptionalTensor& ended) {
+    const OptionalTensor& head_bias, const Tensors& state, int64_t predicted,
+    const OptionalTensor& context, const Tensors& parameters, int64_t layers, bool bias,
+    double factor, const OptionalTensor& ended) {
   const Tensor out = as_contiguous(output);
   OptionalTensor wanted;
   if (target) wanted = as_contiguous(*target);
@@ -157,15 +157,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> window_fwd(
     const Tensor trigger = joined<T>(after, predicted, shape);
     const WindowSynthesizer m =
         check_window_synthesizer(caller, shape, trigger, context, parameters, layers, bias);
-    const auto [message, hidden] = evaluate_synthesizer(
-        trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
+    const auto [message, hidden] = evaluate_synthesizer(trigger, context, m.weights, m.biases,
+                                                        m.context_weight, m.context_bias);
     sent = split<T>(message, after, predicted, shape, factor, ended);
   };
   out.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
   return {made.prediction, made.loss, made.grad_output, made.gradients, sent};
 }
 
-// What M learns: target_scale clip(row_unit G); and the sum of its squares, over the rows that count.
+// What M learns: target_scale clip(row_unit G); and the sum of its squares, over the rows that
+// count.
 template <class T>
 double make_target(const Tensor& target, double row_unit, double clip, double target_scale,
                    const bool* rows) {
@@ -198,8 +199,9 @@ std::tuple<Tensor, Tensor> window_update(
   OptionalTensor trigger;
   if (learns) {
     shape = check_joined(caller, "start", before, predicted);
-    trigger = before[0].scalar_type() == ScalarType::Float ? joined<float>(before, predicted, shape)
-                                                           : joined<double>(before, predicted, shape);
+    trigger = before[0].scalar_type() == ScalarType::Float
+                  ? joined<float>(before, predicted, shape)
+                  : joined<double>(before, predicted, shape);
     m = check_window_synthesizer(caller, shape, *trigger, context, parameters, layers, bias);
     const JoinedState of_gradients = check_joined(caller, "grad_start", found, predicted);
     FASTDNI_CHECK(of_gradients.rows == shape.rows && of_gradients.columns == shape.columns, caller,
@@ -239,8 +241,8 @@ std::tuple<Tensor, Tensor> window_update(
       const Tensor target = joined<T>(found, predicted, shape);
       const double squares = make_target<T>(target, row_unit, clip, target_scale, counting);
       *mutable_data<T>(energy) = static_cast<T>(squares * scale / 2);
-      const auto [message, hidden] = evaluate_synthesizer(
-          *trigger, context, m.weights, m.biases, m.context_weight, m.context_bias);
+      const auto [message, hidden] = evaluate_synthesizer(*trigger, context, m.weights, m.biases,
+                                                          m.context_weight, m.context_bias);
       for (int64_t r = 0; counting != nullptr && r < shape.rows; ++r) {
         if (counting[r]) continue;  // what counts not has no error
         std::memcpy(mutable_data<T>(target) + r * shape.columns,
@@ -263,12 +265,11 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
     const std::string& caller, const std::string& cell, const Tensor& x, const Tensors& start,
     const Tensors& weights, bool cell_bias, const OptionalTensor& target,
     const std::string& criterion, double weight, const Tensor& head_weight,
-    const OptionalTensor& head_bias, int64_t predicted,
-    const OptionalTensor& start_context, const OptionalTensor& end_context,
-    const Tensors& parameters, int64_t layers, bool bias, bool learns, double factor,
-    double row_unit, double clip, double target_scale, double scale, const OptionalTensor& rows,
-    const OptionalTensor& ended, const Tensors& state, const Integers& groups,
-    const std::vector<double>& settings) {
+    const OptionalTensor& head_bias, int64_t predicted, const OptionalTensor& start_context,
+    const OptionalTensor& end_context, const Tensors& parameters, int64_t layers, bool bias,
+    bool learns, double factor, double row_unit, double clip, double target_scale, double scale,
+    const OptionalTensor& rows, const OptionalTensor& ended, const Tensors& state,
+    const Integers& groups, const std::vector<double>& settings) {
   std::optional<Scratch<char>> memory;
   Saved saved{};
   const auto [output, after] =
@@ -282,8 +283,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor> window_step(
                  predicted, end_context, parameters, layers, bias, factor, ended);
   OptionalTensor above;
   if (target) above = grad_output;
-  auto [grad_x, grad_start, gradients] = recurrence_bwd(cell, x, start, weights, cell_bias, output,
-                                                        saved, above, sent, false, true);
+  auto [grad_x, grad_start, gradients] =
+      recurrence_bwd(cell, x, start, weights, cell_bias, output, saved, above, sent, false, true);
   Tensors others = weights;
   if (target) {
     gradients.insert(gradients.end(), grad_head.begin(), grad_head.end());

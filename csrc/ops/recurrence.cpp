@@ -24,19 +24,17 @@ void check_kind(const char* name, const Tensor& tensor, const Tensor& x) {
 
 void check_shape(const char* name, const Tensor& tensor, const Tensor& x, const Shape& wanted) {
   check_kind(name, tensor, x);
-  FASTDNI_CHECK(shape_of(tensor) == wanted, kRecurrence, ": ", name, " must be ",
-                to_string(wanted), ", got ", to_string(shape_of(tensor)));
+  FASTDNI_CHECK(shape_of(tensor) == wanted, kRecurrence, ": ", name, " must be ", to_string(wanted),
+                ", got ", to_string(shape_of(tensor)));
 }
 
 }  // namespace
 
 RecurrenceArguments check_recurrence(const std::string& cell, const Tensor& x, const Tensors& state,
                                      const Tensors& weights, bool bias) {
-  const Cell kind = named<Cell>(kRecurrence, "cell", cell,
-                                {{"lstm", Cell::lstm},
-                                 {"gru", Cell::gru},
-                                 {"tanh", Cell::tanh},
-                                 {"relu", Cell::relu}});
+  const Cell kind = named<Cell>(
+      kRecurrence, "cell", cell,
+      {{"lstm", Cell::lstm}, {"gru", Cell::gru}, {"tanh", Cell::tanh}, {"relu", Cell::relu}});
   FASTDNI_CHECK(x.dim() == 3 && x.numel() > 0, kRecurrence,
                 ": x must be (T, B, K), of one step and one row at least, got ",
                 to_string(shape_of(x)));
@@ -45,10 +43,10 @@ RecurrenceArguments check_recurrence(const std::string& cell, const Tensor& x, c
   const int64_t of_layer = bias ? 4 : 2;
   FASTDNI_CHECK(!weights.empty() && weights.size() % of_layer == 0, kRecurrence,
                 ": weights must hold ", of_layer, " tensors a layer, got ", weights.size());
-  FASTDNI_CHECK(weights[0].dim() == 2 && weights[0].size(0) > 0 &&
-                    weights[0].size(0) % gates_of(kind) == 0,
-                kRecurrence, ": weights must begin with W_ih (", gates_of(kind), " H, K), got ",
-                to_string(shape_of(weights[0])));
+  FASTDNI_CHECK(
+      weights[0].dim() == 2 && weights[0].size(0) > 0 && weights[0].size(0) % gates_of(kind) == 0,
+      kRecurrence, ": weights must begin with W_ih (", gates_of(kind), " H, K), got ",
+      to_string(shape_of(weights[0])));
   const int64_t layers = weights.size() / of_layer;
   const int64_t rows = weights[0].size(0), hidden = rows / gates_of(kind);
   const RecurrenceArguments given{kind,   x.size(0), x.size(1), x.size(2),
@@ -88,7 +86,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "recurrence_bwd(str cell, Tensor x, Tensor[] state, Tensor[] weights, bool bias, "
       "Tensor output, Tensor saved, Tensor? grad_output, Tensor[] grad_state, "
-      "bool input_gradient, bool weight_gradients=True) -> (Tensor grad_x, Tensor[] grad_state, Tensor[] grad_weights)");
+      "bool input_gradient, bool weight_gradients=True) -> (Tensor grad_x, Tensor[] grad_state, "
+      "Tensor[] grad_weights)");
 }
 
 }  // namespace fastdni

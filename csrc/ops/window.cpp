@@ -1,8 +1,8 @@
 // window: what stands around the recurrence in a decoupled window, a call before its backward pass
 // and one after it. The equations are in fastdni/reference/window.py.
 //
-//   window_fwd       the head's output, its loss and gradients, and what M sends at the window's end
-//   window_update_   the regression of M at its start, and every parameter's update
+//   window_fwd       the head's output, its loss and gradients, and what M sends at the window's
+//   end window_update_   the regression of M at its start, and every parameter's update
 //   window_step_     both, and the recurrence op between them
 #include "ops/window.h"
 
@@ -20,15 +20,14 @@ JoinedState check_joined(const std::string& caller, const char* name, const Tens
   joined.rows = state[0].dim() >= 2 ? state[0].size(-2) : 0;
   for (size_t i = 0; i < state.size(); ++i) {
     const Tensor& each = state[i];
-    FASTDNI_CHECK((each.dim() == 2 || each.dim() == 3) && each.size(-2) == joined.rows &&
-                      each.numel() > 0,
-                  caller, ": ", name, " must hold tensors ([L,] B, H) of ", joined.rows,
-                  " rows, got ", to_string(shape_of(each)));
-    FASTDNI_CHECK(each.scalar_type() == state[0].scalar_type() &&
-                      each.device() == state[0].device() &&
-                      (each.scalar_type() == ScalarType::Float ||
-                       each.scalar_type() == ScalarType::Double),
-                  caller, ": ", name, " must be float32 or float64, all of one dtype and device");
+    FASTDNI_CHECK(
+        (each.dim() == 2 || each.dim() == 3) && each.size(-2) == joined.rows && each.numel() > 0,
+        caller, ": ", name, " must hold tensors ([L,] B, H) of ", joined.rows, " rows, got ",
+        to_string(shape_of(each)));
+    FASTDNI_CHECK(
+        each.scalar_type() == state[0].scalar_type() && each.device() == state[0].device() &&
+            (each.scalar_type() == ScalarType::Float || each.scalar_type() == ScalarType::Double),
+        caller, ": ", name, " must be float32 or float64, all of one dtype and device");
     if (static_cast<int64_t>(i) < predicted) joined.columns += each.numel() / joined.rows;
   }
   return joined;
@@ -59,21 +58,21 @@ WindowSynthesizer check_window_synthesizer(const std::string& caller, const Join
 }
 
 HeadArguments check_head(const std::string& caller, const Tensor& output,
-                         const OptionalTensor& target, const std::string& criterion, const Tensor& weight,
-                         const OptionalTensor& bias) {
+                         const OptionalTensor& target, const std::string& criterion,
+                         const Tensor& weight, const OptionalTensor& bias) {
   FASTDNI_CHECK(output.dim() >= 2 && output.numel() > 0, caller,
                 ": output must be (..., H), of one row at least, got ",
                 to_string(shape_of(output)));
   HeadArguments given{criterion_named(caller, criterion), rows_of(output), output.size(-1), 0};
   FASTDNI_CHECK(given.criterion != Criterion::none, caller, ": criterion must be one");
-  FASTDNI_CHECK(weight.dim() == 2 && weight.size(1) == given.inputs, caller,
-                ": head must take ", given.inputs, " features, got a weight ",
-                to_string(shape_of(weight)));
+  FASTDNI_CHECK(weight.dim() == 2 && weight.size(1) == given.inputs, caller, ": head must take ",
+                given.inputs, " features, got a weight ", to_string(shape_of(weight)));
   given.outputs = weight.size(0);
   const auto check_kind = [&](const char* name, const Tensor& tensor) {
-    FASTDNI_CHECK(tensor.scalar_type() == output.scalar_type() && tensor.device() == output.device(),
-                  caller, ": ", name, " must have the output's dtype and device, got ",
-                  to_string(tensor.scalar_type()));
+    FASTDNI_CHECK(
+        tensor.scalar_type() == output.scalar_type() && tensor.device() == output.device(), caller,
+        ": ", name, " must have the output's dtype and device, got ",
+        to_string(tensor.scalar_type()));
   };
   check_kind("head", weight);
   if (bias.has_value()) {
@@ -99,7 +98,8 @@ void check_rows(const std::string& caller, const char* name, const OptionalTenso
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
   m.def(
       "window_fwd(str caller, Tensor output, Tensor? target, str criterion, float weight, "
-      "Tensor head_weight, Tensor? head_bias, Tensor[] state, int predicted, Tensor? context, Tensor[] parameters, "
+      "Tensor head_weight, Tensor? head_bias, Tensor[] state, int predicted, Tensor? context, "
+      "Tensor[] parameters, "
       "int layers, bool bias, float factor, Tensor? ended) -> (Tensor prediction, Tensor loss, "
       "Tensor grad_output, Tensor[] grad_head, Tensor[] grad_state)");
   m.def(
@@ -114,7 +114,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdni, m) {
       "Tensor(e!)? head_bias, "
       "int predicted, Tensor? start_context, Tensor? end_context, Tensor(a!)[] parameters, "
       "int layers, bool bias, bool learns, float factor, float row_unit, float clip, "
-      "float target_scale, float scale, Tensor? rows, Tensor? ended, Tensor(c!)[] state, int[] groups, float[] settings) -> (Tensor prediction, Tensor loss, "
+      "float target_scale, float scale, Tensor? rows, Tensor? ended, Tensor(c!)[] state, int[] "
+      "groups, float[] settings) -> (Tensor prediction, Tensor loss, "
       "Tensor[] after, Tensor synthesis_loss, Tensor energy)");
 }
 

@@ -8,8 +8,8 @@
 
 namespace fastdni {
 
-// A state before its synthesizer: the first `predicted` of its tensors, (L, B, F) or (B, F), side by
-// side in rows of `columns` numbers, layer after layer.
+// A state before its synthesizer: the first `predicted` of its tensors, (L, B, F) or (B, F), side
+// by side in rows of `columns` numbers, layer after layer.
 struct JoinedState {
   int64_t rows = 0, columns = 0;
 };
@@ -31,9 +31,8 @@ struct HeadArguments {
   int64_t rows, inputs, outputs;
 };
 HeadArguments check_head(const std::string& caller, const Tensor& output,
-                         const OptionalTensor& target,
-                         const std::string& criterion, const Tensor& weight,
-                         const OptionalTensor& bias);
+                         const OptionalTensor& target, const std::string& criterion,
+                         const Tensor& weight, const OptionalTensor& bias);
 
 void check_rows(const std::string& caller, const char* name, const OptionalTensor& given,
                 const JoinedState& joined);

@@ -230,9 +230,9 @@ void weighted_sums(Matrix<const T> grad, const T* x, int64_t inputs, int64_t cou
   }
 }
 
-#define INSTANTIATE(T)                                                                          \
-  template void cell_forward<kIsa, T>(Cell, const CellStep<T>&, int64_t, Rows);                 \
-  template void cell_backward<kIsa, T>(Cell, const CellGradient<T>&, int64_t, Rows);            \
+#define INSTANTIATE(T)                                                               \
+  template void cell_forward<kIsa, T>(Cell, const CellStep<T>&, int64_t, Rows);      \
+  template void cell_backward<kIsa, T>(Cell, const CellGradient<T>&, int64_t, Rows); \
   template void weighted_sums<kIsa, T>(Matrix<const T>, const T*, int64_t, int64_t, Rows, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -13,10 +13,10 @@ from fastdni import ops
 from fastdni.synthesizers import is_changed, plain_parameters
 from fastdni.training import criteria
 from fastdni.training.optimizers import Optimizers
+from fastdni.training.recurrent.engine import Engine, Passed, who_learns
 from fastdni.training.recurrent.layouts import State, first_of, rebuilt, rows_of, tensors_of, zeroed
 from fastdni.training.recurrent.traces import Kept
 from fastdni.training.recurrent.unroll import kernel_of, why_no_kernel
-from fastdni.training.recurrent.window import Engine, Passed, who_learns
 from fastdni.training.running import Surroundings
 from fastdni.training.updates import updates_of
 from fastdni.training.watch import Watch, watch_modules
@@ -267,7 +267,8 @@ class FusedWindows:
         if trace is None and self._kernel is not None:
             found = self._at_once(given, about)
         else:
-            found = self._in_pieces(given, about, passed, trace)
+            with torch.no_grad():
+                found = self._in_pieces(given, about, passed, trace)
         self.optimizers.mark_called()
         self._remember(given.x, start)
         if not self._no_gradients.unchanged():

@@ -1,7 +1,7 @@
 """A whole step of a recurrent network: a window, its loss, its backward pass and every update."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,37 @@ from torch.nn.utils.rnn import PackedSequence
 from fastdni.training.criteria import FUNCTIONS
 from fastdni.training.optimizers import Optimizers
 from fastdni.training.recurrent.arguments import checked, context_pair
+from fastdni.training.recurrent.engine import Engine
 from fastdni.training.recurrent.fused import FusedWindows, Given, Unfused
 from fastdni.training.recurrent.layouts import State, tensors_of
-from fastdni.training.recurrent.window import Engine
 from fastdni.training.running import gradients_apart
 
 Criterion = str | Callable
 CALLER = "rnn.step"
+
+
+class RecurrentResult(NamedTuple):
+    """What a window found out: fresh tensors, detached.
+
+    Attributes:
+        loss: the criterion's, ().
+        output: of the head, in the form of the recurrent module's output.
+        synthesis_loss: of the synthesizers at the window's start, (); 0 where they did not learn.
+        state: at the window's end, for the next one.
+        target_loss: what synthesis_loss would be of predictions of zero, ().
+    """
+
+    loss: Tensor
+    output: Tensor
+    synthesis_loss: Tensor
+    state: State
+    target_loss: Tensor
+
+    @property
+    def relative_synthesis_loss(self) -> Tensor:
+        """How much of their target the synthesizers do not explain: 1 for a prediction of zero; NaN
+        where there is none."""
+        return self.synthesis_loss / self.target_loss
 
 
 def take_step(
@@ -92,8 +116,7 @@ def _fused_step(net: Any, fused: FusedWindows, given: Given) -> tuple:
         def trace(kept, left):
             return net.traces.add(fused.engine, kept, given.passed, left, 1.0, False)
 
-    with torch.no_grad():
-        found = fused.run(given, trace)
+    found = fused.run(given, trace)
     net.hand_on(given.passed, found.state, found.passed)
     return found.loss, found.output, found.synthesis_loss, found.state, found.energy
 

@@ -10,17 +10,15 @@ theta fixed both give the same sums.
 Source: Pemberton and Costa 2024, "BP(lambda)" (arXiv 2401.07044).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.utils.rnn import PackedSequence
 
+from fastdni.training.recurrent.engine import Engine
 from fastdni.training.recurrent.layouts import Layout, rebuilt, tensors_of
-
-if TYPE_CHECKING:
-    from fastdni.training.recurrent.window import Engine
 
 MOST_KEPT = 1000  # windows
 MOST_BYTES = 1 << 30  # of an online trace
@@ -67,7 +65,7 @@ class Kept:
             self._gradient = gradient
         self.__dict__.update({name: own(fact) for name, fact in facts.items()})
 
-    def again(self, engine: "Engine", sent: list[Tensor | None]) -> list[Tensor]:
+    def again(self, engine: Engine, sent: list[Tensor | None]) -> list[Tensor]:
         """Runs the window with the parameters of now; what is found at its start.
 
         Args:
@@ -118,7 +116,7 @@ class ForwardTrace:
         self.windows.append(kept)
         self.left = left
 
-    def learn(self, engine: "Engine", loss_scale: float, by_autograd: bool) -> tuple[Any, Any]:
+    def learn(self, engine: Engine, loss_scale: float, by_autograd: bool) -> tuple[Any, Any]:
         """Runs the windows again, last first, and has the synthesizers learn at each one's start.
 
         Returns:
@@ -159,7 +157,7 @@ class ForwardTrace:
 
     @staticmethod
     def _sent(
-        engine: "Engine", kept: Kept, messages: list[Tensor], found: list[list[Tensor]]
+        engine: Engine, kept: Kept, messages: list[Tensor], found: list[list[Tensor]]
     ) -> list[Tensor | None]:
         """The gradients of the state at a window's end, of what M says there and of G."""
         lam, discount = engine.settings.trace_lambda, engine.settings.bootstrap
@@ -203,7 +201,7 @@ class Traces:
         self._now = ForwardTrace()
 
     def add(
-        self, engine: "Engine", kept: Kept, before: Any, left: Any, loss_scale: float,
+        self, engine: Engine, kept: Kept, before: Any, left: Any, loss_scale: float,
         by_autograd: bool,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Takes in a window, and has the synthesizers learn from traces that are over.
@@ -250,7 +248,7 @@ class OnlineTrace:
         start: the state there; `ctx`: the context; `rows`: (B, 1), those that learn, None for all.
     """
 
-    def __init__(self, engine: "Engine", start: list[Tensor], ctx: Any, rows: Tensor | None):
+    def __init__(self, engine: Engine, start: list[Tensor], ctx: Any, rows: Tensor | None):
         self._boundaries, self._settings = engine.boundaries, engine.settings
         (self._synthesizer,) = engine.boundaries.synthesizers
         (self._trigger,) = engine.boundaries.layout.join([t.detach() for t in start])
