@@ -31,3 +31,25 @@ def draw_lengths(
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_bits(
+    curves: dict[str, list[list[tuple[float, int, float]]]], title: str, path: Path
+) -> None:
+    """Bits per character over windows and over processor seconds, side by side, into a PNG."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+    for number, (name, of_seeds) in enumerate(curves.items()):
+        label = f"{name}: {sum(c[-1][2] for c in of_seeds) / len(of_seeds):.3f}"
+        for curve in of_seeds:
+            bits = [bit for _, _, bit in curve]
+            for panel, place in ((panels[0], 1), (panels[1], 0)):
+                panel.plot([look[place] for look in curve], bits, color=f"C{number}", label=label)
+            label = None
+    panels[0].set(xlabel="windows", ylabel="bits per character (validation)")
+    panels[1].set(xlabel="processor seconds")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
