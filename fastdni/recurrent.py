@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fastdni.scopes import in_data_parallel_forward
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 from fastdni.training.recurrent.arguments import checked, context_pair
-from fastdni.training.recurrent.boundaries import Boundaries
+from fastdni.training.recurrent.boundaries import Boundaries, Gathered
 from fastdni.training.recurrent.engine import Engine, Handed, Passed
 from fastdni.training.recurrent.fused import FusedWindows
 from fastdni.training.recurrent.horizon import Horizon, branches
@@ -85,7 +85,9 @@ class DecoupledRNN(nn.Module):
         What was found to work: a linear synthesizer over the joined state, targets in a row's unit
         times 10 (target_scale=10), target_clip=0.2, factor 0.5, Adam at 1e-3 for the synthesizer
         and 3e-4 for the layers. A factor of 0.1 also discounts the target by 0.1 a window, unless
-        `discount` is given. Gains are largest with trace_lambda=0.9, discount=0.5 and no clip.
+        `discount` is given. Gains are largest with trace_lambda=0.9, factor and discount 0.7 and no
+        clip. In DistributedDataParallel, call this module inside the wrapped module's forward and
+        `backward` after it; a synthesizer that learnt nothing in a window then gets zeros.
 
     Source:
         Jaderberg et al. 2016 (arXiv 1608.05343), section 3.1; the trace: Pemberton and Costa 2024
@@ -371,15 +373,18 @@ class DecoupledRNN(nn.Module):
             gradients += sent
         if variables:
             torch.autograd.backward(variables, gradients)
-        found = [window.learn() for window in windows]
+        gathered = Gathered() if any(window.gathers for window in windows) else None
+        found = [window.learn(gathered) for window in windows]
         for window in windows:
             before, kept = window.before, window.release()
             if kept is not None:
                 found.append(
                     self.traces.add(
-                        window.engine, kept, before, window.passed, loss_scale, window.by_autograd
+                        window.engine, kept, before, window.passed, loss_scale, gathered
                     )
                 )
+        if gathered is not None:
+            gathered.hand_over([*self.synthesizer.parameters(), *self.ahead.parameters()])
         zero = tensors_of(windows[0].state)[0].new_zeros(())
         return tuple(sum(parts, zero) for parts in zip(*found, strict=True))
 

@@ -18,6 +18,33 @@ from fastdni.training.recurrent.layouts import Joined, Layout, rows_of
 from fastdni.training.recurrent.settings import Settings
 
 
+class Gathered:
+    """Gradients of synthesizers that are handed over once, all of them, through autograd:
+    DistributedDataParallel listens there, and waits for every parameter once a backward pass."""
+
+    def __init__(self):
+        self._found: dict[int, Tensor] = {}
+
+    def add(self, learning: list[Tensor], gradients: list[Tensor | None]) -> None:
+        """More of them."""
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            if gradient is None:
+                continue
+            gradient, number = gradient.to(parameter.dtype), id(parameter)
+            before = self._found.get(number)
+            self._found[number] = gradient if before is None else before + gradient
+
+    def hand_over(self, parameters: list[Tensor]) -> None:
+        """To all of these; zeros where nothing was learnt."""
+        learning = [p for p in parameters if p.requires_grad]
+        if learning:
+            known = [self._found.get(id(p)) for p in learning]
+            pairs = zip(learning, known, strict=True)
+            torch.autograd.backward(
+                learning, [torch.zeros_like(p) if g is None else g for p, g in pairs]
+            )
+
+
 class Boundaries:
     """Synthesizers over the state of a recurrent network.
 
@@ -103,7 +130,7 @@ class Boundaries:
         rows: Tensor | None = None,
         weight: float = 1.0,
         optimizers: Optimizers | None = None,
-        by_autograd: bool = False,
+        gathered: Gathered | None = None,
         windows: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Has the synthesizers learn.
@@ -115,7 +142,7 @@ class Boundaries:
             rows: (B, 1), those that count; None: all. Any other learns nothing.
             weight: of the loss.
             optimizers: as `Prediction.regress`.
-            by_autograd: has gradients go through autograd, for those who listen there.
+            gathered: takes the gradients, which otherwise are added to `p.grad`.
             windows: how many lie one after the other in predictions, targets and rows.
 
         Returns:
@@ -128,10 +155,10 @@ class Boundaries:
             energy = energy + counting.square().sum() * (scale / 2)
             if rows is not None:
                 target = torch.where(rows, target, p.message)
-            if by_autograd and learns(m):
+            if gathered is not None and learns(m):
                 p.check(target)
                 each, gradients = p.gradients(target, scale)
-                _through_autograd(p.learning, gradients)
+                gathered.add(p.learning, gradients)
             else:
                 each, _ = p.regress(target, scale, optimizers=optimizers, learn=learns(m))
             loss = loss + each
@@ -142,9 +169,3 @@ def _in_dtype_of(synthesizer: nn.Module, trigger: Tensor) -> Tensor:
     """Under autocast a state may have come out narrower than its synthesizer."""
     own = next((p.dtype for p in synthesizer.parameters() if p.is_floating_point()), trigger.dtype)
     return trigger if trigger.dtype == own else trigger.to(own)
-
-
-def _through_autograd(learning: list[Tensor], gradients: list[Tensor | None]) -> None:
-    pairs = zip(learning, gradients, strict=True)
-    given = [(p, g.to(p.dtype)) for p, g in pairs if g is not None and p.requires_grad]
-    torch.autograd.backward(*map(list, zip(*given, strict=True)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdni.synthesizers import BasicSynthesizer, required_context, start_at_zero
-from fastdni.training.recurrent.boundaries import Boundaries
+from fastdni.training.recurrent.boundaries import Boundaries, Gathered
 from fastdni.training.recurrent.layouts import Layout
 from fastdni.training.recurrent.settings import Settings
 
@@ -85,7 +85,7 @@ class Horizon:
         ended: Tensor | None,
         messages: list[Tensor],
         weight: float,
-        by_autograd: bool,
+        gathered: Gathered | None,
     ) -> list[Met | None]:
         """Regresses A_k, for each k, at the k-th last state.
 
@@ -94,6 +94,7 @@ class Horizon:
             ended: (B, 1), the rows whose episode ended in the window.
             messages: what M says at the window's end.
             weight: of the loss, besides `horizon_weight`.
+            gathered: see `Boundaries.regress`.
 
         Returns:
             The states that are left for the next window's end.
@@ -108,6 +109,6 @@ class Horizon:
                 continue
             predictions = boundaries.predict(each.tensors, each.ctx)
             boundaries.regress(
-                predictions, messages, each.tensors, each.rows, weight, by_autograd=by_autograd
+                predictions, messages, each.tensors, each.rows, weight, gathered=gathered
             )
         return left[: self.length - 1]

@@ -114,7 +114,7 @@ def _fused_step(net: Any, fused: FusedWindows, given: Given) -> tuple:
     if settings.trace_lambda is not None:
 
         def trace(kept, left):
-            return net.traces.add(fused.engine, kept, given.passed, left, 1.0, False)
+            return net.traces.add(fused.engine, kept, given.passed, left, 1.0, None)
 
     found = fused.run(given, trace)
     net.hand_on(given.passed, found.state, found.passed)

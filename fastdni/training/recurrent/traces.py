@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.utils.rnn import PackedSequence
 
+from fastdni.training.recurrent.boundaries import Gathered
 from fastdni.training.recurrent.engine import Engine
 from fastdni.training.recurrent.layouts import Layout, rebuilt, tensors_of
 
@@ -116,7 +117,9 @@ class ForwardTrace:
         self.windows.append(kept)
         self.left = left
 
-    def learn(self, engine: Engine, loss_scale: float, by_autograd: bool) -> tuple[Any, Any]:
+    def learn(
+        self, engine: Engine, loss_scale: float, gathered: Gathered | None
+    ) -> tuple[Any, Any]:
         """Runs the windows again, last first, and has the synthesizers learn at each one's start.
 
         Returns:
@@ -150,7 +153,7 @@ class ForwardTrace:
             if any(w.rows is not None for w in windows)
             else None,
             weight=loss_scale,
-            by_autograd=by_autograd,
+            gathered=gathered,
             windows=len(windows),
         )
         return loss / loss_scale, energy / loss_scale
@@ -202,7 +205,7 @@ class Traces:
 
     def add(
         self, engine: Engine, kept: Kept, before: Any, left: Any, loss_scale: float,
-        by_autograd: bool,
+        gathered: Gathered | None,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Takes in a window, and has the synthesizers learn from traces that are over.
 
@@ -224,7 +227,7 @@ class Traces:
             self._now = ForwardTrace()
         loss = energy = 0.0
         for trace in due:
-            each, of_targets = trace.learn(engine, loss_scale, by_autograd)
+            each, of_targets = trace.learn(engine, loss_scale, gathered)
             loss, energy = loss + each, energy + of_targets
         return loss, energy
 
@@ -290,6 +293,7 @@ class OnlineTrace:
         jacobian: Tensor,
         ended: Tensor | None,
         loss_scale: float,
+        gathered: Gathered | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Adds theta's gradient to `p.grad`.
 
@@ -298,6 +302,7 @@ class OnlineTrace:
             trace: y l J_{w-1} E_{w-1}, (B, S, |theta|); None at an episode's start.
             jacobian: J_w.
             ended: (T, B), where episodes end in the window.
+            gathered: see `Boundaries.regress`.
 
         Returns:
             The loss, that of the targets alone, and the next window's `trace`.
@@ -317,7 +322,11 @@ class OnlineTrace:
         sizes = [p.numel() for p in self._learning]
         if self._learning:
             pairs = zip(flat.split(sizes), self._learning, strict=True)
-            torch.autograd.backward(self._learning, [g.view_as(p) for g, p in pairs])
+            found = [g.view_as(p) for g, p in pairs]
+            if gathered is None:
+                torch.autograd.backward(self._learning, found)
+            else:
+                gathered.add(self._learning, found)
         decay = self._settings.bootstrap * self._settings.trace_lambda
         following = decay * (jacobian @ trace)
         if ended is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdni.training.boundary import Prediction
+from fastdni.training.recurrent.boundaries import Gathered
 from fastdni.training.recurrent.engine import Engine, Passed, who_learns
 from fastdni.training.recurrent.horizon import Met
 from fastdni.training.recurrent.layouts import State, rebuilt, tensors_of, zeroed
@@ -32,12 +33,12 @@ class Window:
             None: after none.
         contexts: at its start and at its end.
         lengths: (B,), of padded rows.
-        by_autograd: has gradients of the synthesizers go through autograd.
+        gathers: whether gradients of the synthesizers are handed over together: see `Gathered`.
 
     Attributes:
         output: what the module gave.
         state: at its end, detached; zero where an episode ended. `passed`: what is known of it.
-        engine, by_autograd: as given.
+        engine, gathers: as given.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class Window:
         ended: Tensor | None,
         contexts: tuple[Any, Any],
         lengths: Tensor | None,
-        by_autograd: bool,
+        gathers: bool,
     ):
-        self.engine, self._contexts, self.by_autograd = engine, contexts, by_autograd
+        self.engine, self._contexts, self.gathers = engine, contexts, gathers
         self._x, self._ended, self._lengths = x, ended, lengths
         self._before = passed
         settings = engine.settings
@@ -141,12 +142,13 @@ class Window:
 
     # ---- after it ----
 
-    def learn(self) -> tuple[Tensor | float, Tensor | float]:
+    def learn(self, gathered: Gathered | None) -> tuple[Tensor | float, Tensor | float]:
         """Has the synthesizers learn from what the backward pass has found.
 
         Returns:
             Their loss, and that of targets alone; 0 where nothing was learnt.
         """
+        self._gathered = gathered
         self._hand_to_learned_start()
         loss = energy = 0.0
         if self.learns and self._kept is None:
@@ -182,7 +184,12 @@ class Window:
         if self._jacobian is not None:
             trace = OnlineTrace(self.engine, self.start, self._contexts[0], self._rows)
             loss, energy, self.passed.trace = trace.learn(
-                targets, self._before and self._before.trace, self._jacobian, self._ended, scale
+                targets,
+                self._before and self._before.trace,
+                self._jacobian,
+                self._ended,
+                scale,
+                self._gathered,
             )
             return loss, energy
         loss, energy = boundaries.regress(
@@ -191,7 +198,7 @@ class Window:
             self.start,
             self._rows,
             weight=scale,
-            by_autograd=self.by_autograd,
+            gathered=self._gathered,
         )
         return loss / scale, energy / scale
 
@@ -213,7 +220,7 @@ class Window:
             predictions = boundaries.predict(tensors, self._contexts[1])
             zeros = [torch.zeros_like(p.message) for p in predictions]
             each, _ = boundaries.regress(
-                predictions, zeros, tensors, rows, scale, by_autograd=self.by_autograd
+                predictions, zeros, tensors, rows, scale, gathered=self._gathered
             )
             loss = loss + each / scale
         return loss
@@ -232,7 +239,7 @@ class Window:
             ended,
             [p.message for p in self.predictions],
             weight=self._loss_scale,
-            by_autograd=self.by_autograd,
+            gathered=self._gathered,
         )
 
     def give_back(self) -> None:
