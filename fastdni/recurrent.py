@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fastdni.scopes import in_data_parallel_forward
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
-from fastdni.training.recurrent.arguments import checked, context_pair
+from fastdni.training.recurrent.arguments import as_module, backpropagate, checked, context_pair
 from fastdni.training.recurrent.boundaries import Boundaries, Gathered
 from fastdni.training.recurrent.engine import Engine, Handed, Passed
 from fastdni.training.recurrent.fused import FusedWindows
@@ -140,9 +140,7 @@ class DecoupledRNN(nn.Module):
                     "is not known before it runs"
                 )
             synthesizer = self._made(widths, shapes[0][1], n_hidden, context_dim)
-        if isinstance(synthesizer, list | tuple):
-            synthesizer = nn.ModuleList(synthesizer)
-        self.synthesizer = synthesizer
+        self.synthesizer = as_module(synthesizer)
         each = self._synthesizers()
         wanted = len(widths) if widths is not None else None
         if wanted is not None and len(each) != wanted:
@@ -372,7 +370,7 @@ class DecoupledRNN(nn.Module):
             variables += tensors
             gradients += sent
         if variables:
-            torch.autograd.backward(variables, gradients)
+            backpropagate(variables, gradients)
         gathered = Gathered() if any(window.gathers for window in windows) else None
         found = [window.learn(gathered) for window in windows]
         for window in windows:

@@ -24,6 +24,7 @@ GIVEN = [
     ({"x": X[:0]}, "x must have at least one step and one row"),
     ({"x": X[:, :0]}, "x must have at least one step and one row"),
     ({"x": X[0]}, r"x must be \(T, B, K\) or a packed sequence, got \(6, 3\)"),
+    ({"x": X[..., :2]}, r"x must have 3 features, got \(3, 6, 2\)"),
     ({"x": [1.0]}, "or a packed sequence, got list"),
     ({"state": zeros(2, B - 1, H)}, r"state must be h \(2, 6, 4\), c \(2, 6, 4\), got"),
     ({"state": zeros(1, B, H)}, r"state must be h \(2, 6, 4\), c \(2, 6, 4\), got"),
@@ -49,6 +50,7 @@ OF_STEP = [
     ({"target": Y.t()}, r"target must be"),
     ({"target": Y.float()}, "target must be"),
     ({"target": Y + N}, "target must hold labels from 0 to 4|out of bounds"),
+    ({"target": Y.numpy()}, "target must be a tensor, got ndarray"),
     ({"criterion": "hinge"}, 'criterion must be "cross_entropy", "mse" or a callable, got'),
     ({"criterion": lambda a, b: a.detach().sum()}, "must return one number that depends on the"),
     ({"criterion": lambda a, b: a}, "must return one number"),
@@ -166,6 +168,21 @@ def test_two_directions(kind):
 def test_what_is_no_module():
     with pytest.raises(TypeError, match="rnn must be a module, got function"):
         fastdni.DecoupledRNN(lambda x, state: (x, state))
+
+
+def test_what_is_no_synthesizer():
+    for given in (8, [nn.Linear(8, 8), None]):
+        with pytest.raises(TypeError, match=r"synthesizer must be a module M\(s, ctx\), got"):
+            fastdni.DecoupledRNN(nn.LSTM(K, H), given)
+
+
+def test_a_backward_pass_of_the_users_own():
+    rnn, head, _ = network()
+    output, _ = rnn(X)
+    loss = nn.functional.cross_entropy(head(output).flatten(0, 1), Y.flatten())
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"call rnn.backward\(loss\) in the place of loss"):
+        rnn.backward(loss)
 
 
 def test_traces_have_their_limits():

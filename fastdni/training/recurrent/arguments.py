@@ -3,10 +3,38 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdni.training.recurrent.layouts import State
 from fastdni.training.recurrent.unroll import Unroller
+
+
+def as_module(synthesizer: Any) -> nn.Module:
+    """The synthesizer, or several as one module."""
+    given = synthesizer if isinstance(synthesizer, list | tuple) else [synthesizer]
+    for each in given:
+        if not isinstance(each, nn.Module):
+            raise TypeError(
+                f"DecoupledRNN: synthesizer must be a module M(s, ctx), got {type(each).__name__}"
+            )
+    return nn.ModuleList(given) if given is synthesizer else synthesizer
+
+
+def backpropagate(variables: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """The backward pass of windows.
+
+    Raises:
+        RuntimeError: there was one.
+    """
+    try:
+        torch.autograd.backward(variables, gradients)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "DecoupledRNN: a window's backward pass must be its only one: call rnn.backward(loss)"
+            " in the place of loss.backward()"
+        ) from error
 
 
 def context_pair(context: Any) -> tuple[Any, Any]:

@@ -164,6 +164,8 @@ def loss_of(output: Tensor, target: Any, criterion: Criterion) -> Tensor:
     """The criterion's loss: of every step of every row alike."""
     if not isinstance(criterion, str):
         return criterion(output, target)
+    if not isinstance(target, Tensor):
+        raise RuntimeError(f"{CALLER}: target must be a tensor, got {type(target).__name__}")
     if criterion == "mse":
         if target.shape != output.shape:
             raise RuntimeError(

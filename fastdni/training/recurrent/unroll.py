@@ -41,9 +41,11 @@ class Unroller:
     Attributes:
         rnn: the module.
         shapes: (layers, features) of each tensor of its state; None: not known before it has run.
+        inputs: features of x, where they are known.
     """
 
     shapes: list[tuple[int, int]] | None = None
+    inputs: int | None = None
 
     def __init__(self, rnn: nn.Module):
         self.rnn = rnn
@@ -69,6 +71,10 @@ class Unroller:
         if steps == 0 or rows == 0:
             raise RuntimeError(
                 f"DecoupledRNN: x must have at least one step and one row, got {tuple(x.shape)}"
+            )
+        if self.inputs is not None and x.shape[2] != self.inputs:
+            raise RuntimeError(
+                f"DecoupledRNN: x must have {self.inputs} features, got {tuple(x.shape)}"
             )
         return steps, rows
 
@@ -167,6 +173,7 @@ class _Torchs(Unroller):
         if self._is_lstm:
             widths.append(plain.hidden_size)
         self.shapes = [(plain.num_layers, width) for width in widths]
+        self.inputs = plain.input_size
 
     def check_state(self, state, rows):
         _check_shapes(state, [(layers, rows, width) for layers, width in self.shapes], self.rnn)
@@ -199,6 +206,7 @@ class _Cell(Unroller):
         plain = _plain(rnn)
         self._is_lstm = isinstance(plain, nn.LSTMCell)
         self.shapes = [(1, plain.hidden_size)] * (1 + self._is_lstm)
+        self.inputs = plain.input_size
 
     def check_state(self, state, rows):
         _check_shapes(state, [(rows, width) for _, width in self.shapes], self.rnn)
