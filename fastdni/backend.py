@@ -252,6 +252,17 @@ def kernel_devices(op: str) -> tuple[str, ...]:
     return tuple(name for name in ("cpu", "cuda") if has(f"fastdni::{op}", name.upper()))
 
 
+def has_cpu_kernel(tensor: torch.Tensor, devices: tuple[str, ...]) -> bool:
+    """Whether the CPU's kernels serve an op that no GPU has kernels for, and whose callers have
+    another way: a fixed backend without one is then no error.
+
+    Args:
+        tensor, devices: see `server`.
+    """
+    known = "cpu" in devices and tensor.dtype in (torch.float32, torch.float64)
+    return known and tensor.device.type == "cpu" and choice() in ("auto", "cpu")
+
+
 def server(tensor: torch.Tensor, devices: tuple[str, ...]) -> str:
     """Who serves an op: "cpu", "cuda", "triton" or "reference".
 

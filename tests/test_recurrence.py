@@ -98,6 +98,15 @@ def test_gradients_may_come_to_output_or_state_alone(cell, chosen):
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
+def test_a_backend_without_kernels_has_the_equations():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    _, x, state, weights = given("lstm", SIZES[1], True, torch.float32)
+    wanted = ops.recurrence("lstm", x, state, weights)
+    with use_backend("triton"):
+        found = ops.recurrence("lstm", x, state, weights)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_what_is_not_wanted_is_not_made():
     _, x, state, weights = given("gru", SIZES[1], True, torch.float64)
     x, state, weights = x.detach(), [s.detach() for s in state], [w.detach() for w in weights]

@@ -443,6 +443,17 @@ def test_autocast():
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_every_backend(backend):
+    wanted, _ = two_windows(*network())
+    with fastdni.use_backend(backend):
+        found, _ = two_windows(*network())
+        rnn, head = network()
+        optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1)
+        rnn.step(*window(), None, head, optimizer)
+    assert_all_close(found, wanted)
+
+
 def test_a_compiled_module():
     rnn, head = network()
     compiled = fastdni.DecoupledRNN(

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from fastdni import backend, reference
 
-DTYPES = (torch.float32, torch.float64)
 _DEVICES = backend.kernel_devices("recurrence_fwd")
 # (cell, x, state, weights, bias) -> output, state, saved; and back: see csrc/ops/recurrence.cpp.
 recurrence_fwd = torch.ops.fastdni.recurrence_fwd.default
@@ -61,7 +60,7 @@ class _Recurrence(torch.autograd.Function):
 
 def recurrence_is_compiled(x: Tensor) -> bool:
     """Whether a compiled kernel runs a window of this input."""
-    return x.dtype in DTYPES and backend.server(x, _DEVICES) == "cpu"
+    return backend.has_cpu_kernel(x, _DEVICES)
 
 
 def recurrence(
