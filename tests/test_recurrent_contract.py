@@ -252,6 +252,57 @@ def test_a_frozen_synthesizer_sends_without_learning():
     assert found[4:6] == [None, None]
 
 
+def test_another_synthesizer_in_the_middle():
+    rnn, head = network()
+    other = copy.deepcopy(rnn.synthesizer)
+    other.input_trigger.weight.data.mul_(2)
+    x, y = window()
+    for by in ("backward", "step"):
+        first = rnn.synthesizer
+        optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.0)
+        if by == "step":
+            state = rnn.step(x, y, None, head, optimizer).state
+        else:
+            output, state = rnn(x)
+            rnn.backward(loss_of(head, output, y))
+        gradients(rnn, head)
+        rnn.synthesizer = copy.deepcopy(other)
+        output, _ = rnn(x, state)
+        rnn.backward(loss_of(head, output, y))
+        assert all(p.grad is not None for p in rnn.synthesizer.parameters())
+        assert all(p.grad is None for p in first.parameters())
+
+
+@pytest.mark.parametrize(
+    "trace", [{}, {"trace_lambda": 0.7, "trace_windows": 2}], ids=["", "trace"]
+)
+def test_gradients_that_were_there_are_no_part_of_a_step(trace):
+    found = []
+    for stale in (False, True):
+        rnn, head = network(**trace)
+        every = [*rnn.parameters(), *head.parameters()]
+        optimizer, state = torch.optim.SGD(every, 0.1), None
+        for seed in range(4):
+            for p in every:
+                p.grad = torch.ones_like(p) if stale else None
+            state = rnn.step(*window(seed=seed), state, head, optimizer).state
+            assert all(p.grad is None for p in every)
+        found.append(every)
+    assert_all_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_other_integers(dtype):
+    found = []
+    for kind in (torch.int64, dtype):
+        rnn, head = network()
+        optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1)
+        x, y = window()
+        rnn.step(x, y.to(kind), None, head, optimizer)
+        found.append([*rnn.parameters(), *head.parameters()])
+    assert_all_close(*found)
+
+
 def test_contexts_at_start_and_end():
     rnn, head = network(context_dim=2)
     first, second = (torch.randn(B, 2, dtype=torch.float64) for _ in range(2))

@@ -20,7 +20,8 @@ class Passed:
     Attributes:
         fresh: (B, 1), the rows that begin an episode there; None: none does.
         is_used: whether a window has started from it.
-        predictions: what was predicted there, and `ctx`, by which context.
+        predictions: what was predicted there; `ctx`, by which context; `engine`, by whose
+            synthesizers.
         met: the states before it, newest first, for the auxiliary task.
         trace: of the windows before it.
     """
@@ -30,6 +31,7 @@ class Passed:
         self.is_used = False
         self.predictions: list[Prediction] | None = None
         self.ctx: Any = None
+        self.engine: Engine | None = None
         self.met: list[Met | None] = []
         self.trace: Any = None
 

@@ -243,8 +243,8 @@ class FusedWindows:
             return False
         if given.target is None:
             return True
-        labels = not given.target.is_floating_point()
-        return labels if self._name == "cross_entropy" else given.target.dtype == self._dtype
+        labels = self._name == "cross_entropy"
+        return given.target.dtype == (torch.int64 if labels else self._dtype)
 
     def run(self, given: Given, trace: Any) -> Found:
         """A window.
@@ -332,6 +332,8 @@ class FusedWindows:
                 lengths=None, ctx=given.contexts, rows=None if about.rows is None
                 else about.rows.view(-1, 1), learns=learns, loss_scale=1.0,
             )  # fmt: skip
+            for p in self._of_m:
+                p.grad = None  # what was there is no part of the step
             learnt = trace(kept, passed)
             learns = any(p.grad is not None for p in self._of_m)  # a trace is over
             if learns:

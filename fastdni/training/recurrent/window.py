@@ -158,6 +158,7 @@ class Window:
         passed = self.passed
         if self._last is None and self.predictions is not None:
             passed.predictions, passed.ctx = self.predictions, self._contexts[1]
+            passed.engine = self.engine
         return loss, energy
 
     def _hand_to_learned_start(self) -> None:
@@ -206,7 +207,7 @@ class Window:
         """Those that the window before has made, where they are for the same rows and context."""
         before, ctx = self._before, self._contexts[0]
         made = None if before is None or self._rows is not None else before.predictions
-        if made is not None and before.ctx is ctx:
+        if made is not None and before.ctx is ctx and before.engine is self.engine:
             before.predictions = None
             return made
         return self.engine.boundaries.predict(self.start, ctx)
