@@ -1,15 +1,10 @@
 """The recurrent examples: what they print, draw and save, how they go on, what they refuse."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-import fastdni
 
 pytest.importorskip("matplotlib", reason="the examples need fastdni[examples]")
 
@@ -27,16 +22,6 @@ def examples(monkeypatch, tmp_path):
 
     (tmp_path / "fox.txt").write_text(TEXT)
     return copy_task, char_lm
-
-
-def run(name, *arguments):
-    folder = str(Path(fastdni.__file__).parents[1])
-    return subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": folder},
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_copy_task_reports_and_draws(examples, tmp_path, capsys):
@@ -123,18 +108,20 @@ def test_char_lm_goes_on_as_though_nothing_had_been(examples, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("number", "arguments", "message"),
     [
-        ("copy_task.py", ["--bptt", "0"], "argument --bptt: must be an integer >= 1, got '0'"),
-        ("copy_task.py", ["--seconds", "-1"], "argument --seconds: must be a finite number > 0"),
-        ("copy_task.py", ["--method", "rtrl"], "argument --method: invalid choice: 'rtrl'"),
-        ("copy_task.py", ["--out", "a.pdf"], "argument --out: must name a .png file, got a.pdf"),
-        ("char_lm.py", [], "the following arguments are required: text"),
-        ("char_lm.py", ["none.txt"], "cannot read none.txt: No such file or directory"),
-        ("char_lm.py", [__file__, "--batch", "5000"], "characters for such windows"),
+        (0, ["--bptt", "0"], "argument --bptt: must be an integer >= 1, got '0'"),
+        (0, ["--seconds", "-1"], "argument --seconds: must be a finite number > 0"),
+        (0, ["--method", "rtrl"], "argument --method: invalid choice: 'rtrl'"),
+        (0, ["--out", "a.pdf"], "argument --out: must name a .png file, got a.pdf"),
+        (1, [], "the following arguments are required: text"),
+        (1, ["none.txt"], "cannot read none.txt: No such file or directory"),
+        (1, ["fox.txt", "--batch", "5000"], "characters for such windows"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(name, arguments, message):
-    done = run(name, *arguments)
-    assert done.returncode == 2 and message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_is_wrong_is_said_in_one_line(examples, capsys, number, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        examples[number].main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said
+    assert len(said.strip().splitlines()) == 1
