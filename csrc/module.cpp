@@ -136,10 +136,11 @@ PYBIND11_MODULE(_C, m) {
         using fastdni::cpu::Library;
         const auto library =
             fastdni::cpu::product_library(fastdni::ScalarType::Float, rows, columns, depth);
+        if (library == Library::own) return "own";
         return library == Library::onednn ? "onednn" : "mkl";
       },
       py::arg("rows"), py::arg("columns"), py::arg("depth"),
-      "The library that a float32 (rows, depth) x (depth, columns) product goes to.");
+      "Who makes a float32 (rows, depth) x (depth, columns) product: own, mkl or onednn.");
   py::class_<fastdni::Watch>(m, "Watch", "Notices that facts no longer hold.")
       .def(py::init<const py::list&>(), py::arg("facts"))
       .def_static(

@@ -1,12 +1,14 @@
 """Trains a character model on any text file, in short windows, with and without DNI.
 
-    python examples/char_lm.py TEXT [--bptt 4] [--method bptt dni lambda] [--windows 20000]
-        [--seconds S] [--seeds 0] [--resume FOLDER] [--sample 400]
+    python examples/char_lm.py TEXT [--bptt 4] [--method bptt bptt2 bptt5 dni lambda]
+        [--windows 20000] [--seconds S] [--seeds 0] [--resume FOLDER] [--sample 400]
 
 The text is read in `--batch` streams side by side, whose states are carried from window to window.
 The last tenth is the test, read once, at the end of a run; the twentieth before it tells how a run
-is doing. Prints bits per character and how much of its target the synthesizer does not explain
-(1: as much as zero would), lets each model write, and draws the curves into a PNG.
+is doing. `bptt2` and `bptt5` backpropagate through windows 2 and 5 times as long, over the same
+text. A synthesizer first learns with nothing sent. Prints bits per character and how much of its
+target the synthesizer does not explain (1: as much as zero would), lets each model write, and draws
+the curves into a PNG.
 
 A calibrated model's expected future gradient is about zero, so that there is little for a
 synthesizer to learn here: see the copy task for where it pays.
@@ -35,25 +37,35 @@ except ImportError as error:
     print(f"{error}: pip install fastdni[examples]", file=sys.stderr)
     sys.exit(2)
 
-LR, SYNTHESIZER_LR = 2e-3, 1e-3
+LR = 2e-3
+WARM_UP = 0.3  # of a run, in which synthesizers learn and send nothing
 CHECKS = 20  # looks at the validation text in a run
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train; `how`: arguments of DecoupledRNN, without any the synthesizer is frozen."""
+    """A way to train.
+
+    Attributes:
+        windows: what `--bptt` is multiplied by.
+        how: arguments of DecoupledRNN; without any the synthesizer is frozen and sends nothing.
+    """
 
     name: str
+    windows: int = 1
+    synthesizer_lr: float = 1e-3
     how: dict = field(default_factory=dict)
 
 
+TRACE = {"discount": 0.7, "trace_lambda": 0.9, "trace_windows": 8}
 METHODS = {
     "bptt": Method("BPTT"),
-    "dni": Method("DNI", {"factor": 0.1, "target_scale": 10.0}),
+    "bptt2": Method("BPTT, 2 T", windows=2),
+    "bptt5": Method("BPTT, 5 T", windows=5),
+    "dni": Method("DNI", how={"factor": 0.1, "target_scale": 10.0}),
     "lambda": Method(
-        "DNI, lambda-targets",
-        {"factor": 0.1, "discount": 0.7, "target_scale": 10.0, "trace_lambda": 0.9,
-         "trace_windows": 8},
+        "DNI, lambda-targets", synthesizer_lr=1e-4,
+        how={"factor": 0.1, "target_scale": 10.0} | TRACE,
     ),
 }  # fmt: skip
 
@@ -85,21 +97,22 @@ class Run:
 
     Attributes:
         curve: (processor seconds, windows, bits on the validation text).
-        unexplained: relative synthesis losses, of the looks.
+        unexplained: relative synthesis losses, means between looks; `seen`: since the last look.
     """
 
     def __init__(self, key: str, text: Text, seed: int, options: argparse.Namespace):
         self.method, self.text, self.options, self.seed = METHODS[key], text, options, seed
+        self.steps = self.method.windows * options.bptt
         torch.manual_seed(seed)
         size = len(text.alphabet)
-        self.rnn = fastdni.DecoupledRNN(
-            nn.LSTM(size, options.hidden), **({"factor": 0.0} | self.method.how)
-        )
+        how = self.method.how | {"factor": 0.0}
+        self.rnn = fastdni.DecoupledRNN(nn.LSTM(size, options.hidden), **how)
         self.head = nn.Linear(options.hidden, size)
         layers = [*self.rnn.rnn.parameters(), *self.head.parameters()]
         groups = [{"params": layers, "lr": LR}]
         if self.method.how:
-            groups.append({"params": [*self.rnn.synthesizer.parameters()], "lr": SYNTHESIZER_LR})
+            own = [*self.rnn.synthesizer.parameters()]
+            groups.append({"params": own, "lr": self.method.synthesizer_lr})
         else:
             self.rnn.synthesizer.requires_grad_(False)
         self.optimizer = torch.optim.Adam(groups)
@@ -108,19 +121,22 @@ class Run:
         self.state, self.place, self.windows, self.seconds = None, 0, 0, 0.0
         self.curve: list[tuple[float, int, float]] = []
         self.unexplained: list[float] = []
+        self.seen: list[float] = []
 
     def share(self) -> float:
         """How much of the run is done."""
         if self.options.seconds:
             return self.seconds / self.options.seconds
-        return self.windows / self.options.windows
+        return self.windows * self.method.windows / self.options.windows
 
     def train_window(self) -> fastdni.RecurrentResult:
         """The next window of all streams."""
         begin = time.process_time()
-        end = self.place + self.options.bptt
+        if self.share() >= WARM_UP:
+            self.rnn.factor = self.method.how.get("factor", 0.0)
+        end = self.place + self.steps
         if end + 1 > len(self.streams):
-            self.state, self.place, end = None, 0, self.options.bptt
+            self.state, self.place, end = None, 0, self.steps
         decay = max((1 + math.cos(math.pi * min(self.share(), 1.0))) / 2, 0.02)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay
@@ -165,7 +181,7 @@ class Run:
 
     def state_dict(self) -> dict:
         """All that the run goes on from."""
-        own = ("state", "place", "windows", "seconds", "curve", "unexplained")
+        own = ("state", "place", "windows", "seconds", "curve", "unexplained", "seen")
         parts = {name: getattr(self, name).state_dict() for name in ("rnn", "head", "optimizer")}
         carried = self.rnn.carried(self.state) if self.state else {}
         return parts | {"carried": carried} | {name: getattr(self, name) for name in own}
@@ -184,14 +200,18 @@ def train(run: Run, path: Path | None) -> None:
     """Trains to the end of the budget; saves at every look."""
     if path is not None and path.exists():
         run.load_state_dict(torch.load(path, weights_only=True))
-    label = f"{run.method.name:20s} T {run.options.bptt:2d}, seed {run.seed}"
+    label = f"{run.method.name:20s} T {run.steps:2d}, seed {run.seed}"
     with Line(keep=True) as line:
         while run.share() < 1:
             result = run.train_window()
+            if math.isfinite(result.relative_synthesis_loss):
+                run.seen.append(float(result.relative_synthesis_loss))
             if run.share() * CHECKS < len(run.curve) + 1 and run.share() < 1:
                 continue
             run.curve.append((run.seconds, run.windows, run.bits(run.text.valid)))
-            run.unexplained.append(float(result.relative_synthesis_loss))
+            if run.seen:
+                run.unexplained.append(sum(run.seen) / len(run.seen))
+                run.seen = []
             note = f"{run.curve[-1][2]:.3f} bits, {run.seconds:.0f} s"
             line.show(bar(label, run.share(), note))
             if path is not None:
@@ -203,7 +223,7 @@ def report(runs: dict[str, list[Run]]) -> tuple[str, dict]:
     rows, found = [], {}
     for key, of_method in runs.items():
         bits = [run.bits(run.text.test) for run in of_method]
-        known = [u for run in of_method for u in run.unexplained[1:] if math.isfinite(u)]
+        known = [u for run in of_method for u in run.unexplained[1:]]
         windows = sum(run.windows for run in of_method)
         seconds = sum(run.seconds for run in of_method)
         rows.append(
@@ -216,7 +236,8 @@ def report(runs: dict[str, list[Run]]) -> tuple[str, dict]:
                 f"{1e6 * seconds / windows:.0f}",
             ]
         )
-        found[key] = {"test bits": bits, "curves": [run.curve for run in of_method]}
+        curves, unexplained = zip(*((run.curve, run.unexplained) for run in of_method), strict=True)
+        found[key] = {"test bits": bits, "curves": curves, "unexplained": unexplained}
     headers = ["method", "test bits", "by seed", "unexplained", "windows", "us a window"]
     return table(rows, headers), found
 
@@ -229,7 +250,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Text]:
     add("text", type=Path, help="a text file")
     add("--bptt", type=whole(1), default=4, metavar="T", help="steps of a window (4)")
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="what to train (all)")
-    add("--windows", type=whole(1), default=20000, help="of each run (20000)")
+    add("--windows", type=whole(1), default=20000, help="of T steps that each run sees (20000)")
     add("--seconds", type=positive, help="processor seconds of each run, instead of windows")
     add("--hidden", type=whole(1), default=128, help="units of the LSTM (128)")
     add("--batch", type=whole(1), default=64, help="streams (64)")
@@ -251,7 +272,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Text]:
         text = Text(options.text)
     except OSError as error:
         parser.error(f"cannot read {options.text}: {error.strerror}")
-    least = 20 * options.batch * (options.bptt + 1)
+    longest = max(METHODS[key].windows for key in options.method)
+    least = 20 * options.batch * (options.bptt * longest + 1)
     if len(text.train) < least:
         parser.error(f"{options.text} must have {2 * least} characters for such windows")
     return options, text

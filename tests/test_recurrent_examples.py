@@ -78,7 +78,7 @@ def test_copy_task_goes_on_as_though_nothing_had_been(examples, tmp_path, method
 def test_char_lm_reports_writes_and_draws(examples, tmp_path, capsys):
     _, char_lm = examples
     out, found = tmp_path / "chars.png", tmp_path / "chars.json"
-    arguments = ["fox.txt", "--windows", "40", "--batch", "8", "--hidden", "16", "--sample", "30"]
+    arguments = ["fox.txt", "--windows", "100", "--batch", "8", "--hidden", "16", "--sample", "30"]
     assert char_lm.main([*arguments, "--out", str(out), "--json", str(found)]) == 0
     printed = capsys.readouterr().out
     for key, method in char_lm.METHODS.items():

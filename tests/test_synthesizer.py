@@ -96,6 +96,18 @@ def test_large_products_are_right_in_both_libraries(context, layout, library):
     assert_right(p._replace(parameters=p.parameters._replace(weights=weights)))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("rows, sizes", [(1, (1, 5, 3)), (5, (3, 1, 7)), (64, (40, 64, 33))])
+def test_small_products_are_right_by_own_kernels(rows, sizes, layout):
+    """Of every edge: one row, one column, depths and widths that fill no vector."""
+    assert _C.product_library(rows, *sizes[:2]) == "own"
+    for dtype in (torch.float32, torch.float64):
+        p = problem((rows,), Sizes(*sizes), 1, True, dtype)
+        p = p._replace(trigger=LAYOUTS[layout](p.trigger))
+        weights = [LAYOUTS[layout](w) for w in p.parameters.weights]
+        assert_right(p._replace(parameters=p.parameters._replace(weights=weights)))
+
+
 def test_many_rows():
     """Many chunks of 16 (csrc/cpu/kernels/synthesizer.h), and a part of one."""
     assert_right(problem((64 * 16 * 2 + 7,), Sizes(7, 9, 5), 2))

@@ -1,12 +1,13 @@
-// Matrix products on the CPU through whichever of torch's libraries is faster for the size.
+// Matrix products on the CPU: through whichever of torch's libraries is faster for the size, or by
+// the kernels of multiply.h where a call into a library would be most of the time.
 #pragma once
 #include "ops/tensor.h"
 
 namespace fastdni::cpu {
 
-enum class Library { mkl, onednn };
+enum class Library { own, mkl, onednn };
 
-// The library for an (m, k) x (k, n) product, from the table measured by benchmarks/products.py.
+// Who makes an (m, k) x (k, n) product, from the table measured by benchmarks/products.py.
 Library product_library(ScalarType dtype, int64_t m, int64_t n, int64_t k);
 
 // oneDNN's product is a private op of torch: Python looks at its schema when fastdni is imported
