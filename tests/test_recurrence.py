@@ -107,6 +107,16 @@ def test_a_backend_without_kernels_has_the_equations():
     torch.testing.assert_close(found, wanted)
 
 
+def test_it_refuses_what_another_windows_forward_pass_saved():
+    _, x, state, weights = given("gru", SIZES[1], True, torch.float64)
+    x, state, weights = x.detach(), [s.detach() for s in state], [w.detach() for w in weights]
+    output, after, saved = ops.recurrence_fwd("gru", x, state, weights, True)
+    with pytest.raises(RuntimeError, match="saved must be what the forward pass of this window"):
+        ops.recurrence_bwd(
+            "gru", x, state, weights, True, output, saved[1:].clone(), output, after, True
+        )
+
+
 def test_what_is_not_wanted_is_not_made():
     _, x, state, weights = given("gru", SIZES[1], True, torch.float64)
     x, state, weights = x.detach(), [s.detach() for s in state], [w.detach() for w in weights]

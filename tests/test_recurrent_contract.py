@@ -291,6 +291,87 @@ def test_gradients_that_were_there_are_no_part_of_a_step(trace):
     assert_all_close(*found)
 
 
+def step_and_hand(rnn, head, state, seed):
+    """`step`, and the same window by hand."""
+    other, other_head = copy.deepcopy(rnn), copy.deepcopy(head)
+    every = [*other.parameters(), *other_head.parameters()]
+    x, y = window(seed=seed)
+    torch.manual_seed(seed)  # of dropout
+    output, _ = other(x, None if state is None else tuple(s.clone() for s in state))
+    other.backward(loss_of(other_head, output, y))
+    with torch.no_grad():
+        for p in every:
+            p.sub_(0.1 * (0 if p.grad is None else p.grad))
+    return every
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rnn, head: head.register_forward_hook(lambda m, a, output: 2 * output),
+        lambda rnn, head: rnn.rnn.register_forward_hook(lambda m, a, out: (2 * out[0], out[1])),
+        lambda rnn, head: setattr(head, "bias", None),
+        lambda rnn, head: setattr(head, "weight", nn.Parameter(head.weight * 2)),
+        lambda rnn, head: setattr(rnn.rnn, "weight_hh_l0", nn.Parameter(rnn.rnn.weight_hh_l0 * 2)),
+        lambda rnn, head: setattr(rnn.rnn, "dropout", 0.5),
+        lambda rnn, head: rnn.rnn.weight_hh_l0.requires_grad_(False),
+        lambda rnn, head: head.requires_grad_(False),
+        lambda rnn, head: rnn.synthesizer.requires_grad_(False),
+        lambda rnn, head: rnn.synthesizer.load_state_dict(rnn.synthesizer.state_dict()),
+        lambda rnn, head: setattr(rnn, "factor", 0.0),
+        lambda rnn, head: setattr(rnn, "factor", -2.0),
+    ],
+    ids=["hook of the head", "hook of the module", "no bias", "another head's weight",
+         "another weight", "dropout", "frozen weight", "frozen head", "frozen synthesizer",
+         "loaded", "nothing sent", "another factor"],
+)  # fmt: skip
+def test_what_changes_between_steps(change):
+    """A repeated step is that of the modules as they are now."""
+    rnn, head = network(nn.LSTM(K, H, 2))
+    optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1)
+    state = None
+    for seed in range(4):
+        if seed == 3:
+            change(rnn, head)
+            optimizer.param_groups[0]["params"] = [*rnn.parameters(), *head.parameters()]
+        expected = step_and_hand(rnn, head, state, seed)
+        torch.manual_seed(seed)
+        state = rnn.step(*window(seed=seed), state, head, optimizer).state
+    assert_all_close([*rnn.parameters(), *head.parameters()], expected)
+
+
+def test_hooks_of_parameters_are_called():
+    rnn, head = network()
+    optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1)
+    seen = []
+    head.weight.register_hook(lambda gradient: seen.append(gradient))
+    rnn.rnn.weight_hh_l0.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    state = rnn.step(*window(), None, head, optimizer).state
+    rnn.step(*window(seed=1), state, head, optimizer)
+    assert len(seen) == 4
+
+
+def test_shared_parameters_are_updated_once():
+    """By the sum of their gradients."""
+    found = []
+    for by in ("step", "hand"):
+        rnn, _ = network()
+        head = nn.Linear(H, H).double()
+        head.bias = rnn.rnn.bias_hh_l0 = nn.Parameter(torch.zeros(4 * H).double())
+        head.weight = nn.Parameter(torch.ones(4 * H, H).double())
+        every = [*{id(p): p for p in (*rnn.parameters(), *head.parameters())}.values()]
+        optimizer = torch.optim.SGD(every, 0.1)
+        x, y = window()
+        if by == "step":
+            rnn.step(x, y, None, head, optimizer)
+        else:
+            output, _ = rnn(x)
+            rnn.backward(loss_of(head, output, y))
+            optimizer.step()
+        found.append(every)
+    assert_all_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_labels_of_other_integers(dtype):
     found = []

@@ -38,8 +38,8 @@ int64_t onednn_from() {
   return kOneDnnFromHalfWidth;
 }
 
-// Up to this many multiply-adds a call into a library, 2 to 3 us of it before any number is read,
-// costs more than what its kernels are faster by; see benchmarks/results/notes.md.
+// Up to this many multiply-adds no library is called: square products take as long either way, but
+// narrow ones (a head of few classes, a context) half; see benchmarks/results/notes.md.
 constexpr int64_t kOwnUpTo = int64_t{1} << 19;
 
 // out = a b

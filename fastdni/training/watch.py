@@ -37,6 +37,7 @@ _OPTIONS = {
     nn.BatchNorm1d: ("momentum", "eps", "track_running_stats", "num_features"),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Dropout: ("p", "inplace"),
+    nn.RNNBase: ("dropout", "mode"),
 }
 _FIXED_MODE = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Sequential)
 _PARAMETER_MARKS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")

@@ -1,5 +1,7 @@
 #include "cpu/kernels/recurrence.h"
 
+#include <type_traits>
+
 #include "cpu/kernels/multiply.h"
 
 namespace fastdni::cpu {
@@ -186,30 +188,31 @@ void cell_backward(Cell cell, const CellGradient<T>& step, int64_t hidden, Rows 
 
 namespace {
 
-// For the outputs of kVectors vectors, which stay in registers, and one input.
-constexpr int kVectors = 4;
-template <class T>
+// Outputs of kVectors vectors and `columns` inputs, whose sums stay in registers.
+constexpr int kVectors = 4, kColumns = kIsa == Isa::avx512 ? 4 : 2;
+template <int columns, class T>
 inline void weighted_sum(const Matrix<const T>& grad, int64_t first, const T* x, int64_t inputs,
-                         int64_t count, T* sums) {
+                         int64_t count, T (*sums)[kVectors * vector_bytes(kIsa) / sizeof(T)]) {
   constexpr int kLanes = vector_bytes(kIsa) / sizeof(T);
   typedef T Vector __attribute__((vector_size(vector_bytes(kIsa))));
   constexpr int64_t kShort = 64;  // rows that are summed before they are added up
-  Vector total[kVectors] = {};
+  Vector total[columns][kVectors] = {};
   for (int64_t begin = 0; begin < count; begin += kShort) {
     const int64_t end = count - begin < kShort ? count : begin + kShort;
-    Vector part[kVectors] = {};
+    Vector part[columns][kVectors] = {};
     for (int64_t b = begin; b < end; ++b) {
-      const T factor = x[b * inputs];
       const T* from = grad.row(b) + first;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         Vector values;
         __builtin_memcpy(&values, from + v * kLanes, sizeof values);
-        part[v] += factor * values;
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; ++c) part[c][v] += x[b * inputs + c] * values;
       }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) total[v] += part[v];
+    for (int c = 0; c < columns; ++c) {
+      for (int v = 0; v < kVectors; ++v) total[c][v] += part[c][v];
+    }
   }
   __builtin_memcpy(sums, total, sizeof total);
 }
@@ -222,10 +225,30 @@ void weighted_sums(Matrix<const T> grad, const T* x, int64_t inputs, int64_t cou
   constexpr int64_t kOutputs = kVectors * vector_bytes(isa) / sizeof(T);
   for (int64_t first = outputs.begin; first < outputs.end; first += kOutputs) {
     const int64_t left = outputs.end - first, width = left < kOutputs ? left : kOutputs;
-    for (int64_t c = 0; c < inputs; ++c) {
-      T sums[kOutputs];
-      weighted_sum(grad, first, x + c, inputs, count, sums);
-      for (int64_t r = 0; r < width; ++r) weight[(first + r) * inputs + c] = sums[r];
+    for (int64_t column = 0; column < inputs;) {
+      const int64_t columns = inputs - column < kColumns ? inputs - column : kColumns;
+      T sums[kColumns][kOutputs];
+      const auto sum = [&](auto some) {
+        weighted_sum<some.value>(grad, first, x + column, inputs, count, sums);
+      };
+      switch (columns) {
+        case 1:
+          sum(std::integral_constant<int, 1>{});
+          break;
+        case 2:
+          sum(std::integral_constant<int, 2>{});
+          break;
+        case 3:
+          sum(std::integral_constant<int, kColumns == 2 ? 2 : 3>{});
+          break;
+        default:
+          sum(std::integral_constant<int, kColumns>{});
+      }
+      for (int64_t r = 0; r < width; ++r) {
+        for (int64_t c = 0; c < columns; ++c)
+          weight[(first + r) * inputs + column + c] = sums[c][r];
+      }
+      column += columns;
     }
   }
 }
