@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import operator
 import weakref
 
 import pytest
@@ -333,7 +334,12 @@ def test_what_changes_between_steps(change):
     for seed in range(4):
         if seed == 3:
             change(rnn, head)
-            optimizer.param_groups[0]["params"] = [*rnn.parameters(), *head.parameters()]
+            params, every = (
+                optimizer.param_groups[0]["params"],
+                [*rnn.parameters(), *head.parameters()],
+            )
+            if len(params) != len(every) or not all(map(operator.is_, params, every)):
+                optimizer.param_groups[0]["params"] = every
         expected = step_and_hand(rnn, head, state, seed)
         torch.manual_seed(seed)
         state = rnn.step(*window(seed=seed), state, head, optimizer).state
@@ -360,7 +366,7 @@ def test_shared_parameters_are_updated_once():
         head.bias = rnn.rnn.bias_hh_l0 = nn.Parameter(torch.zeros(4 * H).double())
         head.weight = nn.Parameter(torch.ones(4 * H, H).double())
         every = [*{id(p): p for p in (*rnn.parameters(), *head.parameters())}.values()]
-        optimizer = torch.optim.SGD(every, 0.1)
+        optimizer = torch.optim.SGD(every, 0.1, momentum=0.9, nesterov=True)
         x, y = window()
         if by == "step":
             rnn.step(x, y, None, head, optimizer)
@@ -394,6 +400,54 @@ def test_contexts_at_start_and_end():
     assert not torch.equal(one[0], other[0])
     with pytest.raises(RuntimeError, match=r"context must be \(..., 2\), got None"):
         two_windows(rnn, head)
+
+
+def test_a_context_of_the_window_itself():
+    """What was predicted at the end of the window before, by that one's context, does not serve."""
+    rnn, head = network(context_dim=2)
+    contexts = torch.randn(2, B, 2, dtype=torch.float64)
+    (x, y), (next_x, next_y) = window(), window(seed=1)
+    found = []
+    for known in (True, False):
+        output, state = rnn(x, context=contexts[0])
+        rnn.backward(loss_of(head, output, y))
+        gradients(rnn, head)
+        if not known:  # a state of the caller's own, at which nothing was predicted
+            state = tuple(s.clone() for s in state)
+        output, _ = rnn(next_x, state, context=contexts[1])
+        rnn.backward(loss_of(head, output, next_y))
+        found.append(gradients(rnn, head))
+    assert_all_close(*found)
+
+
+# ---- traces ----
+
+
+def test_a_trace_is_cut_where_another_stream_goes_on():
+    """Windows that do not follow one another are a trace each: lambda then changes nothing."""
+    found = []
+    for lam in (0.0, 0.7):
+        rnn, head = network(trace_lambda=lam, first="train")
+        states = [None, None]
+        for seed in range(6):
+            x, y = window(seed=seed)
+            output, states[seed % 2] = rnn(x, states[seed % 2])
+            rnn.backward(loss_of(head, output, y))
+        found.append(gradients(rnn, head))
+    assert_all_close(*found)
+
+
+def test_a_trace_keeps_what_the_caller_writes_over():
+    found = []
+    for reuses in (False, True):
+        rnn, head = network(trace_lambda=0.7, trace_windows=3)
+        buffer, state = torch.empty_like(window()[0]), None
+        for seed in range(3):
+            x, y = window(seed=seed)
+            output, state = rnn(buffer.copy_(x) if reuses else x, state)
+            rnn.backward(loss_of(head, output, y))
+        found.append(gradients(rnn, head))
+    assert_all_close(*found)
 
 
 # ---- windows of any form ----
@@ -456,6 +510,27 @@ def test_padding(rnn):
         rows = torch.cat([each[number] for each in tensors[1:]], -2)
         torch.testing.assert_close(tensor, rows, rtol=1e-10, atol=1e-12)
     assert all(g is not None for g in together)
+
+
+def test_padding_in_a_step():
+    found = []
+    lengths = torch.tensor([4, 1, 3, 2, 4, 1])
+    x, y = window(4)
+    y[torch.arange(4)[:, None] >= lengths] = -100
+    for by in ("step", "hand"):
+        rnn, head = network()
+        every = [*rnn.parameters(), *head.parameters()]
+        optimizer, state = torch.optim.SGD(every, 0.1), None
+        for _ in range(3):
+            if by == "step":
+                state = rnn.step(x, y, state, head, optimizer, lengths=lengths).state
+                continue
+            output, state = rnn(x, state, lengths=lengths)
+            rnn.backward(loss_of(head, output, y))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([*every, *state])
+    assert_all_close(*found)
 
 
 def test_packed_sequences():
@@ -558,6 +633,21 @@ def test_a_scaled_loss(trace):
     scaled = [None if g is None else g / 1024 for g in gradients(rnn, head)]
     assert_all_close(scaled, plain)
     assert losses[-1] > 0
+
+
+def test_autocast_in_a_step():
+    """Also in one that would be like the last."""
+    rnn, head = network()
+    rnn, head = rnn.float(), head.float()
+    optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1)
+    state, kinds = None, []
+    for seed in range(4):
+        x, y = window(seed=seed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=seed > 1):
+            result = rnn.step(x.float(), y, state, head, optimizer)
+        state = result.state
+        kinds.append(result.output.dtype == torch.bfloat16)
+    assert kinds == [False, False, True, True]
 
 
 def test_autocast():

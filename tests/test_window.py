@@ -212,6 +212,7 @@ def test_opcheck():
         ({"predicted": 3}, "predicted must be from 1 to 2, got 3"),
         ({"predicted": 1}, r"input_trigger|must|trigger"),
         ({"ended": torch.zeros(B)}, "ended must be 5 booleans, got torch.float32"),
+        ({"ended": torch.zeros(B - 1).bool()}, "ended must be 5 booleans, got Bool"),
         ({"context": torch.zeros(B, C + 1).double()}, "context"),
     ],
 )  # fmt: skip
@@ -239,7 +240,10 @@ def test_a_refused_update_writes_nothing():
     )  # fmt: skip
     before = [t.clone() for t in (*updated, *state)]
     for change, message in (
-        ({"gradients": gradients[1:]}, "gradients must hold one for each of the 6 others, got 5"),
+        (
+            {"gradients": gradients[1:]},
+            "gradients must hold one for each of the 6 parameters, got 5",
+        ),
         (
             {"gradients": [gradients[1], *gradients[1:]]},
             "a gradient must have its parameter's shape",

@@ -11,6 +11,7 @@
 #include "cpu/sweep_memory.h"
 #include "cpu/synthesizer.h"
 #include "cpu/update.h"
+#include "ops/update.h"
 
 namespace fastdni::cpu {
 namespace {
@@ -208,30 +209,12 @@ std::tuple<Tensor, Tensor> window_update(
                   ": grad_start must have the shapes of start");
     check_rows(caller, "rows", rows, shape);
   }
-  FASTDNI_CHECK(others.size() == gradients.size() && !others.empty(), caller,
-                ": gradients must hold one for each of the ", others.size(), " others, got ",
-                gradients.size());
+  Tensors grads = check_gradients(caller, others, gradients);
   Tensors updated = learns ? parameters : Tensors{};
   updated.insert(updated.end(), others.begin(), others.end());
-  std::vector<Shape> shapes;
-  for (const Tensor& parameter : updated) shapes.push_back(shape_of(parameter));
-  Tensors grads;
-  for (size_t i = 0; i < others.size(); ++i) {
-    FASTDNI_CHECK(shape_of(gradients[i]) == shape_of(others[i]) &&
-                      gradients[i].scalar_type() == others[i].scalar_type(),
-                  caller, ": a gradient must have its parameter's shape ",
-                  to_string(shape_of(others[i])), " and dtype, got ",
-                  to_string(shape_of(gradients[i])));
-    grads.push_back(as_contiguous(gradients[i]));
-  }
-  std::vector<ParameterMemory> memory(updated.size());
-  OptimizerBinding optimizer = bind_optimizer(caller, placement_of(others[0], "parameters are"),
-                                              Layout::any, shapes, state, groups, settings, memory);
-  for (size_t i = 0; i < updated.size(); ++i) {
-    const Rule rule = memory[i].settings.rule;
-    if (rule == Rule::none || rule == Rule::gradient) continue;
-    memory[i].value = optimizer.memory_of(updated[i]);
-  }
+  std::vector<ParameterMemory> memory;
+  OptimizerBinding optimizer = bind_parameters(caller, placement_of(others[0], "parameters are"),
+                                               updated, state, groups, settings, memory);
   Tensor loss = empty(others[0], {}), energy = empty(others[0], {});
   const auto run = [&](auto scalar) {
     using T = decltype(scalar);

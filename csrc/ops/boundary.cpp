@@ -10,6 +10,7 @@
 #include "ops/boundary.h"
 
 #include "ops/synthesizer.h"
+#include "ops/update.h"
 
 namespace fastdni {
 
@@ -44,17 +45,8 @@ BoundaryArguments check_boundary(const std::string& caller, const Tensor& trigge
                   hidden.size());
   }
 
-  std::vector<Shape> shapes;
-  for (const Tensor& parameter : parameters) shapes.push_back(shape_of(parameter));
-  given.memory.resize(parameters.size());
-  given.optimizer = bind_optimizer(caller, placement_of(trigger, "trigger is"), Layout::any, shapes,
-                                   state, groups, settings, given.memory);
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    const Rule rule = given.memory[i].settings.rule;
-    // Others do not touch the parameter itself.
-    if (rule == Rule::none || rule == Rule::gradient) continue;
-    given.memory[i].value = given.optimizer.memory_of(parameters[i]);
-  }
+  given.optimizer = bind_parameters(caller, placement_of(trigger, "trigger is"), parameters, state,
+                                    groups, settings, given.memory);
   return given;
 }
 

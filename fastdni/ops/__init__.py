@@ -26,6 +26,7 @@ from fastdni.ops.synthesizer import (
     synthesizer_bwd,
     synthesizer_fwd,
 )
+from fastdni.ops.update import update_, update_is_compiled
 from fastdni.ops.window import window_fwd, window_is_compiled, window_step_, window_update_
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "sweep_update_",
     "synthesizer_bwd",
     "synthesizer_fwd",
+    "update_",
+    "update_is_compiled",
     "window_fwd",
     "window_is_compiled",
     "window_step_",

@@ -5,18 +5,16 @@ The formula, shapes and letters are those of `fastdni.reference.boundary_`, the 
 `fastdni.reference.optimizer_update`.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from fastdni import backend, reference
 from fastdni.ops.synthesizer import check_devices, precision_of
-from fastdni.reference import RULES, OptimizerSettings, SynthesizerParameters
+from fastdni.ops.update import mark_updated
+from fastdni.reference import SynthesizerParameters
 
 _DEVICES = backend.kernel_devices("boundary_")
 _boundary = torch.ops.fastdni.boundary_.default
-_GRADIENT = RULES.index("gradient")  # the last rule that leaves the parameter itself alone
 # Nothing here is differentiable: autograd looks past the op, which saves a `no_grad`.
 _library = torch.library.Library("fastdni", "IMPL")
 _library.impl("boundary_", torch.library.fallthrough_kernel, "Autograd")
@@ -114,11 +112,8 @@ def _compiled(caller, parameters, trigger, context, target, how, known, precisio
     given = _flat(caller, parameters, trigger, context, target, how, known)
     results = _boundary(*given, precision)
     if not torch.compiler.is_compiling():
-        # A raw in-place op leaves the counters alone that autograd, and others, look at.
         state, groups, settings, _ = how
-        width = len(OptimizerSettings._fields)
-        updated = [g >= 0 and settings[g * width] > _GRADIENT for g in groups]
-        torch.autograd.graph.increment_version([*state, *itertools.compress(given[4], updated)])
+        mark_updated(given[4], state, groups, settings)
     return results
 
 

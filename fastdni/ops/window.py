@@ -7,20 +7,17 @@ and one after it.
 Equations are those of `fastdni.reference.window`.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from fastdni import backend, reference
-from fastdni.reference import RULES, OptimizerSettings, SynthesizerParameters
+from fastdni.ops.update import mark_updated
+from fastdni.reference import SynthesizerParameters
 
 _DEVICES = backend.kernel_devices("window_fwd")
 _forward = torch.ops.fastdni.window_fwd.default._op
 _update = torch.ops.fastdni.window_update_.default._op
 _step = torch.ops.fastdni.window_step_.default._op
-_GRADIENT = RULES.index("gradient")  # the last rule that leaves the parameter itself alone
-_WIDTH = len(OptimizerSettings._fields)
 # Nothing here is differentiable: autograd looks past the ops, which saves a `no_grad`.
 _library = torch.library.Library("fastdni", "IMPL")
 for _op in ("window_fwd", "window_update_", "window_step_"):
@@ -157,7 +154,7 @@ def window_update_(
         caller, start, grad_start, predicted, context, own, len(parameters.weights),
         len(parameters.biases) > 0, learns, *how,
     )  # fmt: skip
-    _mark([*own, *others] if learns else others, state, groups, settings)
+    mark_updated([*own, *others] if learns else others, state, groups, settings)
     return results
 
 
@@ -207,13 +204,5 @@ def window_step_(
         predicted, *contexts, own, len(parameters.weights), len(parameters.biases) > 0, learns,
         factor, *units, rows, ended, state, groups, settings,
     )  # fmt: skip
-    _mark([*own, *others] if learns else others, state, groups, settings)
+    mark_updated([*own, *others] if learns else others, state, groups, settings)
     return results
-
-
-def _mark(
-    updated: list[Tensor], state: list[Tensor], groups: list[int], settings: list[float]
-) -> None:
-    # A raw in-place op leaves the counters alone that autograd, and others, look at.
-    written = [g >= 0 and settings[g * _WIDTH] > _GRADIENT for g in groups]
-    torch._C._increment_version([*state, *itertools.compress(updated, written)])

@@ -3,7 +3,7 @@
 Imports nothing but torch.
 """
 
-from fastdni.reference.boundary import boundary_, wide_update
+from fastdni.reference.boundary import boundary_
 from fastdni.reference.optimizer import (
     KEPT,
     RULES,
@@ -29,6 +29,7 @@ from fastdni.reference.synthesizer import (
     synthesizer_bwd,
     synthesizer_fwd,
 )
+from fastdni.reference.update import update_
 from fastdni.reference.window import window_fwd, window_update_
 
 __all__ = [
@@ -50,7 +51,7 @@ __all__ = [
     "sweep",
     "synthesizer_bwd",
     "synthesizer_fwd",
-    "wide_update",
+    "update_",
     "window_fwd",
     "window_update_",
 ]

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from fastdni.reference.optimizer import OptimizerSettings, assigned, optimizer_update
 from fastdni.reference.regression_loss import accumulate_dtype
 from fastdni.reference.synthesizer import (
     Product,
@@ -11,6 +10,7 @@ from fastdni.reference.synthesizer import (
     synthesizer_bwd,
     synthesizer_fwd,
 )
+from fastdni.reference.update import update_
 
 
 @torch.no_grad()
@@ -53,23 +53,5 @@ def boundary_(
         target, prediction, hidden, trigger, context, parameters.weights,
         len(parameters.biases) > 0, "batchmean", product, scale,
     )  # fmt: skip
-    tensors = parameters.tensors()
-    found = dict(zip(map(id, tensors), gradients, strict=True))
-    for parameter, row, own in assigned(tensors, state, groups, settings):
-        wide_update(row, parameter, found[id(parameter)], own)
+    update_(parameters.tensors(), gradients, state, groups, settings)
     return loss, prediction, error
-
-
-def wide_update(
-    settings: OptimizerSettings, parameter: Tensor, gradient: Tensor, state: list[Tensor]
-) -> None:
-    """`optimizer_update`, of bfloat16 parameters in float32 with one rounding at the end."""
-    wide = accumulate_dtype(parameter.dtype)
-    if wide == parameter.dtype:
-        return optimizer_update(settings, parameter, gradient, state)
-    narrow = [parameter, *(kept for kept in state if kept.dtype == parameter.dtype)]
-    widened = {id(tensor): tensor.to(wide) for tensor in narrow}
-    own = [widened.get(id(kept), kept) for kept in state]
-    optimizer_update(settings, widened[id(parameter)], gradient.to(wide), own)
-    for tensor in narrow:
-        tensor.copy_(widened[id(tensor)])

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdni.reference.boundary import wide_update
-from fastdni.reference.optimizer import assigned
 from fastdni.reference.synthesizer import SynthesizerParameters, synthesizer_bwd, synthesizer_fwd
+from fastdni.reference.update import update_
 
 
 def joined(state: list[Tensor], predicted: int) -> Tensor:
@@ -83,8 +82,7 @@ def window_update_(
 ) -> tuple[Tensor, Tensor]:
     """See `fastdni.ops.window_update_`."""
     loss = energy = others[0].new_zeros(())
-    found = dict(zip(map(id, others), gradients, strict=True))
-    updated = list(others)
+    updated, found = others, gradients
     if learns:
         h, target = joined(start, predicted), joined(grad_start, predicted) * row_unit
         if clip > 0:
@@ -101,9 +99,6 @@ def window_update_(
             target, message, hidden, h, context, parameters.weights, len(parameters.biases) > 0,
             "batchmean", torch.matmul, scale,
         )  # fmt: skip
-        tensors = parameters.tensors()
-        found |= zip(map(id, tensors), own, strict=True)
-        updated = [*tensors, *others]
-    for parameter, row, kept in assigned(updated, state, groups, settings):
-        wide_update(row, parameter, found[id(parameter)], kept)
+        updated, found = [*parameters.tensors(), *others], [*own, *gradients]
+    update_(updated, found, state, groups, settings)
     return loss, energy

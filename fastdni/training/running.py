@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdni import backend, ops
 from fastdni.reference import accumulate_dtype
@@ -228,14 +228,16 @@ def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
     fused = optimizers.reason is None and _fit(structure, step)
     with gradients_apart(structure.parameters):
         passes = _gradients(structure, parts, step)
-        if not fused:
-            for each in passes:
-                each.update(None)
-        if not (fused and all(each.part.fused for each in passes)):
-            optimizers.step()
-        if fused:
+        if fused and not ops.update_is_compiled(structure.parameters):
+            if not all(each.part.fused for each in passes):
+                optimizers.step()
             for each in passes:
                 each.update(optimizers)
+        else:
+            for each in passes:
+                each.update(None)
+            if not (fused and _update_at_once(structure, step)):
+                optimizers.step()
     if fused:
         optimizers.mark_called()
     return _results(structure, passes)
@@ -245,6 +247,28 @@ def _fit(structure: Structure, step: Step) -> bool:
     """Whether the fused updates can be made of what the optimizers keep, refused where nobody
     could: before anything is written."""
     return updates_of(step.optimizers, structure, structure.parameters).reason is None
+
+
+def _update_at_once(structure: Structure, step: Step) -> bool:
+    """Every update by what is in p.grad, in one call: nothing from outside comes between them.
+
+    Returns:
+        Whether it can be; otherwise nothing has been written.
+    """
+    parameters = structure.parameters
+    gradients = [*map(_grad, parameters)]
+    pairs = [*zip(parameters, gradients, strict=True)]
+    if not all(type(p) is nn.Parameter and (g is None or _is_like(g, p)) for p, g in pairs):
+        return False
+    found = tuple(g is not None for g in gradients)
+    updates = updates_of(step.optimizers, structure, parameters, found)
+    anything = [p if g is None else g for p, g in pairs]
+    updates.run(lambda *how: ops.update_(parameters, anything, *how, step.caller))
+    return True
+
+
+def _is_like(gradient: Tensor, parameter: Tensor) -> bool:
+    return gradient.layout == torch.strided and gradient.dtype == parameter.dtype
 
 
 def _gradients(structure: Structure, parts: list, step: Step) -> list:

@@ -316,10 +316,5 @@ def _hand_over(parameters: list[Tensor], gradients, optimizers: Optimizers | Non
         if left:
             torch.autograd.backward(*zip(*left, strict=True))
         return
-    updates = _fused_updates(optimizers, parameters)
-    given = reference.assigned(parameters, updates.state, *updates.settings())
-    found = {id(p): g for p, g in pairs}
-    with torch.no_grad():
-        for parameter, row, own in given:
-            reference.wide_update(row, parameter, found[id(parameter)], own)
-    updates.finish()
+    updates, found = _fused_updates(optimizers, parameters), [g for _, g in pairs]
+    updates.run(lambda *how: reference.update_(parameters, found, *how))

@@ -1,7 +1,8 @@
 """Who updates which parameter in a step: the optimizers, or nobody, and gradients go to p.grad."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,21 @@ class Updates:
                     del kept[key]
             if kept is not None and not kept:
                 del state[parameter]
+
+    def run(self, op: Callable) -> Any:
+        """Has an op make them, all of them in one call: `op(state, groups, settings)`.
+
+        What arrives from outside before the op leaves no state behind, and what arrives after it
+        takes none away.
+        """
+        groups, settings = self.settings()
+        try:
+            self.put_in_place()
+            return op(self.state, groups, settings)
+        except BaseException:
+            if not any(tensor.any() for *_, made in self._made for tensor in made.values()):
+                self.take_back()  # it says nothing yet
+            raise
 
     @property
     def written(self) -> list[Tensor]:

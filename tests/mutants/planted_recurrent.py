@@ -38,7 +38,7 @@ RECURRENT = [
         _WINDOW,
         "before.ctx is ctx and before.engine is self.engine",
         "before.engine is self.engine",
-        f"{_CONTRACT} -k contexts",
+        f"{_CONTRACT} -k a_context_of",
     ),
     Mutant(
         _WINDOW,
@@ -65,7 +65,7 @@ RECURRENT = [
     Mutant(
         f"{_PARTS}/horizon.py", "if each is not None and ended is not None:", "if False:", _LOOP
     ),
-    Mutant(f"{_PARTS}/horizon.py", "left[: self.length - 1]", "left[: self.length]", _LOOP),
+    Mutant(f"{_PARTS}/horizon.py", "left[: self.length - 1]", "left[: self.length - 2]", _LOOP),
     # ---- traces ----
     Mutant(
         _TRACES,
@@ -73,9 +73,19 @@ RECURRENT = [
         "share = (1 - lam) * discount",
         _LOOP,
     ),
-    Mutant(_TRACES, "before is None or before is not self._now.left", "before is None", _LOOP),
+    Mutant(
+        _TRACES,
+        "before is None or before is not self._now.left",
+        "before is None",
+        f"{_CONTRACT} -k another_stream",
+    ),
     Mutant(_TRACES, "        if kept.ended is None:", "        if True:", _LOOP),
-    Mutant(_TRACES, "return given.detach().clone() if", "return given.detach() if", _LOOP),
+    Mutant(
+        _TRACES,
+        "return given.detach().clone() if",
+        "return given.detach() if",
+        f"{_CONTRACT} -k writes_over",
+    ),
     Mutant(
         _TRACES,
         "gradient = gradient / self.loss_scale",
@@ -91,19 +101,24 @@ RECURRENT = [
     ),
     # ---- windows in two calls ----
     Mutant(_FUSED, "(len(ended) > 1 and bool(ended[:-1].any()))", "False", _LOOP),
-    Mutant(_FUSED, "        if given.lengths is not None or not", "        if not", _CONTRACT),
+    Mutant(
+        _FUSED,
+        "        if given.lengths is not None or not",
+        "        if not",
+        f"{_CONTRACT} -k padding_in",
+    ),
     Mutant(_FUSED, "and settings.bootstrap != settings.factor:", "and False:", _LOOP),
     Mutant(
         _FUSED,
         "and (x.shape, x.dtype, x.device) == last.x",
         "and True",
-        "tests/test_recurrent_errors.py -k step_refuses",
+        "tests/test_recurrent_errors.py",
     ),
     Mutant(
         _FUSED,
         "            and others == (None,) * len(others)\n",
         "",
-        "tests/test_recurrent_errors.py -k step_refuses",
+        "tests/test_recurrent_errors.py",
     ),
     Mutant(
         _FUSED,
@@ -112,7 +127,7 @@ RECURRENT = [
         f"{_CONTRACT} -k hooks",
     ),
     Mutant(_FUSED, "        if engine.horizon.length:", "        if False:", _LOOP),
-    Mutant(_FUSED, "if self._surroundings.is_cast:", "if False:", f"{_CONTRACT} -k autocast"),
+    Mutant(_FUSED, "if self._surroundings.is_cast:", "if False:", f"{_CONTRACT} -k autocast_in"),
     Mutant(
         _FUSED,
         "if not self._no_gradients.unchanged():",

@@ -366,17 +366,9 @@ class FusedWindows:
         first, end = len(self._of_m) * (not learns), whole - len(self._head) * (not differs)
         flags = tuple(first <= number < end for number in range(whole))
         updates = updates_of(self.optimizers, self, self._every, flags)
-        groups, settings = updates.settings()
-        try:
-            updates.put_in_place()
-            groups = groups[first:end]
-            results = op(updates.state, groups, settings)
-        except (RuntimeError, ValueError):  # nothing was written
-            updates.take_back()
-            raise
-        updates.finish()
+        results = updates.run(lambda state, groups, *how: op(state, groups[first:end], *how))
         if not updates.first and self._last is not None:
-            self._last.updates[key] = updates.state, groups
+            self._last.updates[key] = updates.state, updates.groups[first:end]
         return results
 
     def _target(self, given: Given) -> Tensor | None:
