@@ -314,6 +314,7 @@ def step_and_hand(rnn, head, state, seed):
         lambda rnn, head: setattr(head, "bias", None),
         lambda rnn, head: setattr(head, "weight", nn.Parameter(head.weight * 2)),
         lambda rnn, head: setattr(rnn.rnn, "weight_hh_l0", nn.Parameter(rnn.rnn.weight_hh_l0 * 2)),
+        lambda rnn, head: setattr(head.weight, "data", head.weight.data.t().contiguous().t()),
         lambda rnn, head: setattr(rnn.rnn, "dropout", 0.5),
         lambda rnn, head: rnn.rnn.weight_hh_l0.requires_grad_(False),
         lambda rnn, head: head.requires_grad_(False),
@@ -323,8 +324,8 @@ def step_and_hand(rnn, head, state, seed):
         lambda rnn, head: setattr(rnn, "factor", -2.0),
     ],
     ids=["hook of the head", "hook of the module", "no bias", "another head's weight",
-         "another weight", "dropout", "frozen weight", "frozen head", "frozen synthesizer",
-         "loaded", "nothing sent", "another factor"],
+         "another weight", "transposed", "dropout", "frozen weight", "frozen head",
+         "frozen synthesizer", "loaded", "nothing sent", "another factor"],
 )  # fmt: skip
 def test_what_changes_between_steps(change):
     """A repeated step is that of the modules as they are now."""

@@ -86,7 +86,13 @@ void OptimizerBinding::raise_steps() const {
 }
 
 void OptimizerBinding::write_back() {
-  for (auto& [tensor, copy] : copies_) torch::stable::copy_(tensor, copy);
+  for (auto& [tensor, copy] : copies_) {
+    Shape strides;
+    for (int64_t i = 0; i < tensor.dim(); ++i) strides.push_back(tensor.stride(i));
+    // The memory alone: autograd would refuse a leaf.
+    Tensor bare = view(tensor, shape_of(tensor), strides);
+    torch::stable::copy_(bare, copy);
+  }
 }
 
 OptimizerBinding bind_optimizer(const std::string& caller, const Placement& placement,
