@@ -423,7 +423,8 @@ class DecoupledRNN(nn.Module):
             Others as `forward`.
 
         Returns:
-            Loss, output, synthesis loss and state; `p.grad` is None afterwards.
+            Loss, output, synthesis loss and state; `p.grad` is None afterwards. Without `done` it
+            waits for no GPU: torch.cuda.graph captures it, from a state in memory of your own.
 
         Raises:
             RuntimeError, TypeError, ValueError: an argument does not fit; nothing has been written

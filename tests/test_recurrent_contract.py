@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdni
 
@@ -425,17 +426,20 @@ def test_a_context_of_the_window_itself():
 
 
 def test_a_trace_is_cut_where_another_stream_goes_on():
-    """Windows that do not follow one another are a trace each: lambda then changes nothing."""
-    found = []
-    for lam in (0.0, 0.7):
-        rnn, head = network(trace_lambda=lam, first="train")
-        states = [None, None]
+    """Windows that do not follow one another are a trace each, which is over when the next one
+    comes; with one window, lambda changes nothing."""
+    losses = []
+    for how in ({}, {"trace_lambda": 0.7}):
+        rnn, head = network(first="train", **how)
+        states, found = [None, None], []
         for seed in range(6):
             x, y = window(seed=seed)
             output, states[seed % 2] = rnn(x, states[seed % 2])
-            rnn.backward(loss_of(head, output, y))
-        found.append(gradients(rnn, head))
-    assert_all_close(*found)
+            found.append(rnn.backward(loss_of(head, output, y)))
+        losses.append(found)
+    plain, traced = losses
+    assert traced[0] == 0
+    assert_all_close(traced[1:], plain[:-1])
 
 
 def test_a_trace_keeps_what_the_caller_writes_over():
@@ -449,6 +453,71 @@ def test_a_trace_keeps_what_the_caller_writes_over():
             rnn.backward(loss_of(head, output, y))
         found.append(gradients(rnn, head))
     assert_all_close(*found)
+
+
+# ---- devices ----
+
+
+class Waits(TorchDispatchMode):
+    """Notices whoever reads a number, for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if any(word in str(function) for word in ("_local_scalar_dense", "nonzero")):
+            self.found.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"trace_lambda": 0.9, "trace_windows": 3}, {"horizon": 2}, {"target_clip": 0.2}],
+    ids=["", "trace", "horizon", "clip"],
+)
+def test_a_step_waits_for_no_number(how):
+    """On a GPU it can be captured: the way that it goes there is gone here without kernels."""
+    rnn, head = network(**how)
+    optimizer, state = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1), None
+    with fastdni.use_backend("reference"), Waits() as waits:
+        for seed in range(5):
+            state = rnn.step(*window(seed=seed), state, head, optimizer).state
+    assert waits.found == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_a_captured_step():
+    """Its state in memory of the caller's own."""
+    found = []
+    for captured in (False, True):
+        rnn, head = network()
+        rnn, head = rnn.float().cuda(), head.float().cuda()
+        every = [*rnn.parameters(), *head.parameters()]
+        optimizer = torch.optim.Adam(every, torch.tensor(1e-2, device="cuda"), capturable=True)
+        x, y = (t.cuda() for t in window())
+        x, state = x.float(), tuple(torch.zeros(1, B, H, device="cuda") for _ in range(2))
+
+        def window_from(rnn=rnn, head=head, optimizer=optimizer, x=x, y=y, state=state):
+            after = rnn.step(x, y, state, head, optimizer).state
+            for own, new in zip(state, after, strict=True):
+                own.copy_(new)
+
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                window_from()
+        torch.cuda.current_stream().wait_stream(aside)
+        again = window_from
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                window_from()
+            again = graph.replay
+        for _ in range(4):
+            again()
+        found.append([*every, *state])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 # ---- windows of any form ----
