@@ -442,16 +442,32 @@ def test_a_trace_is_cut_where_another_stream_goes_on():
     assert_all_close(traced[1:], plain[:-1])
 
 
-def test_a_trace_keeps_what_the_caller_writes_over():
+@pytest.mark.parametrize("by", ["hand", "step"])
+def test_a_trace_keeps_what_the_caller_writes_over(by):
+    """The same memory for every window's x, state and context."""
     found = []
     for reuses in (False, True):
-        rnn, head = network(trace_lambda=0.7, trace_windows=3)
-        buffer, state = torch.empty_like(window()[0]), None
-        for seed in range(3):
+        rnn, head = network(trace_lambda=0.7, trace_windows=3, context_dim=2)
+        every = [*rnn.parameters(), *head.parameters()]
+        optimizer, state = torch.optim.SGD(every, 0.1), None
+        buffer, own = torch.empty_like(window()[0]), None
+        context = torch.ones(B, 2, dtype=torch.float64)
+        for seed in range(6):
             x, y = window(seed=seed)
-            output, state = rnn(buffer.copy_(x) if reuses else x, state)
-            rnn.backward(loss_of(head, output, y))
-        found.append(gradients(rnn, head))
+            context = context.mul_(1.1) if reuses else context * 1.1
+            given = buffer.copy_(x) if reuses else x
+            if by == "step":
+                state = rnn.step(given, y, state, head, optimizer, context=context).state
+            else:
+                output, state = rnn(given, state, context=context)
+                rnn.backward(loss_of(head, output, y))
+                optimizer.step()
+                optimizer.zero_grad()
+            if reuses and own is not None:
+                for tensor in own:
+                    tensor.fill_(float("nan"))
+            own = state
+        found.append(every)
     assert_all_close(*found)
 
 

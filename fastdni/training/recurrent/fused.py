@@ -328,7 +328,7 @@ class FusedWindows:
         if trace is not None:
             kept = Kept()
             kept.fill(
-                grad_output, x=given.x, start=start, like=about.state, end=end, ended=given.ended,
+                about.state, grad_output, x=given.x, start=start, end=end, ended=given.ended,
                 lengths=None, ctx=given.contexts, rows=None if about.rows is None
                 else about.rows.view(-1, 1), learns=learns, loss_scale=1.0,
             )  # fmt: skip

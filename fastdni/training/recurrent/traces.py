@@ -10,6 +10,7 @@ theta fixed both give the same sums.
 Source: Pemberton and Costa 2024, "BP(lambda)" (arXiv 2401.07044).
 """
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastdni.training.recurrent.boundaries import Gathered
 from fastdni.training.recurrent.engine import Engine
-from fastdni.training.recurrent.layouts import Layout, rebuilt, tensors_of
+from fastdni.training.recurrent.layouts import Layout, State, rebuilt, tensors_of
 
 MOST_KEPT = 1000  # windows
 MOST_BYTES = 1 << 30  # of an online trace
@@ -27,10 +28,10 @@ MOST_BYTES = 1 << 30  # of an online trace
 
 def own(given: Any) -> Any:
     """What the caller gave, in memory of our own: he may use his for the next window."""
-    if isinstance(given, tuple) and not isinstance(given, PackedSequence):
-        return tuple(map(own, given))
     if isinstance(given, PackedSequence):
         return given._replace(data=own(given.data))
+    if isinstance(given, tuple | list):
+        return [*map(own, given)] if isinstance(given, list) else tuple(map(own, given))
     return given.detach().clone() if isinstance(given, Tensor) else given
 
 
@@ -53,17 +54,18 @@ class Kept:
         gradient = gradient.detach()
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
-    def fill(self, gradient: Tensor | None = None, **facts) -> None:
+    def fill(self, like: State, gradient: Tensor | None = None, **facts) -> None:
         """What is known once the window's backward pass is over.
 
         Args:
+            like: a state, of the form of all.
             gradient: of the loss at the output, where nobody has listened.
-            facts: kept as they are now, whatever becomes of them: x, start, like (a state, of the
-                form of all), end, ended, lengths, ctx, rows, learns: see `Window`; loss_scale: what
-                the gradient was multiplied by.
+            facts: kept as they are now, whatever becomes of them: x, start, end, ended, lengths,
+                ctx, rows, learns: see `Window`; loss_scale: what the gradient was multiplied by.
         """
         if gradient is not None:
             self._gradient = gradient
+        self.form = rebuilt(like, repeat(torch.empty(0)))
         self.__dict__.update({name: own(fact) for name, fact in facts.items()})
 
     def again(self, engine: Engine, sent: list[Tensor | None]) -> list[Tensor]:
@@ -79,7 +81,7 @@ class Kept:
         if whole and None not in sent and engine.unroller.why_no_kernel(self.x) is None:
             return engine.unroller.pulled_back(self.x, self.start, gradient, sent)
         start = [t.detach().requires_grad_() for t in self.start]
-        before = rebuilt(self.like, iter(start))
+        before = rebuilt(self.form, iter(start))
         with torch.enable_grad():
             output, end, _ = engine.unroller.run(self.x, before, self.ended, self.lengths)
         pairs = [*zip(tensors_of(end), sent, strict=True)]

@@ -260,9 +260,9 @@ class Window:
         kept = self._kept
         if kept is not None:
             kept.fill(
+                like=self.state,
                 x=self._x,
                 start=[t.detach() for t in self.start],
-                like=self.state,
                 end=[t.detach() for t in self.end],
                 ended=self._ended,
                 lengths=self._lengths,
