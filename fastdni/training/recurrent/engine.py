@@ -79,6 +79,9 @@ class Engine:
         unroller: runs them.
         boundaries, horizon: the synthesizers, and those of the auxiliary task.
         settings: see `fastdni.DecoupledRNN`; `layout_name`: its layout.
+
+    Attributes:
+        spare: what was kept of windows, and is no longer needed.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Engine:
     ):  # fmt: skip
         self.unroller, self.boundaries = unroller, boundaries
         self.horizon, self.settings, self.layout_name = horizon, settings, layout_name
+        self.spare: list[Any] = []
 
     @property
     def is_plain(self) -> bool:

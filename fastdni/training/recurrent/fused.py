@@ -326,7 +326,7 @@ class FusedWindows:
         others = others[: len(gradients)]  # without a loss the head has none
         learnt = None
         if trace is not None:
-            kept = Kept()
+            kept = Kept.made(self.engine)
             kept.fill(
                 about.state, grad_output, x=given.x, start=start, end=end, ended=given.ended,
                 lengths=None, ctx=given.contexts, rows=None if about.rows is None

@@ -11,6 +11,7 @@ Source: Pemberton and Costa 2024, "BP(lambda)" (arXiv 2401.07044).
 """
 
 from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,13 +27,26 @@ MOST_KEPT = 1000  # windows
 MOST_BYTES = 1 << 30  # of an online trace
 
 
-def own(given: Any) -> Any:
-    """What the caller gave, in memory of our own: he may use his for the next window."""
+def own(given: Any, spare: Any = None) -> Any:
+    """What the caller gave, in memory of our own: he may use his for the next window.
+
+    Args:
+        spare: what was kept before, whose memory is free.
+    """
     if isinstance(given, PackedSequence):
         return given._replace(data=own(given.data))
     if isinstance(given, tuple | list):
-        return [*map(own, given)] if isinstance(given, list) else tuple(map(own, given))
-    return given.detach().clone() if isinstance(given, Tensor) else given
+        fits = isinstance(spare, tuple | list) and len(spare) == len(given)
+        parts = [*map(own, given, spare if fits else repeat(None))]
+        return parts if isinstance(given, list) else tuple(parts)
+    if not isinstance(given, Tensor):
+        return given
+    if isinstance(spare, Tensor) and _kind(spare) == _kind(given):
+        return spare.copy_(given.detach())
+    return given.detach().clone()
+
+
+_kind = attrgetter("shape", "dtype", "device", "layout")
 
 
 class Kept:
@@ -41,6 +55,17 @@ class Kept:
 
     def __init__(self):
         self._gradient: Tensor | None = None
+        self._memory: Tensor | None = None  # of it
+
+    @classmethod
+    def made(cls, engine: Engine) -> "Kept":
+        """In memory of one that is no longer needed, where there is one: what many windows keep and
+        let go of by turns would leave holes in the heap."""
+        if not engine.spare:
+            return cls()
+        kept = engine.spare.pop()
+        kept._gradient = None
+        return kept
 
     def listen(self, output: Any) -> None:
         """Keeps the gradient that will come to the window's output."""
@@ -65,8 +90,11 @@ class Kept:
         """
         if gradient is not None:
             self._gradient = gradient
+        if self._gradient is not None:
+            self._gradient = self._memory = own(self._gradient, self._memory)
         self.form = rebuilt(like, repeat(torch.empty(0)))
-        self.__dict__.update({name: own(fact) for name, fact in facts.items()})
+        known = self.__dict__
+        known.update({name: own(fact, known.get(name)) for name, fact in facts.items()})
 
     def again(self, engine: Engine, sent: list[Tensor | None]) -> list[Tensor]:
         """Runs the window with the parameters of now; what is found at its start.
@@ -128,6 +156,7 @@ class ForwardTrace:
             Their loss, and that of the targets alone; 0 where nothing was learnt.
         """
         windows, self.windows, self.left = self.windows, [], None
+        engine.spare += windows
         if windows and not windows[0].learns:  # the first one
             del windows[0]
         if not windows:

@@ -79,7 +79,7 @@ class Window:
         self.passed = Passed(last)
         self._kept = None
         if settings.trace_lambda is not None and settings.trace_view == "forward":
-            self._kept = Kept()
+            self._kept = Kept.made(engine)
             self._kept.listen(self.output)
         self._versions = self._versions_now()
         self.predictions: list[Prediction] | None = None
