@@ -147,9 +147,7 @@ RECURRENT = [
         f"{_CONTRACT} -k between_steps",
     ),
     Mutant(_FUSED, "key = learns, differs", "key = learns, True", _LOOP),
-    Mutant(
-        _FUSED, "        shared = len({id", "        shared = 0 * len({id", f"{_CONTRACT} -k shared"
-    ),
+    Mutant(_FUSED, "        if shared:", "        if False:", f"{_CONTRACT} -k shared"),
     # ---- in C++ ----
     Mutant(_CPU, "if (clip > 0 && norm > clip)", "if (norm > clip)", _OPS),
     Mutant(_CPU, "      if (counting[r]) continue;", "      continue;", _OPS),
