@@ -1,0 +1,1 @@
+"""Decoupled stages on several processes and machines."""
