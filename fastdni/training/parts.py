@@ -31,21 +31,29 @@ class FusedPart:
         first: the number of the lowest in the network.
         criterion: name of the network's, if the topmost stage is among them.
         precision: see `ops.SweepPlan`.
+        below: whether there are stages below it.
     """
 
     fused = True
 
-    def __init__(self, stages: list[FusedStage], first: int, criterion: str | None, precision: str):
+    def __init__(
+        self,
+        stages: list[FusedStage],
+        first: int,
+        criterion: str | None,
+        precision: str,
+        below: bool,
+    ):
         self.stages: list[SweepStage] = [stage.sweep for stage in stages]
-        self.first, self.precision = first, precision
+        self.first, self.precision, self.below = first, precision, below
         self._before = stages[0].before
         self._dropping = [(stage.sweep.weight, stage.p) for stage in stages if stage.sweep.dropout]
         self._flattens = any(map(flattens, self._before))
         self._unlocked = self.stages[0].input_synthesizer is not None
         self._how = {
             "criterion": criterion,
-            "input_gradient": first > 0,
-            "separate_input": first > 0 and self._unlocked,
+            "input_gradient": below,
+            "separate_input": below and self._unlocked,
             "precision": precision,
         }
         self._plans: dict[int, ops.SweepPlan] = {}
@@ -93,7 +101,7 @@ class FusedPart:
         for layer in self._before:
             x = layer(x)
         dtype = self.stages[0].weight.dtype
-        cast = x.dtype != dtype and (self.first > 0 or self.precision == "bfloat16")
+        cast = x.dtype != dtype and (self.below or self.precision == "bfloat16")
         return x.to(dtype) if cast else x
 
     def prepares(self, x: Tensor) -> bool:
@@ -159,6 +167,7 @@ class LocalPart:
         number: its number.
         synthesizer, input_synthesizer: those of the boundary above it, where there are any.
         bp_lambda: the true gradient's share in what is sent into the stage.
+        below: whether there are stages below it.
     """
 
     fused = False
@@ -170,8 +179,9 @@ class LocalPart:
         synthesizer: nn.Module | None,
         input_synthesizer: nn.Module | None,
         bp_lambda: float,
+        below: bool,
     ):
-        self.stage, self.number, self.bp_lambda = stage, number, bp_lambda
+        self.stage, self.number, self.bp_lambda, self.below = stage, number, bp_lambda, below
         self.boundary = None if synthesizer is None else Boundary(synthesizer)
         self.input_boundary = None if input_synthesizer is None else Boundary(input_synthesizer)
 
@@ -193,7 +203,7 @@ class _LocalPass:
         self._active, self._active_above = step.active[part.number : part.number + 2]
         self.synthesis_losses: list[Tensor] = []
         self.input_losses: list[Tensor] = []
-        self._x = x.detach().requires_grad_(part.number > 0 and x.is_floating_point())
+        self._x = x.detach().requires_grad_(part.below and x.is_floating_point())
         # A stage may begin with a layer that works in place, which a leaf must not be given to.
         inplace = any(getattr(layer, "inplace", False) for layer in layers_of(part.stage)[:1])
         with torch.set_grad_enabled(bool(self._active)):
@@ -243,7 +253,7 @@ class _LocalPass:
             else:
                 self._output.backward(gradient.to(self._output.dtype))
         found = self._x.grad
-        return torch.zeros_like(self._x) if found is None and part.number > 0 else found
+        return torch.zeros_like(self._x) if found is None and part.below else found
 
     def _regress(self, gradient: Tensor | None) -> Tensor:
         """Trains the synthesizers; returns what is sent into the stage."""

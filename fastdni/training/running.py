@@ -1,5 +1,6 @@
 """How a prepared step runs: as one sweep, as that sweep once more, or part by part."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -219,16 +220,31 @@ class Repetition:
 def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
     """The step in parts: all forward passes, all gradients, then all updates."""
     arguments.keep_apart(step, structure.written)
-    optimizers = step.optimizers
-    if optimizers is None:
-        passes = _gradients(structure, parts, step)
+    if step.optimizers is None:
+        passes, _ = begin_parts(structure, parts, step)
         for each in passes:
             each.update(None)
         return _results(structure, passes)
+    with updating(structure, step) as update:
+        passes, _ = begin_parts(structure, parts, step)
+        update(passes)
+    return _results(structure, passes)
+
+
+@contextmanager
+def updating(structure: Structure, step: Step, reduce: Callable | None = None):
+    """Within it are the gradients of a step, and then, by the call that it gives, all updates.
+
+    Args:
+        reduce: called with the parameters when their gradients are in `p.grad`: those of other
+            processes are to be joined.
+    """
+    optimizers = step.optimizers
     fused = optimizers.reason is None and _fit(structure, step)
-    with gradients_apart(structure.parameters):
-        passes = _gradients(structure, parts, step)
-        if fused and not ops.update_is_compiled(structure.parameters):
+
+    def update(passes: list) -> None:
+        compiled = ops.update_is_compiled(structure.parameters)
+        if fused and not compiled and reduce is None:
             if not all(each.part.fused for each in passes):
                 optimizers.step()
             for each in passes:
@@ -236,11 +252,15 @@ def run_by_parts(structure: Structure, parts: list, step: Step) -> Results:
         else:
             for each in passes:
                 each.update(None)
-            if not (fused and _update_at_once(structure, step)):
+            if reduce is not None:
+                reduce(structure.parameters)
+            if not (fused and compiled and _update_at_once(structure, step)):
                 optimizers.step()
-    if fused:
-        optimizers.mark_called()
-    return _results(structure, passes)
+        if fused:
+            optimizers.mark_called()
+
+    with gradients_apart(structure.parameters):
+        yield update
 
 
 def _fit(structure: Structure, step: Step) -> bool:
@@ -271,8 +291,8 @@ def _is_like(gradient: Tensor, parameter: Tensor) -> bool:
     return gradient.layout == torch.strided and gradient.dtype == parameter.dtype
 
 
-def _gradients(structure: Structure, parts: list, step: Step) -> list:
-    """A pass of every part, with what came from above."""
+def begin_parts(structure: Structure, parts: list, step: Step) -> tuple[list, Tensor | None]:
+    """A pass of every part, with what came from above; and the gradient of the step's input."""
     h, left, passes = step.x, list(parts), []
     with torch.enable_grad():
         while left:
@@ -285,7 +305,7 @@ def _gradients(structure: Structure, parts: list, step: Step) -> list:
         gradient = None
         for each in reversed(passes):
             gradient = each.backward(gradient)
-    return passes
+    return passes, gradient
 
 
 def _results(structure: Structure, passes: list) -> Results:

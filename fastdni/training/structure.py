@@ -16,7 +16,9 @@ _MAX_DIVISIONS = 8  # of a network into parts, by criterion, arithmetic and batc
 
 
 class Network(Protocol):
-    """What the engine is handed: a module with S + 1 stages and the synthesizers between them."""
+    """What the engine is handed: a module with S + 1 stages and the synthesizers between them; or,
+    of a network whose other stages are elsewhere, with as many of each, the last of them a
+    synthesizer of the gradient that comes from there. `below` says that others are below."""
 
     training: bool
     stages: nn.ModuleList
@@ -42,7 +44,7 @@ class Structure:
     def __init__(self, net: Network):
         self.parameters = list(net.parameters())
         self.written = [*self.parameters, *net.buffers()]  # what a step may write
-        self.bp_lambda = net.bp_lambda
+        self.bp_lambda, self.below = net.bp_lambda, getattr(net, "below", False)
         self.stages, self.synthesizers = list(net.stages), list(net.synthesizers)
         self.input_synthesizers = list(net.input_synthesizers or [])
         self.parsed: list[FusedStage | None] = []
@@ -60,6 +62,10 @@ class Structure:
     def __len__(self) -> int:
         return len(self.stages)
 
+    def _is_head(self, number: int) -> bool:
+        """Whether a stage's output is the network's."""
+        return number == len(self.synthesizers)
+
     # ---- which stages a sweep runs ----
 
     def _parse(self) -> None:
@@ -67,12 +73,12 @@ class Structure:
         made = [m for m in self.input_synthesizers if type(m) is BasicSynthesizer]
         inputs = made[0].input_trigger.in_features if made else None
         for number, stage in enumerate(self.stages):
-            top = number == len(self) - 1
+            top = self._is_head(number)
             of_gradient = None if top else self.synthesizers[number]
             unlocked = self.input_synthesizers and not top
             of_input = self.input_synthesizers[number] if unlocked else None
             try:
-                lowest = number == 0 and not self.input_synthesizers
+                lowest = number == 0 and not self.input_synthesizers and not self.below
                 self.parsed.append(parse(stage, of_gradient, of_input, inputs, lowest))
                 self.reasons.append(None)
             except Unfused as reason:
@@ -163,12 +169,13 @@ class Structure:
             if run:
                 first = end - len(run)
                 of_part = backend.precision(run[0].sweep.weight.device, autocast)
-                name = criterion if end == len(self) else None
-                parts.append(FusedPart(list(run), first, name, of_part))
+                name = criterion if self._is_head(end - 1) else None
+                below = first > 0 or self.below
+                parts.append(FusedPart(list(run), first, name, of_part, below))
                 run.clear()
 
         for number, stage in enumerate(self.parsed):
-            top = number == len(self) - 1
+            top = self._is_head(number)
             unlike = autocast not in (None, torch.bfloat16) or (top and criterion is None)
             if stage is None or unlike or not self.takes_dropout(number, autocast, batch):
                 close(number)
@@ -182,11 +189,12 @@ class Structure:
 
     def local_part(self, number: int) -> LocalPart:
         """A stage through autograd of its own."""
-        top = number == len(self) - 1
+        top = self._is_head(number)
         return LocalPart(
             self.stages[number],
             number,
             None if top else self.synthesizers[number],
             self.input_synthesizers[number] if self.input_synthesizers and not top else None,
             self.bp_lambda,
+            number > 0 or self.below,
         )
