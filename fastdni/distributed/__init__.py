@@ -1,1 +1,15 @@
 """Decoupled stages on several processes and machines."""
+
+from fastdni.distributed.mesh import init
+from fastdni.distributed.schedule import DistributedError, ScheduleDecoupled, StageResult
+from fastdni.distributed.split import split
+from fastdni.distributed.stage import DecoupledStage
+
+__all__ = [
+    "DecoupledStage",
+    "DistributedError",
+    "ScheduleDecoupled",
+    "StageResult",
+    "init",
+    "split",
+]

@@ -11,6 +11,7 @@ from fastdni import backend, ops
 from fastdni.reference import accumulate_dtype
 from fastdni.training import arguments
 from fastdni.training.criteria import watch_criterion
+from fastdni.training.optimizers import Optimizers
 from fastdni.training.parts import FusedPart
 from fastdni.training.step import Step
 from fastdni.training.structure import Structure
@@ -243,8 +244,7 @@ def updating(structure: Structure, step: Step, reduce: Callable | None = None):
     fused = optimizers.reason is None and _fit(structure, step)
 
     def update(passes: list) -> None:
-        compiled = ops.update_is_compiled(structure.parameters)
-        if fused and not compiled and reduce is None:
+        if fused and reduce is None and not ops.update_is_compiled(structure.parameters):
             if not all(each.part.fused for each in passes):
                 optimizers.step()
             for each in passes:
@@ -254,8 +254,7 @@ def updating(structure: Structure, step: Step, reduce: Callable | None = None):
                 each.update(None)
             if reduce is not None:
                 reduce(structure.parameters)
-            if not (fused and compiled and _update_at_once(structure, step)):
-                optimizers.step()
+            update_by_gradients(structure, optimizers)
         if fused:
             optimizers.mark_called()
 
@@ -269,21 +268,28 @@ def _fit(structure: Structure, step: Step) -> bool:
     return updates_of(step.optimizers, structure, structure.parameters).reason is None
 
 
-def _update_at_once(structure: Structure, step: Step) -> bool:
-    """Every update by what is in p.grad, in one call: nothing from outside comes between them.
+def update_by_gradients(structure: Structure, optimizers: Optimizers) -> None:
+    """Every update by what is in p.grad; where it can be in one call: nothing from outside comes
+    between them then."""
+    if optimizers.reason is not None or not _update_at_once(structure, optimizers):
+        optimizers.step()
 
-    Returns:
-        Whether it can be; otherwise nothing has been written.
-    """
+
+def _update_at_once(structure: Structure, optimizers: Optimizers) -> bool:
+    """Whether all of it could be done in one call; otherwise nothing has been written."""
     parameters = structure.parameters
     gradients = [*map(_grad, parameters)]
     pairs = [*zip(parameters, gradients, strict=True)]
+    if not ops.update_is_compiled(parameters):
+        return False
     if not all(type(p) is nn.Parameter and (g is None or _is_like(g, p)) for p, g in pairs):
         return False
     found = tuple(g is not None for g in gradients)
-    updates = updates_of(step.optimizers, structure, parameters, found)
+    updates = updates_of(optimizers, structure, parameters, found)
+    if updates.reason is not None:
+        return False
     anything = [p if g is None else g for p, g in pairs]
-    updates.run(lambda *how: ops.update_(parameters, anything, *how, step.caller))
+    updates.run(lambda *how: ops.update_(parameters, anything, *how, optimizers.caller))
     return True
 
 
