@@ -5,7 +5,8 @@
 CASES: of JSON, a list of {stages, mode, staleness, activation, steps, same, fault}, run one after
 the other; results go into FOLDER as CASE-RANK.pt. `same`: every replica has all rows. `fault`, of
 rank R at step K: "exit:R:K" ends without a word; "raise:R:K" has bad data; "stop:R:K" freezes;
-"disagree:R:0" has another staleness; "delay:-1:0": everyone is late now and then.
+"disagree:R:0" has another staleness; "delay:-1:0": everyone is late now and then. "kill:R:K,R:K",
+of the first start, the second ...: rank R is killed with -9 at step K; "tear:...": while it saves.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import fastdni
@@ -61,8 +63,36 @@ def parameters_of(net, stages: int, index: int) -> list[torch.Tensor]:
     return [p for module in modules for p in module.parameters()]
 
 
+def kill(kind: str, places: list[str], rank: int) -> int | None:
+    """At which step this process is to be killed; or, once and for all, within which save."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if attempt >= len(places):
+        return None
+    victim, at = map(int, places[attempt].split(":"))
+    if victim != rank:
+        return None
+    if kind == "tear":
+        save = dcp.save
+
+        def torn(values, checkpoint_id, **how):
+            if int(checkpoint_id.name.partition(".")[0]) >= at:
+                checkpoint_id.mkdir()
+                (checkpoint_id / "half").write_text("a half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(values, checkpoint_id=checkpoint_id, **how)
+
+        dcp.save = torn
+        return None
+    return at
+
+
 def train(case: dict, folder: Path) -> dict:
-    kind, *where = case["fault"].split(":")
+    kind, _, places = case["fault"].partition(":")
+    where = places.split(":") if places and "," not in places else []
+    killed, checkpoint = None, None
+    if kind in ("kill", "tear", "saves"):
+        checkpoint, where = folder / "checkpoints", []
+        killed = kill(kind, places.split(",") if places else [], int(os.environ["RANK"]))
     rank, steps, staleness = int(os.environ["RANK"]), case["steps"], case["staleness"]
     own, at = where and int(where[0]) == rank, int(where[-1]) if where else None
     mesh = distributed.init(case["stages"])
@@ -72,9 +102,15 @@ def train(case: dict, folder: Path) -> dict:
     staleness += bool(kind == "disagree" and own)
     share = slice(None) if case["same"] else slice(stage.replica, None, mesh.size(1))
     with distributed.ScheduleDecoupled(
-        stage, "cross_entropy", optimizer, case["mode"], staleness, heartbeat=3.0
-    ) as schedule:
+        stage, "cross_entropy", optimizer, case["mode"], staleness, heartbeat=3.0,
+        checkpoint=checkpoint, save_every=4,
+    ) as schedule:  # fmt: skip
+        start = schedule.next_step
         for number, (x, y) in enumerate(batches(steps, share)):
+            if number < schedule.next_step:
+                continue
+            if number == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             if own and number == at:
                 (folder / "fault").write_text(repr(time.time()))
                 if kind == "exit":
@@ -100,6 +136,7 @@ def train(case: dict, folder: Path) -> dict:
         "synthesis_loss": result.synthesis_loss,
         "evaluated": output,
         "next_step": schedule.next_step,
+        "start": start,
     }
 
 

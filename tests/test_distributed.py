@@ -26,20 +26,21 @@ def case(mode="fixed", staleness=3, stages=3, activation="relu", steps=20, same=
     )  # fmt: skip
 
 
-def start(folder, processes, *cases):
+def start(folder, processes, *cases, restarts=0):
     """Runs them to their end; exit status, and what was printed."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={processes}", str(RUN), str(folder), json.dumps(cases),
+        f"--max-restarts={restarts}", f"--nproc-per-node={processes}", str(RUN), str(folder),
+        json.dumps(cases),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     return done.returncode, done.stdout + done.stderr
 
 
-def results(folder, processes, *cases):
+def results(folder, processes, *cases, restarts=0):
     """Of every case what each rank has found."""
-    status, said = start(folder, processes, *cases)
+    status, said = start(folder, processes, *cases, restarts=restarts)
     assert status == 0, said[-3000:]
     return [
         [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -114,6 +115,15 @@ def test_one_error_is_everyones(tmp_path, fault, message):
     for each in {0, 1, 2} - silent:
         said = (tmp_path / f"said-{each}").read_text()
         assert message in said, said
+
+
+@pytest.mark.parametrize("fault", ["kill:1:6,0:13", "tear:2:8"])
+def test_whoever_is_killed_training_ends_the_same(of_three, tmp_path, fault):
+    """To the bit: from the newest checkpoint that all stages have."""
+    (found,) = results(tmp_path, 3, case(fault=fault), restarts=3)
+    assert hashes(found) == hashes(of_three["plain"])
+    assert {each["start"] for each in found} == {12 if fault.startswith("kill") else 4}
+    assert {each["next_step"] for each in found} == {20}
 
 
 def test_parts_are_balanced():

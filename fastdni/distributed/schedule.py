@@ -2,13 +2,16 @@
 
 import queue
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastdni.distributed.channels import VERSION, Frame, FrameError, Receiver, Sender
+from fastdni.distributed.checkpoint import Checkpoints
 from fastdni.distributed.liveness import Liveness
 from fastdni.distributed.protocol import MODES, Action, ProtocolError, StageProtocol
 from fastdni.distributed.stage import DecoupledStage
@@ -52,6 +55,9 @@ class ScheduleDecoupled:
             numbers on every link; "async": as it comes, at most D messages late.
         staleness: D. To hide a link it must be 2 latency / time of a stage + 2.
         heartbeat: seconds of silence after which a process counts as lost.
+        checkpoint: a folder that every process reaches. Training goes on from the newest checkpoint
+            there that all have: a loop skips the batches before `next_step`.
+        save_every: messages from one to the next.
 
     Attributes:
         next_step: the number of the next message.
@@ -74,9 +80,16 @@ class ScheduleDecoupled:
         mode: str = "fixed",
         staleness: int = 4,
         heartbeat: float = 10.0,
+        checkpoint: str | Path | None = None,
+        save_every: int = 100,
     ):
-        if optimizer is None:
-            raise ValueError("ScheduleDecoupled: optimizer must be given")
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                "ScheduleDecoupled: optimizer must be one of torch.optim's, got "
+                f"{type(optimizer).__name__}"
+            )
+        if save_every < 1:
+            raise ValueError(f"ScheduleDecoupled: save_every must be positive, got {save_every}")
         self._protocol = StageProtocol(stage.index, stage.count, mode, staleness)
         self.stage, self._optimizer = stage, optimizer
         self._criterion = loss_fn if stage.is_last else _no_loss
@@ -92,6 +105,10 @@ class ScheduleDecoupled:
         self._evaluated: Frame | None = None
         self._done: dict[int, Done] = {}
         self._late_losses: list[Tensor] = []  # of what has learnt from the newest gradient
+        self._checkpoints: Checkpoints | None = None
+        if checkpoint is not None:
+            self._checkpoints = Checkpoints(checkpoint, stage.index, stage.replica)
+            self._resume(mode, staleness, save_every)
         self._open(staleness + 3)
         peers = {f"stage {s}": self._rank_of(s) for s in self._neighbours()}
         store = dist.distributed_c10d._get_default_store()
@@ -121,6 +138,17 @@ class ScheduleDecoupled:
                         f"ScheduleDecoupled: {name} must be the same on every process, got {one} on"
                         f" rank {self._rank} and {other} on rank {rank}"
                     )
+
+    def _resume(self, mode: str, staleness: int, save_every: int) -> None:
+        """Goes on from the newest checkpoint of all, if there is one."""
+        stage, start, applied = self.stage, self._checkpoints.newest_of_all(self._device), None
+        if start:
+            applied, self._held, self._feedback = self._checkpoints.load(
+                start, stage, self._optimizer
+            )
+        self._protocol = StageProtocol(
+            stage.index, stage.count, mode, staleness, save_every, start, applied
+        )
 
     def _open(self, window: int) -> None:
         """A communicator for each direction of each edge, made by all processes in one order."""
@@ -306,6 +334,12 @@ class ScheduleDecoupled:
         if not stage.is_first:
             self._send("feedback", number, [done.gradient])
         self._done[number] = done
+
+    def _save(self, action: Action) -> None:
+        held, feedback = self._held, self._feedback
+        applied = self._protocol.applied
+        self._checkpoints.save(action.number, self.stage, self._optimizer, applied, held, feedback)
+        self._checkpoints.keep_from(self._protocol.saved_by_all)
 
     def _result(self, done: Done) -> StageResult:
         missing = len(self.stage.synthesizers) - len(done.synthesis_losses)
