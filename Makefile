@@ -1,4 +1,5 @@
 # make demo    a decoupled network trained on handwritten digits, with a table and a picture
+# make demo-distributed  the digits' network on three processes, none of which waits for another
 # make demo-recurrent  an LSTM that copies what it saw windows ago: DNI beside BPTT, 2 minutes
 # make test    the test suite, a sample of its tables: five minutes on two cores
 # make test-all  every combination of them (TESTS='tests/test_sweep.py ...': of these files)
@@ -34,13 +35,17 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-recurrent test test-all test-mutants test-triton test-emulated bench gpu lint format build clean
+.PHONY: demo demo-recurrent demo-distributed test test-all test-mutants test-triton test-emulated bench gpu lint format build clean
 
 demo: build
 	$(RUN) examples/mnist_fcn.py
 
 demo-recurrent: build
 	$(RUN) examples/copy_task.py --seconds 30
+
+demo-distributed: build
+	OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc-per-node 3 \
+	  examples/distributed_fcn.py
 
 test: build
 	$(RUN) -m pytest $(SPREAD)

@@ -1,6 +1,8 @@
 """The schedule of decoupled stages, over torch.distributed."""
 
 import queue
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from fastdni.distributed.stage import DecoupledStage
 from fastdni.training.piece import Done
 
 _EVALUATION = 1 << 62  # the number of a frame that nobody learns from
+_REMEMBERED = 1000  # actions of a timeline
 _LOOK = 0.05  # seconds between two looks at who is alive, while a frame is waited for
 
 
@@ -61,6 +64,9 @@ class ScheduleDecoupled:
 
     Attributes:
         next_step: the number of the next message.
+        timeline: of the newest actions (kind, message, begin, end), in seconds of `time.time()`;
+            "wait" is for a frame.
+        seconds: spent on each kind so far.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -105,6 +111,8 @@ class ScheduleDecoupled:
         self._evaluated: Frame | None = None
         self._done: dict[int, Done] = {}
         self._late_losses: list[Tensor] = []  # of what has learnt from the newest gradient
+        self.timeline: deque[tuple[str, int, float, float]] = deque(maxlen=_REMEMBERED)
+        self.seconds = dict.fromkeys(("compute", "apply", "save", "wait"), 0.0)
         self._checkpoints: Checkpoints | None = None
         if checkpoint is not None:
             self._checkpoints = Checkpoints(checkpoint, stage.index, stage.replica)
@@ -264,17 +272,25 @@ class ScheduleDecoupled:
                 while not self._frames.empty():
                     self._take(*self._frames.get())
                 action = self._protocol.next()
+                begin = time.time()
                 if action is not None:
                     getattr(self, f"_{action.kind}")(action)
                     self._protocol.complete()
+                    self._note(*action, begin)
                 elif not done():
                     self._wait()
+                    self._note("wait", self._protocol.computed, begin)
         except DistributedError as error:
             self._alive.fail(str(error))
             raise
         except BaseException as error:
             self._alive.fail(f"{self._whoami()}: {type(error).__name__}: {error}")
             raise
+
+    def _note(self, kind: str, number: int, begin: float) -> None:
+        end = time.time()
+        self.timeline.append((kind, number, begin, end))
+        self.seconds[kind] += end - begin
 
     def _wait(self) -> None:
         """For a frame."""
