@@ -182,6 +182,7 @@ class _Run:
         self.free_at = {}  # of each direction of each link
         self.flying: dict[tuple, int] = {}
         self.busy = [False] * self.stages
+        self.left = set(range(self.stages))  # stages that are not through
         self.events = []
         self.outcome.finished = [[] for _ in range(self.stages)]
         if self.faults:
@@ -189,7 +190,7 @@ class _Run:
             self._push(max(fault.time, self.now), "fault")
         for stage in range(self.stages):
             self._go_on(stage)
-        while not all(p.is_drained for p in self.protocols):
+        while self.left:
             if not self.events:
                 raise RuntimeError(f"nobody has anything left to do: {self._described()}")
             self.now, _, kind, *what = heapq.heappop(self.events)
@@ -226,6 +227,8 @@ class _Run:
             return
         action = self.protocols[stage].next()
         if action is None:
+            if self.protocols[stage].is_drained:
+                self.left.discard(stage)
             return
         self.busy[stage] = True
         setting = self.setting
