@@ -71,6 +71,15 @@ class Liveness:
         except Exception:  # the store is gone as well
             return
 
+    def reason(self) -> str | None:
+        """What somebody has said that has gone wrong: he did so before his connections broke."""
+        try:
+            if self.failure is None and self._store.check([_FAILED]):
+                self.failure = self._store.get(_FAILED).decode()
+        except Exception:  # the store is gone as well
+            return None
+        return self.failure
+
     def stop(self) -> None:
         """No more looks."""
         self._stop.set()

@@ -16,6 +16,7 @@ from fastdni.distributed.channels import VERSION, Frame, FrameError, Receiver, S
 from fastdni.distributed.checkpoint import Checkpoints
 from fastdni.distributed.liveness import Liveness
 from fastdni.distributed.protocol import MODES, Action, ProtocolError, StageProtocol
+from fastdni.distributed.safety import Safety
 from fastdni.distributed.stage import DecoupledStage
 from fastdni.training.piece import Done
 
@@ -58,6 +59,9 @@ class ScheduleDecoupled:
             numbers on every link; "async": as it comes, at most D messages late.
         staleness: D. To hide a link it must be 2 latency / time of a stage + 2.
         heartbeat: seconds of silence after which a process counts as lost.
+        cap: from this staleness on the learning rates count by cap / staleness, for late gradients
+            bear small steps only; None: never.
+        alarm: whether a loss that grows is warned of (once), and one that is not finite refused.
         checkpoint: a folder that every process reaches. Training goes on from the newest checkpoint
             there that all have: a loop skips the batches before `next_step`.
         save_every: messages from one to the next.
@@ -86,6 +90,8 @@ class ScheduleDecoupled:
         mode: str = "fixed",
         staleness: int = 4,
         heartbeat: float = 10.0,
+        cap: int | None = 8,
+        alarm: bool = True,
         checkpoint: str | Path | None = None,
         save_every: int = 100,
     ):
@@ -102,6 +108,7 @@ class ScheduleDecoupled:
         self._piece = stage.piece(waits=staleness == 0)
         self._rank = dist.get_rank()
         self._device = torch.device(stage.mesh.device_type)
+        self._safety = Safety(optimizer, staleness, cap, alarm)
         self._agree(mode, staleness)
         self._frames: queue.Queue = queue.Queue()
         self._given: dict[int, tuple] = {}
@@ -342,7 +349,10 @@ class ScheduleDecoupled:
         if not stage.is_first:
             x, travelled, context = self._inputs.pop(number).tensors
             target = target if stage.is_last and target is not None else travelled
-        done = self._piece.step(x, target, context, self._optimizer, self._criterion)
+        with self._safety.capped():
+            done = self._piece.step(x, target, context, self._optimizer, self._criterion)
+        if done.loss is not None:
+            self._safety.look_at(done.loss)
         if not stage.is_last:
             self._held[number] = self._piece.hold(done, target, context)
             sent = [done.output, target if isinstance(target, Tensor) else None, context]
@@ -372,6 +382,10 @@ class ScheduleDecoupled:
             raise self._broken(kind, other, error) from error
 
     def _broken(self, kind: str, other: int, error: Exception) -> DistributedError:
+        """Whoever has ended has said why, unless he was killed."""
+        said = self._alive.reason()
+        if said is not None:
+            return DistributedError(f"{said} {self._where()}")
         peer, reason = self._rank_of(other), (str(error) or type(error).__name__).splitlines()[0]
         return DistributedError(
             f"the channel of {kind} between {self._whoami()} and stage {other} (rank {peer}) broke:"
@@ -380,7 +394,8 @@ class ScheduleDecoupled:
 
     def _apply(self, action: Action) -> None:
         held, gradient = self._held.pop(action.number), self._feedback.pop(action.number)
-        self._late_losses = self._piece.regress(held, gradient, self._optimizer)
+        with self._safety.capped():
+            self._late_losses = self._piece.regress(held, gradient, self._optimizer)
 
 
 def _no_loss(output: Tensor, target: Any) -> Tensor:
