@@ -4,6 +4,8 @@ A synthesizer predicts the gradient that a layer will get, so that the layer upd
 need not wait for backpropagation (Jaderberg et al. 2016, arXiv 1608.05343).
 """
 
+import importlib
+
 import torch  # noqa: F401  first: the extension finds torch's libraries already loaded
 
 try:
@@ -32,6 +34,14 @@ from fastdni.scopes import backward, defer_backward, synthesizer_context
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 from fastdni.training.recurrent.steps import RecurrentResult
 
+
+def __getattr__(name: str):
+    # Not loaded by those who have one process: torch.distributed.checkpoint takes a while.
+    if name == "distributed":
+        return importlib.import_module("fastdni.distributed")
+    raise AttributeError(f"module 'fastdni' has no attribute {name!r}")
+
+
 __version__ = _C.build_info()["version"]
 
 __all__ = [
@@ -48,6 +58,7 @@ __all__ = [
     "backward",
     "decouple",
     "defer_backward",
+    "distributed",
     "explain",
     "make_graphed_step",
     "regression_loss",
