@@ -123,6 +123,9 @@ def train(case: dict, folder: Path) -> dict:
                 time.sleep(0.01 * ((number + rank) % 3))
             result = schedule.step(x, target=y)
         output = schedule.evaluate(torch.ones(4, 20))
+    whole = model(case["activation"])
+    whole.load_state_dict(distributed.export(stage))
+    exported = output is None or torch.equal(whole.eval()(torch.ones(4, 20)), output)
     found, equal = list(stage.parameters()), None
     if case["mode"] == "fixed" and staleness == 0 and mesh.size(1) == 1:
         theirs = parameters_of(undivided(case["activation"], steps), mesh.size(0), stage.index)
@@ -136,6 +139,7 @@ def train(case: dict, folder: Path) -> dict:
         "synthesis_loss": result.synthesis_loss,
         "evaluated": output,
         "next_step": schedule.next_step,
+        "exported": exported,
         "start": start,
     }
 

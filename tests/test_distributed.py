@@ -121,6 +121,11 @@ def test_fixed_mode_is_the_same_on_every_link(of_three):
     assert hashes(of_three["plain"])[0] != hashes(of_three["less"])[0]
 
 
+def test_the_undivided_network_loads_what_is_exported(of_three):
+    """And answers as the parts did."""
+    assert all(each["exported"] for each in of_three["plain"] + of_three["local"])
+
+
 def test_gradients_as_they_come(of_three):
     assert all(p.isfinite().all() for each in of_three["async"] for p in each["parameters"])
 

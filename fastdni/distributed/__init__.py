@@ -1,5 +1,6 @@
 """Decoupled stages on several processes and machines."""
 
+from fastdni.distributed.export import export
 from fastdni.distributed.mesh import init
 from fastdni.distributed.schedule import DistributedError, ScheduleDecoupled, StageResult
 from fastdni.distributed.split import split
@@ -10,6 +11,7 @@ __all__ = [
     "DistributedError",
     "ScheduleDecoupled",
     "StageResult",
+    "export",
     "init",
     "split",
 ]

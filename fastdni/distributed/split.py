@@ -1,11 +1,13 @@
 """Cuts a network into the parts of processes."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastdni.distributed.stage import Slice
 from fastdni.network import DecoupledSequential
 from fastdni.synthesizers import BasicSynthesizer, start_at_zero
 
@@ -83,7 +85,7 @@ def split(
         part = own[0] if len(own) == 1 else DecoupledSequential(
             *own, synthesizers=between[begin : end - 1])  # fmt: skip
         return part, None if last else between[end - 1]
-    part = nn.Sequential(*own)
+    part = Slice(OrderedDict((str(begin + n), layer) for n, layer in enumerate(own)))
     return part, None if last else _synthesizer(model, end, example_input)
 
 

@@ -10,6 +10,10 @@ from fastdni.training.piece import Piece
 CALLER = "schedule.step"
 
 
+class Slice(nn.Sequential):
+    """Consecutive layers of an nn.Sequential, under the names that they have there."""
+
+
 class DecoupledStage(nn.Module):
     """The stages of a network that this process trains, and the synthesizer above them.
 
@@ -61,6 +65,21 @@ class DecoupledStage(nn.Module):
         for work, parameter in zip(works, found, strict=True):
             work.wait()
             parameter.grad /= self.mesh.size(1)
+
+    def undivided_state_dict(self, first: int) -> dict[str, Tensor]:
+        """Its state under the names that the undivided network has for it.
+
+        Args:
+            first: the number of its first stage there.
+        """
+        (part, *others) = self.stages
+        if isinstance(part, Slice) and not others:
+            return dict(part.state_dict())
+        found = {}
+        for name, tensor in self.state_dict().items():
+            kind, number, rest = name.split(".", 2)
+            found[f"{kind}.{int(number) + first}.{rest}"] = tensor
+        return found
 
     def piece(self, waits: bool) -> Piece:
         """Who trains it; see `Piece`."""
