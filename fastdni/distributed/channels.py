@@ -56,13 +56,22 @@ def size_of(tensors: list[Tensor | None]) -> int:
 
 
 def write(buffer: Tensor, kind: int, number: int, saved: int, tensors: list[Tensor | None]) -> None:
-    """Puts a frame into memory that is large enough."""
+    """Puts a frame into memory that is large enough.
+
+    Raises:
+        FrameError: a tensor has too many dimensions, or a dtype that is not DTYPES'.
+    """
     head = [MAGIC, VERSION, kind, number, saved, len(tensors)]
     at = _HEAD
     for tensor in tensors:
         if tensor is None:
             head += [-1] * (2 + _MOST_DIMENSIONS)
             continue
+        if tensor.dim() > _MOST_DIMENSIONS or tensor.dtype not in DTYPES:
+            raise FrameError(
+                f"a frame's tensor must have up to {_MOST_DIMENSIONS} dimensions, got "
+                f"{tensor.dim()}, and a dtype that can be sent, got {tensor.dtype}"
+            )
         shape = [*tensor.shape, *[0] * (_MOST_DIMENSIONS - tensor.dim())]
         head += [DTYPES.index(tensor.dtype), tensor.dim(), *shape]
         into = buffer[at : at + tensor.nbytes]
