@@ -75,6 +75,8 @@ def test_an_activation_of_many_dimensions_has_a_limit():
 # ---- checkpoints ----
 
 
+# Here there is one process, as torch says.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_holds_tensors_and_numbers(tmp_path):
     values = {
         "a": {0: {"step": torch.tensor(3.0), "rate": 0.1}, 1: (None, True, "x")},

@@ -63,9 +63,12 @@ class StageProtocol:
         applied: int | None = None,
     ):
         if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+            known = ", ".join(map(repr, MODES))
+            raise ValueError(f"ScheduleDecoupled: mode must be one of {known}, got {mode!r}")
         if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
-            raise ValueError(f"staleness must be an integer from 0 on, got {staleness!r}")
+            raise ValueError(
+                f"ScheduleDecoupled: staleness must be an integer from 0 on, got {staleness!r}"
+            )
         self.first, self.last = stage == 0, stage == stages - 1
         self.mode, self.staleness, self._save_every = mode, staleness, save_every
         self.computed = self.given = self.inputs = self.feedback = start

@@ -235,7 +235,7 @@ class ScheduleDecoupled:
             stage.train(was_training)
         if stage.is_last:
             return output
-        self._senders["input"].send(_EVALUATION, 0, [output])
+        self._send("input", _EVALUATION, [output])
         return None
 
     def close(self) -> None:

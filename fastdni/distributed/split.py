@@ -85,16 +85,16 @@ def split(
         part = own[0] if len(own) == 1 else DecoupledSequential(
             *own, synthesizers=between[begin : end - 1])  # fmt: skip
         return part, None if last else between[end - 1]
-    part = Slice(OrderedDict((str(begin + n), layer) for n, layer in enumerate(own)))
-    return part, None if last else _synthesizer(model, end, example_input)
-
-
-def _synthesizer(model: nn.Sequential, end: int, example_input: Tensor | None) -> nn.Module:
-    if example_input is None:
+    if example_input is None and parts > 1:
         raise ValueError(
             "distributed.split: example_input must be given for an nn.Sequential, to make "
             "synthesizers of the width that activations have where it is cut"
         )
+    part = Slice(OrderedDict((str(begin + n), layer) for n, layer in enumerate(own)))
+    return part, None if last else _synthesizer(model, end, example_input)
+
+
+def _synthesizer(model: nn.Sequential, end: int, example_input: Tensor) -> nn.Module:
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -51,9 +51,10 @@ def _needs_closure(kind: type) -> bool:
     return closure is not None and closure.default is Parameter.empty
 
 
-def _gradients_of(caller: str) -> str:
-    """What to call for gradients without an update."""
-    return f"{caller.removesuffix('.step')}.backward(...)"
+def _instead(caller: str, how: str) -> str:
+    """What to call instead, for gradients without an update; a schedule has no such call."""
+    net = caller.removesuffix(".step")
+    return "" if net == "schedule" else f"; call {net}.backward(...) {how}"
 
 
 def _check_step(caller: str, optimizer: Optimizer) -> None:
@@ -61,8 +62,7 @@ def _check_step(caller: str, optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if _needs_closure(type(optimizer)):
         raise ValueError(
-            f"{caller}: optimizer must need no closure, got {name}; call {_gradients_of(caller)} in"
-            " one"
+            f"{caller}: optimizer must need no closure, got {name}{_instead(caller, 'in one')}"
         )
     for group in optimizer.param_groups:
         if group.get("capturable") and any(p.device.type == "cpu" for p in group["params"]):
@@ -155,9 +155,10 @@ class Optimizers:
         known = {id(p) for p in parameters}
         foreign = sum(id(p) not in known for _, p in held)
         if foreign:
+            instead = _instead(caller, "and the optimizers' own step()")
             raise ValueError(
                 f"{caller}: optimizer must hold parameters of the network alone, got {foreign} that"
-                f" are not; call {_gradients_of(caller)} and the optimizers' own step()"
+                f" are not{instead}"
             )
         for optimizer in every:
             _check_step(caller, optimizer)
