@@ -140,3 +140,17 @@ def test_a_message_in_the_life_of_a_stage():
     p.arrive("feedback", 2, 2)
     runs("apply", 2)
     assert p.is_drained
+
+
+def test_async_applies_what_has_come_before_it_computes():
+    kinds = []
+    for mode in ("async", "fixed"):
+        p = protocol(mode=mode, staleness=3)
+        for number in range(2):
+            p.give()
+            p.arrive("input", number, 0)
+        assert p.next().kind == "compute"
+        p.complete()
+        p.arrive("feedback", 0, 0)
+        kinds.append(p.next().kind)
+    assert kinds == ["apply", "compute"]

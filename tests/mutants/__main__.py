@@ -3,8 +3,8 @@
     make test-mutants                     all of them
     make test-mutants MUTANTS=watch       those whose file or tests' name holds the word
 
-The lists are `planted.py` and `planted_recurrent.py`. Each fault is planted in a copy of the tree
-(in build/mutants), which is built again where the fault is in C++; a fault that no test notices has
+The lists are `planted.py` and `planted_*.py`. Each fault is planted in a copy of the tree (in
+build/mutants), which is built again where the fault is in C++; a fault that no test notices has
 survived, and the exit status is then 1. A test that is taken for a fault's own must pass without
 it: that is seen first.
 """
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(__file__))
 from planted import MUTANTS, Mutant  # noqa: E402
+from planted_distributed import DISTRIBUTED  # noqa: E402
 from planted_recurrent import RECURRENT  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -134,7 +135,7 @@ def judge_all(name: str, mutants: list[Mutant]) -> int:
 
 def main() -> int:
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [m for m in [*MUTANTS, *RECURRENT] if word in m.file or word in m.tests]
+    chosen = [m for m in [*MUTANTS, *RECURRENT, *DISTRIBUTED] if word in m.file or word in m.tests]
     compiled = [m for m in chosen if m.file.startswith("csrc")]
     others = [m for m in chosen if m not in compiled]
     with ThreadPoolExecutor() as pool:
