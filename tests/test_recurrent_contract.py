@@ -473,6 +473,38 @@ def test_a_trace_keeps_what_the_caller_writes_over(by):
     assert_all_close(*found)
 
 
+@pytest.mark.parametrize("by", ["hand", "step"])
+def test_what_is_carried_stays_as_it_was_saved(by):
+    """However long training goes on, and how often it goes on from there."""
+
+    def train(rnn, head, optimizer, state, seeds):
+        for seed in seeds:
+            x, y = window(seed=seed)
+            if by == "step":
+                state = rnn.step(x, y, state, head, optimizer).state
+                continue
+            output, state = rnn(x, state)
+            rnn.backward(loss_of(head, output, y))
+            optimizer.step()
+            optimizer.zero_grad()
+        return state
+
+    rnn, head = network(trace_lambda=0.7, trace_windows=3)
+    optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], 0.1)
+    state = train(rnn, head, optimizer, None, range(5))
+    saved = copy.deepcopy((rnn.state_dict(), head.state_dict(), state))
+    carried = rnn.carried(state)  # as it is: nobody has written it to a file
+    train(rnn, head, optimizer, state, range(5, 12))
+    expected = [p.detach().clone() for p in (*rnn.parameters(), *head.parameters())]
+    for _ in range(2):
+        own, weights, start = copy.deepcopy(saved)
+        rnn.load_state_dict(own)
+        head.load_state_dict(weights)
+        train(rnn, head, optimizer, rnn.resume(start, carried), range(5, 12))
+        found = [p.detach() for p in (*rnn.parameters(), *head.parameters())]
+        assert_all_close(found, expected)
+
+
 # ---- devices ----
 
 

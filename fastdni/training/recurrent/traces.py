@@ -67,6 +67,17 @@ class Kept:
         kept._gradient = None
         return kept
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in memory that stays as it is when this one's is used again."""
+        return {name: own(fact) for name, fact in vars(self).items() if name != "_memory"}
+
+    @classmethod
+    def from_state_dict(cls, facts: dict[str, Any]) -> "Kept":
+        """The reverse."""
+        kept = cls()
+        vars(kept).update({name: own(fact) for name, fact in facts.items()})
+        return kept
+
     def listen(self, output: Any) -> None:
         """Keeps the gradient that will come to the window's output."""
         data = output.data if isinstance(output, PackedSequence) else output
@@ -264,15 +275,15 @@ class Traces:
 
     def state_dict(self, left: Any) -> list[dict[str, Any]]:
         """The windows that wait, where it is they that hand on `left`."""
-        return [dict(vars(w)) for w in self._now.windows] if self._now.left is left else []
+        if self._now.left is not left:
+            return []
+        return [w.state_dict() for w in self._now.windows]
 
     def load_state_dict(self, windows: list[dict[str, Any]], left: Any) -> None:
         """The reverse."""
         self._now = ForwardTrace()
         for facts in windows:
-            kept = Kept()
-            vars(kept).update(facts)
-            self._now.add(kept, left)
+            self._now.add(Kept.from_state_dict(facts), left)
 
 
 class OnlineTrace:
