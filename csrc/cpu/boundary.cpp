@@ -32,13 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> boundary(const std::string& caller, const Ten
   const Tensor error = empty_accumulate(trigger, shape_of(message));
   const auto [loss, gradients] = regress_synthesizer(target, message, activations, trigger, context,
                                                      given.weights, bias, 2 / scale, error);
-  given.optimizer.raise_steps();
-  with_dtype(trigger.scalar_type(), [&](auto scalar) {
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      update_parameter<decltype(scalar)>(given.memory[i], gradients[i]);
-    }
-  });
-  given.optimizer.write_back();
+  update_parameters(given.optimizer, given.memory, gradients);
   return {loss, prediction.has_value() ? empty(trigger, {0}) : message, error};
 }
 

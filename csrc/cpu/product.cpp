@@ -38,8 +38,8 @@ int64_t onednn_from() {
   return kOneDnnFromHalfWidth;
 }
 
-// Up to this many multiply-adds no library is called: square products take as long either way, but
-// narrow ones (a head of few classes, a context) half; see benchmarks/results/notes.md.
+// Up to this many multiply-adds no library is called: square products take as long either way,
+// narrow ones (a head of few classes, a context) less. See benchmarks/results/notes.md.
 constexpr int64_t kOwnUpTo = int64_t{1} << 19;
 
 // out = a b

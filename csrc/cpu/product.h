@@ -1,5 +1,5 @@
-// Matrix products on the CPU: through whichever of torch's libraries is faster for the size, or by
-// the kernels of multiply.h where a call into a library would be most of the time.
+// Matrix products on the CPU: small ones by the kernels of multiply.h, others through whichever of
+// torch's libraries is faster for the size.
 #pragma once
 #include "ops/tensor.h"
 
@@ -7,7 +7,7 @@ namespace fastdni::cpu {
 
 enum class Library { own, mkl, onednn };
 
-// Who makes an (m, k) x (k, n) product, from the table measured by benchmarks/products.py.
+// Who makes an (m, k) x (k, n) product: as was measured, see benchmarks/results/notes.md.
 Library product_library(ScalarType dtype, int64_t m, int64_t n, int64_t k);
 
 // oneDNN's product is a private op of torch: Python looks at its schema when fastdni is imported

@@ -1,4 +1,4 @@
-// One parameter's update from a gradient that lies in memory.
+// Updates of parameters from gradients that lie in memory.
 #pragma once
 #include <cmath>
 
@@ -26,6 +26,19 @@ void update_parameter(const ParameterMemory& memory, const Tensor& gradient) {
                                at(memory.second, first), last - first);
         });
   });
+}
+
+// All of them, of one dtype.
+inline void update_parameters(OptimizerBinding& optimizer,
+                              const std::vector<ParameterMemory>& memory,
+                              const Tensors& gradients) {
+  optimizer.raise_steps();
+  with_dtype(gradients[0].scalar_type(), [&](auto scalar) {
+    for (size_t i = 0; i < memory.size(); ++i) {
+      update_parameter<decltype(scalar)>(memory[i], gradients[i]);
+    }
+  });
+  optimizer.write_back();
 }
 
 }  // namespace fastdni::cpu

@@ -236,11 +236,9 @@ std::tuple<Tensor, Tensor> window_update(
       *mutable_data<T>(loss) = *data<T>(squared);
       grads.insert(grads.begin(), own.begin(), own.end());
     }
-    optimizer.raise_steps();
-    for (size_t i = 0; i < updated.size(); ++i) update_parameter<T>(memory[i], grads[i]);
   };
   others[0].scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
-  optimizer.write_back();
+  update_parameters(optimizer, memory, grads);
   return {loss, energy};
 }
 

@@ -26,8 +26,8 @@ def _(caller, parameters, gradients, state, groups, settings):
 
 def update_is_compiled(parameters: list[Tensor]) -> bool:
     """Whether a compiled kernel updates these parameters: of one dtype, on the CPU."""
-    alike = len({p.dtype for p in parameters}) == 1
-    return alike and all(backend.has_cpu_kernel(p, _DEVICES) for p in parameters)
+    kinds = {(p.dtype, p.device.type) for p in parameters}
+    return len(kinds) == 1 and backend.has_cpu_kernel(parameters[0], _DEVICES)
 
 
 def update_(

@@ -317,4 +317,4 @@ def _hand_over(parameters: list[Tensor], gradients, optimizers: Optimizers | Non
             torch.autograd.backward(*zip(*left, strict=True))
         return
     updates, found = _fused_updates(optimizers, parameters), [g for _, g in pairs]
-    updates.run(lambda *how: reference.update_(parameters, found, *how))
+    updates.run(lambda *how: ops.update_(parameters, found, *how, optimizers.caller))

@@ -151,7 +151,7 @@ RECURRENT = [
     # ---- in C++ ----
     Mutant(_CPU, "if (clip > 0 && norm > clip)", "if (norm > clip)", _OPS),
     Mutant(_CPU, "      if (counting[r]) continue;", "      continue;", _OPS),
-    Mutant(_CPU, "    optimizer.raise_steps();\n", "", _OPS),
+    Mutant("csrc/cpu/update.h", "  optimizer.raise_steps();\n", "", _OPS),
     Mutant(_CPU, "masked != nullptr && masked[r]", "false", _OPS),
     Mutant("csrc/ops/window.cpp", "given->numel() == joined.rows,", "true,", f"{_OPS} -k refuses"),
     Mutant(

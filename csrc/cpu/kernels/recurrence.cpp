@@ -238,7 +238,7 @@ void weighted_sums(Matrix<const T> grad, const T* x, int64_t inputs, int64_t cou
         case 2:
           sum(std::integral_constant<int, 2>{});
           break;
-        case 3:
+        case 3:  // it must compile where there are never so many
           sum(std::integral_constant<int, kColumns == 2 ? 2 : 3>{});
           break;
         default:
