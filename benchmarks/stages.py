@@ -122,10 +122,10 @@ def synchronous(mesh, seconds: float, microbatches: int, batches: int) -> float:
             group = dist.new_group([edge, edge + 1])
             source, target = (edge, edge + 1) if kind == "input" else (edge + 1, edge)
             if index == source:
-                senders[kind] = LateSender(target, group, 0, microbatches + 2, device)
+                senders[kind] = LateSender(target, group, microbatches + 2, device)
             if index == target:
                 receivers.append(
-                    Receiver(source, group, 0, microbatches + 2, device, frames, (kind, source))
+                    Receiver(source, group, microbatches + 2, device, frames, (kind, source))
                 )
 
     def received():

@@ -121,14 +121,14 @@ class Sender:
     """The end of a channel that sends.
 
     Args:
-        peer: the process at the other end; `group`, `tag`: of the channel alone.
+        peer: the process at the other end; `group`: of the channel alone.
         window: most frames in flight.
     """
 
-    def __init__(self, peer: int, group, tag: int, window: int, device: torch.device):
-        self._to = {"dst": peer, "group": group, "tag": tag}
+    def __init__(self, peer: int, group, window: int, device: torch.device):
+        self._to = {"dst": peer, "group": group}
         self._window, self._device = window, device
-        self._count, self._numbered = 0, 0
+        self._count = 0
         self._make(_HEAD)
 
     def _make(self, size: int) -> None:
@@ -177,8 +177,8 @@ class Receiver:
         Others as `Sender`.
     """
 
-    def __init__(self, peer: int, group, tag: int, window: int, device, frames: queue.Queue, name):
-        self._from = {"src": peer, "group": group, "tag": tag}
+    def __init__(self, peer: int, group, window: int, device, frames: queue.Queue, name):
+        self._from = {"src": peer, "group": group}
         self._window, self._device = window, device
         self._frames, self._name = frames, name
         self._thread = threading.Thread(target=self._run, name=f"fastdni {name}", daemon=True)

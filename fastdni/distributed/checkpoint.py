@@ -133,16 +133,19 @@ class Checkpoints:
         save(self.folder / str(number), values)
 
     def load(
-        self, number: int, stage: nn.Module, optimizer: Optimizer
+        self, number: int, stage: nn.Module, optimizer: Optimizer, device: torch.device
     ) -> tuple[int, dict[int, Held], dict[int, Tensor]]:
         """Puts one back; how many gradients were applied, and what waits for theirs with them."""
         values = load(self.folder / str(number))
         stage.load_state_dict(values["stage"])
         optimizer.load_state_dict(values["optimizer"])
         torch.set_rng_state(values["random"])
-        held = {j: Held(h, ctx) for j, (h, ctx, _) in values["held"].items()}
-        logging.getLogger("fastdni").info("stage goes on from message %d", number)
-        return values["applied"], held, {j: g for j, (*_, g) in values["held"].items()}
+        logging.getLogger("fastdni.distributed").info("goes on from message %d", number)
+        held, feedback = {}, {}
+        for j, known in values["held"].items():
+            h, ctx, gradient = (None if each is None else each.to(device) for each in known)
+            held[j], feedback[j] = Held(h, ctx), gradient
+        return values["applied"], held, feedback
 
     def keep_from(self, number: int) -> None:
         """Removes those that are older."""

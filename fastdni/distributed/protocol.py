@@ -43,8 +43,6 @@ class StageProtocol:
         mode: "fixed" or "async".
         staleness: D, how many messages a gradient may be late.
         save_every: messages between two checkpoints; None: none are made.
-        start: the first message: what a checkpoint says.
-        applied: how many gradients are applied, then.
 
     Attributes:
         computed, applied: messages that are, counted from the beginning.
@@ -59,8 +57,6 @@ class StageProtocol:
         mode: str,
         staleness: int,
         save_every: int | None = None,
-        start: int = 0,
-        applied: int | None = None,
     ):
         if mode not in MODES:
             known = ", ".join(map(repr, MODES))
@@ -71,14 +67,18 @@ class StageProtocol:
             )
         self.first, self.last = stage == 0, stage == stages - 1
         self.mode, self.staleness, self._save_every = mode, staleness, save_every
-        self.computed = self.given = self.inputs = self.feedback = start
-        self.applied = start if applied is None or self.last else applied
-        self.saved = start
-        self._saved_behind = {"input": start, "feedback": start}
+        self.go_on_from(0, 0)
         self._closing = False
         self._now: Action | None = None
 
     # ---- what goes in ----
+
+    def go_on_from(self, number: int, applied: int) -> None:
+        """A checkpoint of this message is where training begins: the gradients of the messages
+        below have come, and so many are applied."""
+        self.computed = self.given = self.inputs = self.feedback = self.saved = number
+        self.applied = number if self.last else applied
+        self._saved_behind = {"input": number, "feedback": number}
 
     def give(self) -> int:
         """The caller asks for the next message; its number."""
@@ -99,21 +99,15 @@ class StageProtocol:
             ProtocolError: it is not the next one, or answers what was not sent.
         """
         wanted = self.inputs if kind == "input" else self.feedback
-        sent = self.computed + self._is_computing
-        if number != wanted or (kind == "feedback" and number >= sent):
+        if number != wanted or (kind == "feedback" and number >= self.computed):
             raise ProtocolError(
-                f"{kind} must come in order, {wanted} next ({sent} sent), got {number}"
+                f"{kind} must come in order, {wanted} next ({self.computed} sent), got {number}"
             )
         self._saved_behind[kind] = saved
         if kind == "input":
             self.inputs += 1
         else:
             self.feedback += 1
-
-    @property
-    def _is_computing(self) -> bool:
-        """Its message may be under way, and answered, before it has made its own update."""
-        return self._now is not None and self._now.kind == "compute"
 
     def complete(self) -> None:
         """What `next` said last is done."""

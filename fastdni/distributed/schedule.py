@@ -21,6 +21,9 @@ from fastdni.distributed.stage import DecoupledStage
 from fastdni.training.piece import Done
 
 _EVALUATION = 1 << 62  # the number of a frame that nobody learns from
+_MORE = (
+    3  # frames of a window than the staleness: the newest message, an evaluation, and a spare one
+)
 _REMEMBERED = 1000  # actions of a timeline
 _LOOK = 0.05  # seconds between two looks at who is alive, while a frame is waited for
 
@@ -76,6 +79,15 @@ class ScheduleDecoupled:
         ValueError: an argument is out of its range.
         DistributedError: the processes do not agree about them.
 
+    Note:
+        With f_s the stage, M_s its synthesizer and x_k message k's input, a stage makes of it
+        h = f_s(x_k) and takes its step with the gradient M_s(h); what that leaves at x_k is the
+        true gradient g_k of the stage below, where ||M(h_k) - g_k||^2 / B is regressed when it has
+        come, with M as it is then.
+
+    Source:
+        Jaderberg et al. 2016 (arXiv 1608.05343), sections 2 and 3.3.
+
     Example:
         >>> with ScheduleDecoupled(stage, "cross_entropy", optimizer, staleness=4) as schedule:
         ...     for x, y in loader:
@@ -102,14 +114,15 @@ class ScheduleDecoupled:
             )
         if save_every < 1:
             raise ValueError(f"ScheduleDecoupled: save_every must be positive, got {save_every}")
-        self._protocol = StageProtocol(stage.index, stage.count, mode, staleness)
+        saves = None if checkpoint is None else save_every
+        self._protocol = StageProtocol(stage.index, stage.count, mode, staleness, saves)
         self.stage, self._optimizer = stage, optimizer
         self._criterion = loss_fn if stage.is_last else _no_loss
         self._piece = stage.piece(waits=staleness == 0)
         self._rank = dist.get_rank()
         self._device = torch.device(stage.mesh.device_type)
         self._safety = Safety(optimizer, staleness, cap, alarm)
-        self._agree(mode, staleness)
+        self._agree(mode=MODES.index(mode), staleness=staleness, save_every=saves or 0)
         self._frames: queue.Queue = queue.Queue()
         self._given: dict[int, tuple] = {}
         self._inputs: dict[int, Frame] = {}
@@ -123,8 +136,8 @@ class ScheduleDecoupled:
         self._checkpoints: Checkpoints | None = None
         if checkpoint is not None:
             self._checkpoints = Checkpoints(checkpoint, stage.index, stage.replica)
-            self._resume(mode, staleness, save_every)
-        self._open(staleness + 3)
+            self._resume()
+        self._open(staleness + _MORE)
         peers = {f"stage {s}": self._rank_of(s) for s in self._neighbours()}
         store = dist.distributed_c10d._get_default_store()
         self._alive: Liveness | None = Liveness(store, self._rank, peers, heartbeat)
@@ -138,32 +151,29 @@ class ScheduleDecoupled:
     def _rank_of(self, index: int) -> int:
         return int(self.stage.mesh.mesh[index, self.stage.replica])
 
-    def _agree(self, mode: str, staleness: int) -> None:
+    def _agree(self, **numbers: int) -> None:
         """Refuses processes that are not of one mind."""
-        names = ("format", "mode", "staleness", "stages", "replicas")
-        mesh = self.stage.mesh
-        own = [VERSION, MODES.index(mode), staleness, mesh.size(0), mesh.size(1)]
-        mine = torch.tensor(own, device=self._device)
+        stages, replicas = self.stage.mesh.mesh.shape
+        numbers = {"format": VERSION, "stages": stages, "replicas": replicas} | numbers
+        mine = torch.tensor([*numbers.values()], device=self._device)
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
         for rank, theirs in enumerate(every):
-            for name, one, other in zip(names, own, theirs.tolist(), strict=True):
+            for (name, one), other in zip(numbers.items(), theirs.tolist(), strict=True):
                 if one != other:
                     raise DistributedError(
                         f"ScheduleDecoupled: {name} must be the same on every process, got {one} on"
                         f" rank {self._rank} and {other} on rank {rank}"
                     )
 
-    def _resume(self, mode: str, staleness: int, save_every: int) -> None:
+    def _resume(self) -> None:
         """Goes on from the newest checkpoint of all, if there is one."""
-        stage, start, applied = self.stage, self._checkpoints.newest_of_all(self._device), None
+        start = self._checkpoints.newest_of_all(self._device)
         if start:
             applied, self._held, self._feedback = self._checkpoints.load(
-                start, stage, self._optimizer
+                start, self.stage, self._optimizer, self._device
             )
-        self._protocol = StageProtocol(
-            stage.index, stage.count, mode, staleness, save_every, start, applied
-        )
+            self._protocol.go_on_from(start, applied)
 
     def _open(self, window: int) -> None:
         """A communicator for each direction of each edge, made by all processes in one order."""
@@ -180,10 +190,10 @@ class ScheduleDecoupled:
             peer, up = self._rank_of(other), other > index
             pair = (self._rank, peer) if up else (peer, self._rank)
             sent, received = ("input", "feedback") if up else ("feedback", "input")
-            self._senders[sent] = Sender(peer, groups[*pair, sent], 0, window, self._device)
+            self._senders[sent] = Sender(peer, groups[*pair, sent], window, self._device)
             self._receivers.append(
                 Receiver(
-                    peer, groups[*pair, received], 0, window, self._device, self._frames,
+                    peer, groups[*pair, received], window, self._device, self._frames,
                     (received, other),
                 )
             )  # fmt: skip
@@ -336,10 +346,9 @@ class ScheduleDecoupled:
     def _checked(self, frame: Frame) -> Tensor:
         """The gradient that a frame carries."""
         (gradient,) = frame.tensors if len(frame.tensors) == 1 else [None]
-        held = self._held.get(frame.number)
-        if gradient is None or (held is not None and gradient.shape != held.h.shape):
-            got = None if gradient is None else tuple(gradient.shape)
-            wanted = None if held is None else tuple(held.h.shape)
+        wanted = tuple(self._held[frame.number].h.shape)
+        got = None if gradient is None else tuple(gradient.shape)
+        if got != wanted:
             raise FrameError(f"the gradient of message {frame.number} must be {wanted}, got {got}")
         return gradient
 

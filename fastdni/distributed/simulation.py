@@ -170,11 +170,9 @@ class _Run:
             model, applied = saved[start]
             self.models.append(model.copy())
             protocol = StageProtocol(
-                stage, self.stages, setting.mode, setting.staleness, setting.save_every, start,
-                applied,
-            )  # fmt: skip
-            # Gradients that had come are in the checkpoint.
-            protocol.feedback = start
+                stage, self.stages, setting.mode, setting.staleness, setting.save_every
+            )
+            protocol.go_on_from(start, applied)
             for _ in range(setting.messages - start):
                 protocol.give()
             protocol.close()
@@ -239,6 +237,7 @@ class _Run:
 
     def _done(self, stage: int, action, seconds: float) -> None:
         model, protocol, number = self.models[stage], self.protocols[stage], action.number
+        protocol.complete()
         if action.kind == "compute":
             self.outcome.busy[stage] += seconds
             self.outcome.finished[stage].append(self.now)
@@ -254,7 +253,6 @@ class _Run:
             saved = self.saved[stage]
             saved[number] = model.copy(), protocol.applied
             self.outcome.most_saved = max(self.outcome.most_saved, len(saved))
-        protocol.complete()
         for old in [n for n in self.saved[stage] if n < protocol.saved_by_all]:
             del self.saved[stage][old]
         self.busy[stage] = False

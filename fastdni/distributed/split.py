@@ -110,11 +110,10 @@ def _synthesizer(model: nn.Sequential, end: int, example_input: Tensor) -> nn.Mo
 
 
 def _draw_again(model: nn.Module, seed: int) -> None:
+    """All parameters, each module's as it draws them; synthesizers start at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in model.modules():
-            if isinstance(module, BasicSynthesizer):
-                continue
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
     for module in model.modules():

@@ -1,5 +1,6 @@
 """One process's part of a network."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -58,13 +59,15 @@ class DecoupledStage(nn.Module):
         return x
 
     def _reduce(self, parameters: list[Tensor]) -> None:
-        """Means of the gradients over the replicas."""
-        group = self.mesh.get_group("replica")
-        found = [p for p in parameters if p.grad is not None]
-        works = [dist.all_reduce(p.grad, group=group, async_op=True) for p in found]
-        for work, parameter in zip(works, found, strict=True):
-            work.wait()
-            parameter.grad /= self.mesh.size(1)
+        """Means of the gradients over the replicas, of a dtype all in one message."""
+        group, replicas = self.mesh.get_group("replica"), self.mesh.size(1)
+        found = [p.grad for p in parameters if p.grad is not None]
+        for dtype in dict.fromkeys(g.dtype for g in found):
+            own = [g for g in found if g.dtype == dtype]
+            joined = torch.cat([g.flatten() for g in own])
+            dist.all_reduce(joined, group=group)
+            parts = (joined / replicas).split([g.numel() for g in own])
+            torch._foreach_copy_(own, [p.view_as(g) for p, g in zip(parts, own, strict=True)])
 
     def undivided_state_dict(self, first: int) -> dict[str, Tensor]:
         """Its state under the names that the undivided network has for it.

@@ -72,18 +72,10 @@ class Piece:
         Raises:
             As `DecoupledSequential.step`; nothing has been written then.
         """
-        net, caller = self._net, self._caller
-        step = arguments.prepared(net, caller, x, target, criterion, context, None)
-        structure = self._trainer.structure(net, caller)
-        has_head = len(structure.synthesizers) < len(structure)
-        if not has_head:
-            step.name = None
-        step.optimizers = self._trainer.optimizers(structure, caller, optimizer)
-        arguments.check_devices(step, structure.parameters)
-        arguments.check_real(caller, step.x, structure.parameters)
-        if has_head:
-            arguments.normalize(structure, step)
-        parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
+        structure, step, parts = self._trainer.prepare(
+            self._net, self._caller, x, target, optimizer, criterion, context, None
+        )
+        has_head = structure.has_head
         arguments.check_inputs(structure, step)
         arguments.keep_apart(step, structure.written)
         stays_open = self._waits and not has_head and parts[-1].fused

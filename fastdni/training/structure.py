@@ -62,6 +62,11 @@ class Structure:
     def __len__(self) -> int:
         return len(self.stages)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the network's output, and so its loss, is here."""
+        return len(self.synthesizers) < len(self.stages)
+
     def _is_head(self, number: int) -> bool:
         """Whether a stage's output is the network's."""
         return number == len(self.synthesizers)

@@ -76,19 +76,31 @@ class Trainer:
         self, net, caller, x, target, optimizer, criterion, context, update_mask
     ) -> Callable[[], Results]:
         """A step that is not like the last one: its arguments checked, and who runs it found."""
+        structure, step, parts = self.prepare(
+            net, caller, x, target, optimizer, criterion, context, update_mask
+        )
+        (part, *others) = parts
+        if not others and part.fused and part.takes(step.x, step.x):
+            return partial(self._run_whole, structure, part, step)
+        arguments.check_inputs(structure, step)
+        return partial(run_by_parts, structure, parts, step)
+
+    def prepare(
+        self, net, caller, x, target, optimizer, criterion, context, update_mask
+    ) -> tuple[Structure, Step, list]:
+        """What the network is, the arguments, checked, and the parts that run them."""
         step = arguments.prepared(net, caller, x, target, criterion, context, update_mask)
         structure = self.structure(net, caller)
         if optimizer is not GRADIENTS:
             step.optimizers = self.optimizers(structure, caller, optimizer)
         arguments.check_devices(step, structure.parameters)
         arguments.check_real(caller, step.x, structure.parameters)
-        arguments.normalize(structure, step)
+        if structure.has_head:
+            arguments.normalize(structure, step)
+        else:  # nobody here has a use for the criterion
+            step.name = None
         parts = structure.parts(step.name, arguments.autocast_dtype(step.x), len(step.x))
-        (part, *others) = parts
-        if not others and part.fused and part.takes(step.x, step.x):
-            return partial(self._run_whole, structure, part, step)
-        arguments.check_inputs(structure, step)
-        return partial(run_by_parts, structure, parts, step)
+        return structure, step, parts
 
     def _run_whole(self, structure: Structure, part: FusedPart, step: Step) -> Results:
         version = self._version

@@ -16,13 +16,13 @@ DISTRIBUTED = [
     ),
     Mutant(
         _PROTOCOL,
-        'if number != wanted or (kind == "feedback" and number >= sent):',
-        'if kind == "feedback" and number >= sent:',
+        'if number != wanted or (kind == "feedback" and number >= self.computed):',
+        'if kind == "feedback" and number >= self.computed:',
         _RUNS,
     ),
     Mutant(
         _PROTOCOL,
-        'if number != wanted or (kind == "feedback" and number >= sent):',
+        'if number != wanted or (kind == "feedback" and number >= self.computed):',
         "if number != wanted:",
         _RUNS,
     ),
@@ -35,8 +35,8 @@ DISTRIBUTED = [
     Mutant(_PROTOCOL, 'if waiting and has_feedback and self.mode == "async":', "if False:", _RUNS),
     Mutant(
         _PROTOCOL,
-        "self.applied = start if applied is None or self.last else applied",
-        "self.applied = start",
+        "self.applied = number if self.last else applied",
+        "self.applied = number",
         _RUNS,
     ),
     Mutant(_FRAMES, "if at + tensor.nbytes > len(buffer):", "if False:", _OF_FRAMES),
