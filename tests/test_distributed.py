@@ -9,8 +9,6 @@ import sys
 import pytest
 import torch
 
-from fastdni.distributed.split import balanced
-
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
@@ -165,10 +163,3 @@ def test_whoever_is_killed_training_ends_the_same(of_three, tmp_path, fault):
     assert hashes(found) == hashes(of_three["plain"])
     assert {each["start"] for each in found} == {12 if fault.startswith("kill") else 4}
     assert {each["next_step"] for each in found} == {20}
-
-
-def test_parts_are_balanced():
-    assert balanced([1, 1, 1, 1], 2) == [0, 2, 4]
-    assert balanced([9, 1, 1, 1], 2) == [0, 1, 4]
-    assert balanced([1, 2, 3, 4, 5], 3) == [0, 3, 4, 5]
-    assert balanced([5, 1, 5], 3) == [0, 1, 2, 3]

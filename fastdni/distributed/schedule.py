@@ -86,7 +86,7 @@ class ScheduleDecoupled:
         come, with M as it is then.
 
     Source:
-        Jaderberg et al. 2016 (arXiv 1608.05343), sections 2 and 3.3.
+        Jaderberg et al. 2016 (arXiv 1608.05343), section 2.
 
     Example:
         >>> with ScheduleDecoupled(stage, "cross_entropy", optimizer, staleness=4) as schedule:

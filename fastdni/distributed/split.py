@@ -58,6 +58,11 @@ def split(
     """
     stage, _ = mesh.get_coordinate()
     parts = mesh.size(0)
+    if isinstance(model, DecoupledSequential) and (model.input_synthesizers or model.bp_lambda):
+        raise ValueError(
+            "distributed.split: model must have no input_synthesizers and a bp_lambda of 0: what "
+            "they need is in other processes"
+        )
     if seed is not None:
         _draw_again(model, seed)
     if isinstance(model, DecoupledSequential):
